@@ -1,0 +1,268 @@
+"""Command line: generate, compare, inspect, train. Results go to stdout, progress to stderr."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from spectr_demo.config import Composition, GenerationSettings, Weighting
+
+DEFAULT_COLUMNS = ["base", "uniform", "arrow", "spectr"]
+_out = Console()
+_progress = Console(stderr=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 2 with one clear message on stderr where the input is at fault."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result = arguments.run(arguments)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"spectr-demo {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("spectr-demo: stopped", file=sys.stderr)
+        return 130
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False, indent=2, allow_nan=False))
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One router's answer, written as it comes."""
+    if arguments.json:
+        return _run(arguments, [arguments.router])["columns"][0]
+    model = _load(arguments)
+    routers, settings = _columns(arguments, [arguments.router], model.library.names)
+    written = 0
+    for step in model.stream(arguments.prompt, routers, settings, record=bool(arguments.trace)):
+        text = step.columns[0].text
+        print(text[written:], end="", flush=True)
+        written = len(text)
+    print()
+    if step.trace is not None:
+        step.trace.save(arguments.trace)
+    return {}
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Several routers side by side, in one batch."""
+    result = _run(arguments, arguments.columns)
+    if not arguments.json:
+        for column in result["columns"]:
+            share = ", ".join(
+                f"{name} {value:.0%}" for name, value in column["expert_share"].items() if value
+            )
+            speed = f"{column['num_tokens']} tokens, {column['tokens_per_second']:.1f} tokens/s"
+            footer = f"{speed}, {column['mean_logprob']:.2f} nats/token, {share or 'no expert'}"
+            title = Text(column["router"], style="bold")
+            _out.print(Panel(Text(column["text"]), title=title, subtitle=footer))
+    return result
+
+
+def _run(arguments: argparse.Namespace, columns: list[str]) -> dict[str, Any]:
+    from spectr_demo.engine import mean_logprob
+
+    model = _load(arguments)
+    routers, settings = _columns(arguments, columns, model.library.names)
+    with _progress.status("Generating ...") as status:
+        for step in model.stream(arguments.prompt, routers, settings, record=True):
+            status.update(f"Generating: {max(c.num_tokens for c in step.columns)} tokens")
+    trace = step.trace
+    assert trace is not None
+    if arguments.trace:
+        trace.save(arguments.trace)
+    return {
+        "prompt": arguments.prompt,
+        "base": model.base.source,
+        "quantization": model.base.quantization,
+        "experts": list(model.library.names),
+        "settings": settings.to_json(),
+        "columns": [
+            {
+                "router": column.label,
+                "text": column.text,
+                "num_tokens": column.num_tokens,
+                "tokens_per_second": round(column.tokens_per_second, 3),
+                "mean_logprob": round(mean_logprob(trace, column.label), 5),
+                "expert_share": {
+                    name: round(float(share), 5)
+                    for name, share in zip(
+                        trace.expert_names, trace.share(column.label, "answer"), strict=True
+                    )
+                },
+                "settings": trace.column(column.label).router,
+            }
+            for column in step.columns
+        ],
+    }
+
+
+def _columns(
+    arguments: argparse.Namespace, columns: list[str], expert_names: Sequence[str]
+) -> tuple[list[Any], GenerationSettings]:
+    from spectr_demo.routing import parse_router
+
+    routers = [
+        parse_router(
+            column,
+            expert_names,
+            top_k=arguments.top_k,
+            weighting=arguments.weighting,
+            temperature=arguments.router_temperature,
+            composition=arguments.composition,
+        )
+        for column in columns
+    ]
+    given = {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "temperature", "top_p", "seed")
+    }
+    return routers, replace(
+        GenerationSettings(), **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The library: ranks, layers, spectra, and the overlap of every two experts' subspaces."""
+    from spectr_demo import inspection
+
+    model = _load(arguments)
+    result = {
+        "base": model.base.source,
+        "quantization": model.base.quantization,
+        "device": str(model.base.device),
+        **inspection.to_json(model.library),
+    }
+    if not arguments.json:
+        _out.print(f"Base: {result['base']}, {result['quantization']}, on {result['device']}")
+        _print_library(result)
+    return result
+
+
+def _print_library(result: dict[str, Any]) -> None:
+    table = Table("expert", "rank", "effective", "first direction", "layers", "projections", "MB")
+    for expert in result["experts"]:
+        low, high = expert["rank"]
+        table.add_row(
+            expert["name"],
+            str(high) if low == high else f"{low}-{high}",
+            f"{expert['effective_rank']:.1f}",
+            f"{expert['spectrum'][0]:.0%} of energy",
+            str(expert["num_layers"]),
+            ", ".join(expert["projections"]),
+            f"{expert['num_bytes'] / 1e6:.1f}",
+        )
+    _out.print(table)
+    overlap = result["subspace_overlap"]
+    table = Table("subspace overlap", *overlap)
+    for name, row in overlap.items():
+        values = ["-" if value is None else f"{value:.3f}" for value in row.values()]
+        table.add_row(name, *values)
+    _out.print(table)
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one of the project's experts, then show how it sits among the others."""
+    from spectr_demo import inspection
+    from spectr_demo.training import Recipe
+    from spectr_demo.training import train as train_expert
+
+    given = {"steps": arguments.steps, "seed": arguments.seed}
+    recipe = replace(Recipe(), **{k: v for k, v in given.items() if v is not None})
+    folder = train_expert(
+        arguments.name,
+        base=arguments.base,
+        output_dir=arguments.output,
+        recipe=recipe,
+        overwrite=arguments.overwrite,
+    )
+    scores = json.loads((folder / "scores.json").read_text())
+    sources = [f"{arguments.name}={folder}"] + [
+        source for source in _sources(arguments) if Path(source).name != arguments.name
+    ]
+    library = inspection.to_json(_load(arguments, sources).library)
+    if not arguments.json:
+        _out.print(f"Saved {folder}")
+        _out.print_json(data=scores)
+        _print_library(library)
+    return {"folder": str(folder), "scores": scores, **library}
+
+
+def _sources(arguments: argparse.Namespace) -> list[str]:
+    from spectr_demo.config import experts_from_environment
+
+    return arguments.experts if arguments.experts is not None else experts_from_environment()
+
+
+def _load(arguments: argparse.Namespace, sources: list[str] | None = None) -> Any:
+    from spectr_demo.engine import load  # torch and transformers: not needed for --help
+
+    with _progress.status("Loading the base model and its experts ..."):
+        return load(arguments.base, sources or _sources(arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="spectr-demo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    common = _Parser(add_help=False)
+    common.add_argument("--base", help="Hub id or folder of the base (default: SPECTR_BASE_MODEL)")
+    common.add_argument(
+        "--experts",
+        nargs="+",
+        metavar="SOURCE",
+        help="Hub ids or folders of LoRA adapters, NAME=SOURCE to rename (default: SPECTR_EXPERTS)",
+    )
+    common.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+    run = _Parser(add_help=False)
+    run.add_argument("prompt", help="the user's message")
+    run.add_argument("--max-new-tokens", type=int, help="per column (default: 128)")
+    run.add_argument("--temperature", type=float, help="of sampling; 0, the default, is greedy")
+    run.add_argument("--top-p", type=float, help="nucleus of sampling (default: 1, all)")
+    run.add_argument("--seed", type=int, help="of sampling, the same noise for all columns")
+    run.add_argument(
+        "--top-k", type=int, help="experts per token and layer (default: the preset's)"
+    )
+    run.add_argument("--weighting", choices=get_args(Weighting), help="of the selected experts")
+    run.add_argument("--router-temperature", type=float, help="of the softmax weighting")
+    run.add_argument("--composition", choices=get_args(Composition), help="what is mixed")
+    run.add_argument("--trace", metavar="FILE", help="save the routing trace as .npz")
+
+    command = commands.add_parser("generate", parents=[run, common], help=generate.__doc__)
+    command.add_argument("--router", default="spectr", help="spectr, single:NAME, ... ")
+    command.set_defaults(run=generate)
+
+    command = commands.add_parser("compare", parents=[run, common], help=compare.__doc__)
+    command.add_argument("--columns", nargs="+", default=DEFAULT_COLUMNS, metavar="ROUTER")
+    command.set_defaults(run=compare)
+
+    command = commands.add_parser("inspect", parents=[common], help=inspect.__doc__)
+    command.set_defaults(run=inspect)
+
+    command = commands.add_parser("train", parents=[common], help=train.__doc__)
+    command.add_argument("name", help="one of the project's tasks, such as sql")
+    command.add_argument("--output", type=Path, help="folder (default: assets/experts/NAME)")
+    command.add_argument("--steps", type=int, help="optimiser steps")
+    command.add_argument("--seed", type=int, help="of data, initialisation and order")
+    command.add_argument("--overwrite", action="store_true", help="replace a finished expert")
+    command.set_defaults(run=train)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Settings of a router and of a run: frozen, checked once. The environment is read here alone."""
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import platformdirs
+
+Weighting = Literal["equal", "softmax"]
+Composition = Literal["parameters", "outputs"]
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def cache_dir() -> Path:
+    """Folder of everything that can be rebuilt: `SPECTR_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("SPECTR_CACHE") or platformdirs.user_cache_path("spectr-demo"))
+
+
+def base_from_environment() -> str | None:
+    """Hub id or folder in `SPECTR_BASE_MODEL`; None stands for the embedded default."""
+    return os.environ.get("SPECTR_BASE_MODEL") or None
+
+
+def experts_from_environment() -> list[str]:
+    """Adapter sources in `SPECTR_EXPERTS` (separated by commas); where unset, the shipped ones."""
+    listed = [source.strip() for source in os.environ.get("SPECTR_EXPERTS", "").split(",")]
+    return [source for source in listed if source] or shipped_experts()
+
+
+def shipped_experts() -> list[str]:
+    """Folders of the experts under `assets/experts/`, by name."""
+    return [str(path.parent) for path in sorted(ASSETS.glob("experts/*/adapter_config.json"))]
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not there: what was asked, what exists, what is nearest."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return ValueError(f"unknown {kind} {name!r}; there is {', '.join(map(repr, known))}.{hint}")
+
+
+def _require(is_valid: bool, what: str, value: object, needed: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{what} is {value!r}; it must be {needed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How one column weighs the experts.
+
+    name: a key of `routing.ROUTERS`.
+    expert: the one expert of `single`; None for every other router.
+    top_k: experts per token and layer. None means the preset's number, or all experts if there
+        are fewer; a number given here is taken literally, and must not exceed the experts loaded.
+    temperature: divides the scores before the softmax (unused by equal weights).
+    prefilter: experts that LAG's arrow filter keeps; unused by the other routers.
+    """
+
+    name: str
+    expert: str | None = None
+    top_k: int | None = None
+    weighting: Weighting = "equal"
+    temperature: float = 1.0
+    composition: Composition = "outputs"
+    prefilter: int = 20
+
+    def __post_init__(self) -> None:
+        k, t, f = self.top_k, self.temperature, self.prefilter
+        _require(k is None or (_is_int(k) and k >= 1), "top_k", k, "a whole number of at least 1")
+        weightings, compositions = get_args(Weighting), get_args(Composition)
+        _require(self.weighting in weightings, "weighting", self.weighting, f"one of {weightings}")
+        _require(
+            self.composition in compositions,
+            "composition",
+            self.composition,
+            f"one of {compositions}",
+        )
+        _require(_is_number(t) and 0 < t < float("inf"), "router temperature", t, "above 0")
+        _require(_is_int(f) and f >= 1, "prefilter", f, "a whole number of at least 1")
+        if (self.name == "single") != (self.expert is not None):
+            raise ValueError(
+                f"router {self.name!r} has expert {self.expert!r}; only 'single' names an expert, "
+                "and it must: write 'single:NAME'"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How tokens are drawn, the same for all columns of a run.
+
+    temperature: 0 is greedy. seed: draws the same noise for every column, so that columns differ
+    only where their distributions do.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        n, t, p = self.max_new_tokens, self.temperature, self.top_p
+        _require(_is_int(n) and n >= 1, "max_new_tokens", n, "a whole number of at least 1")
+        _require(
+            _is_number(t) and 0 <= t < float("inf"),
+            "temperature",
+            t,
+            "0 (greedy) or a positive number",
+        )
+        _require(_is_number(p) and 0 < p <= 1, "top_p", p, "above 0 and at most 1")
+        _require(
+            _is_int(self.seed) and self.seed >= 0, "seed", self.seed, "a whole number, not negative"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

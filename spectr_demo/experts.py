@@ -1,0 +1,445 @@
+"""Experts: reading PEFT adapters safely, checking them against the base, and stacking them.
+
+An *adapter* is the file; an *expert* is what is routed to. Nothing is attached, and nothing is
+left half-read, unless every adapter is sound: all that is wrong with all of them is one error.
+"""
+
+import hashlib
+import json
+import math
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectr_demo.config import cache_dir, unknown_name
+from spectr_demo.spectral import Aligned, align
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_ALIGNMENT_VERSION = 1  # part of the cache key: raise it when `align` changes its result
+_KEY_PREFIX = "base_model.model."
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+
+
+class AdapterError(ValueError):
+    """Everything that is wrong with the adapters asked for, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFactors:
+    """One adapter at one layer: `scaling * lora_B @ lora_A` is added to the layer's weight."""
+
+    lora_A: Tensor  # (r, D_in)
+    lora_B: Tensor  # (D_out, r)
+    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter as read from its folder. factors: by the layer's path in the base model."""
+
+    name: str
+    source: str
+    base_model: str
+    sha256: str
+    factors: Mapping[str, LoraFactors]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Smallest and largest rank over the layers."""
+        ranks = [factor.lora_A.shape[0] for factor in self.factors.values()]
+        return min(ranks), max(ranks)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(f.lora_A.nbytes + f.lora_B.nbytes for f in self.factors.values())
+
+    @property
+    def projections(self) -> list[str]:
+        """Names of the projections it touches, such as `q_proj`, in the order of the file."""
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.factors))
+
+
+def read_adapter(source: str, name: str | None = None) -> Adapter:
+    """Read a PEFT LoRA adapter from a folder or from the Hub (`owner/repo` or `owner/repo/folder`).
+
+    name: of the expert; the folder's or repository's last part where None.
+    Raises AdapterError with all that is wrong with it. Weights are read from safetensors alone.
+    """
+    name = name or source.rstrip("/").rpartition("/")[2]
+    folder = _resolve(source, name)
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(
+            [f"expert {name!r}: {folder} has no {CONFIG_FILE}; it must be a PEFT adapter's folder"]
+        )
+    config, config_bytes = _read_config(folder, name)
+    problems = _unsupported(config, name)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        pickles = [pickle for pickle in _PICKLES if (folder / pickle).is_file()]
+        has = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
+        problems.append(
+            f"expert {name!r}: {folder} has {has}; {WEIGHTS_FILE} is needed (loading a pickle can "
+            "run any code): save the adapter again with safetensors"
+        )
+        raise AdapterError(problems)
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError, ValueError) as error:
+        problems.append(
+            f"expert {name!r}: {weights} is corrupt or truncated ({error}); download it again"
+        )
+        raise AdapterError(problems) from None
+    factors, more = _parse_factors(state, config, name)
+    if problems or more:
+        raise AdapterError(problems + more)
+    return Adapter(
+        name=name,
+        source=source,
+        base_model=config.base_model_name_or_path or "an unnamed base",
+        sha256=hashlib.sha256(config_bytes + weights.read_bytes()).hexdigest(),
+        factors=factors,
+    )
+
+
+def _resolve(source: str, name: str) -> Path:
+    """The local folder of an adapter; one on the Hub is fetched (or found in the Hub's cache)."""
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return folder
+    owner, _, rest = source.partition("/")
+    repo, _, subfolder = rest.partition("/")
+    if not repo or source.startswith((".", "/", "~")):
+        raise AdapterError(
+            [f"expert {name!r}: there is no folder {source}; give a folder or a Hub id owner/repo"]
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    try:
+        return Path(snapshot_download(f"{owner}/{repo}", allow_patterns=wanted)) / subfolder
+    except (OSError, ValueError) as error:  # offline, no such repository, no access
+        reason = str(error).strip().partition("\n")[0]
+        raise AdapterError(
+            [
+                f"expert {name!r}: {source} is no folder here, and the Hub did not give it "
+                f"({reason}); check the name and the network, or download it and give its folder"
+            ]
+        ) from None
+
+
+def _read_config(folder: Path, name: str) -> tuple[LoraConfig, bytes]:
+    content = (folder / CONFIG_FILE).read_bytes()
+    try:
+        values = json.loads(content)
+        peft_type = values.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise AdapterError(
+            [f"expert {name!r}: {folder / CONFIG_FILE} is not a JSON object ({error})"]
+        ) from None
+    if peft_type != "LORA":
+        raise AdapterError(
+            [f"expert {name!r}: its peft_type is {peft_type!r}; only 'LORA' can be routed"]
+        )
+    try:
+        return LoraConfig.from_pretrained(str(folder)), content
+    except (TypeError, ValueError) as error:
+        raise AdapterError(
+            [f"expert {name!r}: PEFT refuses its {CONFIG_FILE} ({error}); save it again with PEFT"]
+        ) from None
+
+
+def _unsupported(config: LoraConfig, name: str) -> list[str]:
+    """What the adapter's configuration asks for that a weighting of LoRA factors cannot give."""
+    init = config.init_lora_weights
+    changes_base = isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda"))
+    found = {
+        "DoRA (use_dora)": config.use_dora,
+        f"modules_to_save {config.modules_to_save}": config.modules_to_save,
+        "biases (lora_bias)": config.lora_bias,
+        f"trained biases (bias={config.bias!r})": config.bias != "none",
+        "trainable_token_indices": config.trainable_token_indices,
+        "target_parameters": config.target_parameters,
+        "layer_replication": config.layer_replication,
+        f"init_lora_weights={init!r}, which changes the base's own weights": changes_base,
+    }
+    return [
+        f"expert {name!r}: it uses {what}, which is not supported; train a plain LoRA adapter "
+        "on linear layers"
+        for what, is_used in found.items()
+        if is_used
+    ]
+
+
+def _parse_factors(
+    state: Mapping[str, Tensor], config: LoraConfig, name: str
+) -> tuple[dict[str, LoraFactors], list[str]]:
+    """Pair the tensors by layer, with the scaling PEFT gives; and list what is wrong."""
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    problems, foreign = [], []
+    for key, tensor in state.items():
+        path, _, part = key.removesuffix(".weight").removeprefix(_KEY_PREFIX).rpartition(".")
+        if part not in ("lora_A", "lora_B") or tensor.dim() != 2:
+            foreign.append(key)
+            continue
+        pairs[path][part] = tensor
+        if not tensor.isfinite().all():
+            problems.append(f"expert {name!r}: {key} holds NaN or infinite values; train it again")
+    if foreign:
+        kinds = "embedding layers or " if any("embedding" in key for key in foreign) else ""
+        problems.append(
+            f"expert {name!r}: {len(foreign)} tensors are no LoRA factors of a linear layer "
+            f"({foreign[0]}, ...); {kinds}other parts than linear layers are not supported"
+        )
+    if not pairs and not problems:
+        problems.append(f"expert {name!r}: its {WEIGHTS_FILE} holds no LoRA factors; save it again")
+    factors = {}
+    for path, pair in pairs.items():
+        if len(pair) != 2:
+            problems.append(f"expert {name!r}: {path} has only {next(iter(pair))}; it needs both")
+            continue
+        A, B = pair["lora_A"], pair["lora_B"]
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
+        if A.shape[0] != rank or B.shape[1] != rank:
+            problems.append(
+                f"expert {name!r}: {path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, "
+                f"but {CONFIG_FILE} says rank {rank}; the two files do not belong together"
+            )
+            continue
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern, path), config.lora_alpha
+        )
+        scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+        factors[path] = LoraFactors(lora_A=A, lora_B=B, scaling=scaling)
+    return factors, problems
+
+
+def check_against_base(adapter: Adapter, model: PreTrainedModel) -> list[str]:
+    """What keeps this adapter from being attached to this base: missing layers, other shapes."""
+    modules = dict(model.named_modules())
+    output = model.get_output_embeddings()
+    missing, misfits, unsupported = [], [], []
+    for path, factors in adapter.factors.items():
+        layer = modules.get(path)
+        layer = getattr(layer, "base_layer", layer)  # already wrapped: look at what is inside
+        if layer is None:
+            missing.append(path)
+        elif not isinstance(layer, nn.Linear) or layer is output:  # bnb's Linear4bit is a Linear
+            kind = "the output embedding" if layer is output else type(layer).__name__
+            unsupported.append(f"{path} ({kind})")
+        else:
+            D_in, D_out = factors.lora_A.shape[1], factors.lora_B.shape[0]
+            if (D_in, D_out) != (layer.in_features, layer.out_features):
+                misfits.append(
+                    f"{path} has {D_in} inputs and {D_out} outputs, the base has "
+                    f"{layer.in_features} and {layer.out_features}"
+                )
+    problems = []
+    wrong_base = f"it was trained on another base model ({adapter.base_model})"
+    if missing:
+        problems.append(
+            f"expert {adapter.name!r}: {len(missing)} of its {len(adapter.factors)} layers are not "
+            f"in the base ({missing[0]}, ...); {wrong_base}"
+        )
+    if misfits:
+        problems.append(
+            f"expert {adapter.name!r}: {misfits[0]} ({len(misfits)} layers differ); {wrong_base}"
+        )
+    if unsupported:
+        problems.append(
+            f"expert {adapter.name!r}: it targets {unsupported[0]} ({len(unsupported)} such "
+            "layers); only linear layers inside the decoder can be routed"
+        )
+    return problems
+
+
+def check_adapters(adapters: Sequence[Adapter], model: PreTrainedModel) -> list[str]:
+    """What keeps these adapters from being one library on this base."""
+    problems = [problem for a in adapters for problem in check_against_base(a, model)]
+    for name, count in Counter(adapter.name for adapter in adapters).items():
+        if count > 1:
+            sources = ", ".join(a.source for a in adapters if a.name == name)
+            problems.append(
+                f"expert {name!r}: {count} adapters have this name ({sources}); give each its own, "
+                "as NAME=SOURCE"
+            )
+    return problems
+
+
+def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
+    """Spectral alignment of every layer, from the cache where this very adapter was aligned before.
+
+    An unusable cache costs time, not the run: it is said once, as a warning.
+    """
+    cached = cache_dir() / "aligned" / f"{adapter.sha256}-v{_ALIGNMENT_VERSION}.safetensors"
+    try:
+        with safe_open(cached, "pt") as file:
+            return {
+                path: Aligned(file.get_tensor(f"{path}.A"), file.get_tensor(f"{path}.B"))
+                for path in adapter.factors
+            }
+    except (OSError, SafetensorError):
+        pass  # never written, or cut short: align again
+    aligned = _align_in_groups(adapter)
+    tensors = {
+        f"{path}.{part}": t for path, a in aligned.items() for part, t in a._asdict().items()
+    }
+    unfinished = cached.with_suffix(f".{hashlib.sha256(str(id(tensors)).encode()).hexdigest()[:8]}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished)
+        unfinished.replace(cached)  # atomic: another process sees the whole file or none
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        warnings.warn(
+            f"expert {adapter.name!r}: its alignment could not be cached in {cached.parent} "
+            f"({error}); it is computed at each start. Set SPECTR_CACHE to a writable folder",
+            stacklevel=2,
+        )
+    return aligned
+
+
+def _align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
+    """Layers of one shape are aligned in one batched SVD."""
+    groups = defaultdict(list)
+    for path, factors in adapter.factors.items():
+        groups[factors.lora_A.shape, factors.lora_B.shape].append(path)
+    aligned = {}
+    for paths in groups.values():
+        layers = [adapter.factors[path] for path in paths]
+        stacked = align(
+            torch.stack([layer.lora_A for layer in layers]),
+            torch.stack([layer.lora_B for layer in layers]),
+            torch.tensor([layer.scaling for layer in layers]),
+        )
+        for path, A, B in zip(paths, stacked.A, stacked.B, strict=True):
+            aligned[path] = Aligned(A, B)
+    return aligned
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerBank:
+    """The experts that touch one linear layer, stacked; smaller ranks padded with zero rows.
+
+    A: (E * r, D_in), B: (E * r, D_out), the transposed B*, both in `dtype` of the bank.
+    singular_values: (E, r) float32. expert_ids: (E,) int64, places in the library's list of names.
+    """
+
+    path: str
+    layer: int
+    projection: str
+    expert_ids: Tensor
+    A: Tensor
+    B: Tensor
+    singular_values: Tensor
+
+    @classmethod
+    def from_aligned(
+        cls, path: str, aligned: Mapping[int, Aligned], *, device: torch.device, dtype: torch.dtype
+    ) -> "LayerBank":
+        """aligned: by expert id, for the experts that touch the layer."""
+        rank = max(expert.A.shape[0] for expert in aligned.values())
+        A = [nn.functional.pad(e.A, (0, 0, 0, rank - e.A.shape[0])) for e in aligned.values()]
+        B = [nn.functional.pad(e.B, (0, rank - e.B.shape[1])) for e in aligned.values()]
+        layer, projection = _place(path)
+        return cls(
+            path=path,
+            layer=layer,
+            projection=projection,
+            expert_ids=torch.tensor(list(aligned)),
+            A=torch.cat(A).to(device, dtype),
+            B=torch.cat([b.mT for b in B]).to(device, dtype).contiguous(),
+            singular_values=torch.stack([b.norm(dim=0) for b in B]).to(device),
+        )
+
+    def project(self, x: Tensor) -> Tensor:
+        """`z = A* x` for every expert: (R, T, E, r) from (R, T, D_in), in the bank's dtype."""
+        z = nn.functional.linear(x.to(self.A.dtype), self.A)
+        return z.unflatten(-1, self.singular_values.shape)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """`sum_e B*_e z_e`: (R, T, D_out) from (R, T, E, r)."""
+        return z.flatten(-2) @ self.B
+
+
+def _place(path: str) -> tuple[int, str]:
+    """`model.layers.3.self_attn.q_proj` -> layer 3, projection `q_proj`."""
+    parts = path.split(".")
+    return next((int(part) for part in parts if part.isdigit()), 0), parts[-1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertLibrary:
+    """The experts that are loaded, aligned and stacked by layer, ready to attach to their base."""
+
+    adapters: tuple[Adapter, ...]
+    aligned: tuple[Mapping[str, Aligned], ...] = field(repr=False)
+    banks: Mapping[str, LayerBank] = field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @cached_property
+    def num_layers(self) -> int:
+        return 1 + max((bank.layer for bank in self.banks.values()), default=-1)
+
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(bank.projection for bank in self.banks.values()))
+
+    def index(self, name: str) -> int:
+        if name not in self.names:
+            raise unknown_name("expert", name, self.names)
+        return self.names.index(name)
+
+    @classmethod
+    def from_adapters(cls, adapters: Sequence[Adapter], model: PreTrainedModel) -> "ExpertLibrary":
+        """Check all adapters against the base, then align and stack them.
+
+        Factors are float32 on a CPU, where small products are fastest in it, and the model's own
+        dtype on a GPU. Raises AdapterError with everything that does not fit.
+        """
+        if problems := check_adapters(adapters, model):
+            raise AdapterError(problems)
+        aligned = tuple(align_adapter(adapter) for adapter in adapters)
+        banks = {}
+        for path, module in model.named_modules():
+            touching = {e: expert[path] for e, expert in enumerate(aligned) if path in expert}
+            if touching:
+                weight = next(module.parameters())
+                device = weight.device
+                dtype = torch.float32 if device.type == "cpu" else model.dtype
+                banks[path] = LayerBank.from_aligned(path, touching, device=device, dtype=dtype)
+        return cls(adapters=tuple(adapters), aligned=aligned, banks=banks)
+
+
+def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:
+    """Read, check, align and stack adapters. sources: folders or Hub ids, `NAME=SOURCE` to rename.
+
+    Raises one AdapterError that lists everything wrong with all of them.
+    """
+    adapters, problems = [], []
+    for source in sources:
+        name, is_named, path = source.partition("=")
+        try:
+            adapters.append(read_adapter(path, name) if is_named else read_adapter(source))
+        except AdapterError as error:
+            problems += error.problems
+    if problems:
+        raise AdapterError(problems + check_adapters(adapters, model))
+    return ExpertLibrary.from_adapters(adapters, model)

@@ -1,0 +1,66 @@
+"""A linear layer with experts attached: the untouched base layer, plus what a run's plan adds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.routing import RoutingPlan
+
+# A context variable, not a global: each thread sees the plan of its own run, or none.
+_plan: ContextVar[RoutingPlan | None] = ContextVar("routing_plan", default=None)
+
+
+@contextmanager
+def routed(plan: RoutingPlan | None) -> Iterator[None]:
+    """Inside, forward passes of this thread route by `plan`; None is the bare base model."""
+    token = _plan.set(plan)
+    try:
+        yield
+    finally:
+        _plan.reset(token)
+
+
+class RoutedLinear(nn.Module):
+    """`y = W x + delta(x)`; exactly `W x` where no plan is active or all its rows are base."""
+
+    def __init__(self, base_layer: nn.Module, bank: LayerBank) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bank = bank  # plain tensors, shared with the library: nothing to train or to save
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        plan = _plan.get()
+        if plan is None or plan.is_base_only:
+            return y
+        return y + plan.delta(self.bank, x)
+
+
+def attach_(model: nn.Module, library: ExpertLibrary) -> None:
+    """Wrap every layer that some expert touches. No weight of the model is changed or copied."""
+    for path, bank in library.banks.items():
+        parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        setattr(parent, name, RoutedLinear(model.get_submodule(path), bank))
+
+
+def detach_(model: nn.Module) -> None:
+    """Put the base layers back: the model is then the one that was loaded."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, RoutedLinear):
+            parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            setattr(parent, name, module.base_layer)
+
+
+def record_hidden_states(decoder: nn.Module) -> Any:
+    """A hook that hands the decoder's last hidden states to the run's recorder, if it has one."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        plan = _plan.get()
+        if plan is not None and plan.recorder is not None:
+            plan.recorder.add_hidden(output.last_hidden_state)
+
+    return decoder.register_forward_hook(hook)

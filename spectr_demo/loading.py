@@ -1,0 +1,403 @@
+"""Load a base model and its tokenizer in 4 bits. The only module that knows bitsandbytes.
+
+The base is the embedded default, a Hub id or a folder; all of them end as the same `LoadedBase`.
+
+4-bit on a CPU: bitsandbytes multiplies by packed NF4 weights only where the CPU has AVX512-BF16.
+Elsewhere it expands every weight again at every forward, so `expand_4bit_` expands them once: same
+numbers, more memory.
+"""
+
+import hashlib
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes as bnb
+import psutil
+import torch
+import transformers
+from bitsandbytes.functional import has_avx512bf16
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as hf_logging
+
+from spectr_demo.config import base_from_environment, cache_dir
+from spectr_demo.embedded import (
+    SMOLLM2_135M,
+    cache_errors,
+    cache_lock,
+    check_space,
+    fetch_gguf,
+    publish,
+    scratch_dir,
+)
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Dense float32 weights beside the NF4 checkpoint: the most that is on disk while converting.
+CONVERSION_BYTES = 720_000_000
+# Expanded weights may take this share of the free memory; the KV cache, the experts and the
+# activations of a batch need the rest.
+EXPANSION_SHARE = 0.5
+FINGERPRINT_BYTES = 1 << 20
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+# Makes the folder of the default's NF4 checkpoint in a compute dtype.
+MakeCheckpoint = Callable[[Path, torch.dtype], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBase:
+    """A frozen base model in eval mode, and what is to be said about it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str  # Hub id or folder
+    name: str  # short, for headings
+    quantization: str  # for people
+    bits: int
+    compute_dtype: torch.dtype
+    device: torch.device
+    fingerprint: str  # identifies the weights
+
+
+def embedded_checkpoint(cache: Path, dtype: torch.dtype) -> Path:
+    """Folder of the default's NF4 checkpoint; whatever changes its bytes is part of its name."""
+    major, minor = transformers.__version__.split(".")[:2]
+    parts = (
+        f"gguf-{SMOLLM2_135M.member_sha256[:12]}",
+        f"nf4-{_dtype_name(dtype)}",
+        f"bitsandbytes-{bnb.__version__}",
+        f"transformers-{major}.{minor}",
+    )
+    return cache / "base" / "_".join(parts)
+
+
+def make_embedded_checkpoint(target: Path, dtype: torch.dtype) -> None:
+    """Convert the GGUF to an NF4 checkpoint with tokenizer; `target` appears when it is whole.
+
+    What is not quantized, the embedding included, is stored in `dtype`, so nothing is rounded that
+    loading in `dtype` would not round.
+    """
+    cache = cache_dir()
+    gguf = fetch_gguf(cache=cache)
+    with cache_errors(cache, needed_bytes=CONVERSION_BYTES), cache_lock(cache):
+        if target.is_dir():  # another process made it while this one waited
+            return
+        check_space(cache, CONVERSION_BYTES)
+        with scratch_dir(cache) as scratch:
+            _say(f"Converting {gguf.name} (only at the first start) ...")
+            dense = AutoModelForCausalLM.from_pretrained(
+                cache,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(cache, gguf_file=gguf.name)
+            tokenizer.model_max_length = dense.config.max_position_embeddings
+            _say("Quantizing to NF4 ...")
+            # transformers quantizes only what it reads from a folder.
+            dense.save_pretrained(scratch / "dense")
+            model = AutoModelForCausalLM.from_pretrained(
+                scratch / "dense",
+                quantization_config=_nf4_config(dtype),
+                dtype=dtype,
+                device_map={"": "cpu"},
+            )
+            model.generation_config = GenerationConfig(
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            model.save_pretrained(scratch / "nf4")
+            tokenizer.save_pretrained(scratch / "nf4")
+            publish(scratch / "nf4", target)
+
+
+def load_base(
+    base: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    make_checkpoint: MakeCheckpoint = make_embedded_checkpoint,
+) -> LoadedBase:
+    """Load a causal language model, quantized to NF4 unless its checkpoint is 4-bit already.
+
+    base: Hub id or folder; None takes `SPECTR_BASE_MODEL`, else the embedded default.
+    device: "cuda", "cuda:1" or "cpu"; None takes CUDA where there is one.
+    dtype: what layers compute in; None takes `choose_compute_dtype`.
+    make_checkpoint: how the embedded default is made where the cache lacks it.
+    Raises `ValueError` for a base or device that cannot be used, `EmbeddedBaseError` where the
+    default cannot be fetched or stored.
+    """
+    base = base or base_from_environment()
+    torch_device = _device(device)
+    dtype = dtype or choose_compute_dtype(torch_device)
+    with _quiet_transformers():
+        if base is None:
+            source, name = f"{EMBEDDED_ID} (embedded)", EMBEDDED_ID.split("/")[1]
+            fingerprint = f"gguf-sha256:{SMOLLM2_135M.member_sha256}"
+            model, tokenizer = _load_embedded(torch_device, dtype, make_checkpoint)
+        else:
+            config = read_base_config(base)
+            source, name = base, Path(base).expanduser().resolve().name
+            fingerprint = _fingerprint(base, config)
+            model, tokenizer = _from_pretrained(base, config, torch_device, dtype)
+        quantization = _settle_4bit_(model, torch_device, dtype)
+    model.eval().requires_grad_(False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedBase(
+        model=model,
+        tokenizer=tokenizer,
+        source=source,
+        name=name,
+        quantization=quantization,
+        bits=4,
+        compute_dtype=dtype,
+        device=torch_device,
+        fingerprint=fingerprint,
+    )
+
+
+def choose_compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which 4-bit layers compute fast on this device without losing range.
+
+    bfloat16 from CUDA capability 8.0 on, float16 below: `torch.cuda.is_bf16_supported()` says yes
+    on a T4, which only emulates it. On CPUs bfloat16 only where bitsandbytes multiplies in it.
+    """
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.bfloat16 if has_avx512bf16() else torch.float32
+
+
+def read_base_config(base: str) -> PretrainedConfig:
+    """Read a base's config and check that it can be loaded; raises `ValueError` saying why not."""
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"base {base!r}: the folder has no config.json. A folder written by "
+                "save_pretrained() was needed; an adapter's folder is an expert, not a base."
+            )
+    elif not HUB_ID.fullmatch(base):
+        raise ValueError(
+            f"base {base!r}: there is no such folder, and it is not a Hub id (owner/name). "
+            "Check the path."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder if folder.is_dir() else base)
+    except Exception as error:  # other people's files fail in many ways
+        raise ValueError(_unreadable(base, "config", error)) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"base {base!r}: it is a {config.model_type!r} model, a causal language model was "
+            "needed. Choose one that AutoModelForCausalLM of transformers loads."
+        )
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not stored.get("load_in_4bit", False):
+        raise ValueError(
+            f"base {base!r}: its weights are quantized ({stored.get('quant_method', 'unknown')}), "
+            "plain or bitsandbytes 4-bit weights were needed. Choose the unquantized checkpoint; "
+            "it is quantized while loading."
+        )
+    return config
+
+
+def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace every `Linear4bit` by an `nn.Linear` with the same NF4 values, in `dtype`.
+
+    Must come before the first forward: on CPUs with the fused kernel that forward reorders the
+    packed weights in place, and dequantizing them then gives garbage.
+    """
+    model.dequantize(dtype=dtype)
+    # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
+    model.is_loaded_in_4bit = False
+    model.requires_grad_(False)
+
+
+def available_memory() -> int:
+    """Bytes this process can still take: the machine's free memory, less in a limited container."""
+    free = int(psutil.virtual_memory().available)
+    # psutil reports the host; a container's limit (cgroup v2) is only here.
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such files, or the limit is "max"
+        return free
+    return min(free, max(limit - used, 0))
+
+
+def _settle_4bit_(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """Make the 4-bit layers ready to run on `device`; returns a description of them."""
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    if not layers:
+        raise ValueError(
+            f"base {model.name_or_path!r}: {type(model).__name__} has no linear layer that "
+            "bitsandbytes can quantize. Choose another base."
+        )
+    for layer in layers:  # a checkpoint that was 4-bit already brings its maker's choice
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+    state = layers[0].weight.quant_state
+    kind = state.quant_type.upper()
+    packed = f"{kind}, double quantization" if state.nested else kind
+    if device.type != "cpu":
+        return packed
+    # The fused kernel computes in bfloat16 whatever it is given, so other dtypes are expanded too.
+    if not (has_avx512bf16() and dtype == torch.bfloat16):
+        num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+        if num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory():
+            expand_4bit_(model, dtype)
+            name = _dtype_name(dtype)
+            return f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
+        packed += ", expanded again at every step (too little memory to keep it expanded)"
+    # The first forward may repack weights in place, which two threads must not do at once.
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    return packed
+
+
+def _load_embedded(
+    device: torch.device, dtype: torch.dtype, make_checkpoint: MakeCheckpoint
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the default from its NF4 checkpoint in the cache; make that first if need be.
+
+    Reading the checkpoint takes seconds, converting the GGUF the better part of a minute.
+    """
+    cache = cache_dir()
+    checkpoint = embedded_checkpoint(cache, dtype)
+    was_there = checkpoint.is_dir()
+    if not was_there:
+        make_checkpoint(checkpoint, dtype)
+    try:
+        model, tokenizer = _from_folder(checkpoint, device, dtype)
+    except ValueError as error:
+        if not was_there:
+            raise
+        logger.warning("the cached base is damaged and is made again: %s", error)
+        with cache_errors(cache, needed_bytes=CONVERSION_BYTES), cache_lock(cache):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        make_checkpoint(checkpoint, dtype)
+        model, tokenizer = _from_folder(checkpoint, device, dtype)
+    # PEFT writes this into adapter_config.json as the base that an adapter was trained on.
+    model.config._name_or_path = model.name_or_path = EMBEDDED_ID
+    return model, tokenizer
+
+
+def _from_folder(
+    folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return _from_pretrained(str(folder), read_base_config(str(folder)), device, dtype)
+
+
+def _from_pretrained(
+    base: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load safetensors weights without running anybody's code; quantize unless they are 4-bit."""
+    folder = Path(base).expanduser()
+    where = folder if folder.is_dir() else base
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            device_map={"": str(device)},
+            **({} if is_quantized else {"quantization_config": _nf4_config(dtype)}),
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # other people's files fail in many ways
+        raise ValueError(_unreadable(base, "weights or tokenizer", error)) from error
+    return model, tokenizer
+
+
+def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _device(requested: str | None) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    device = torch.device(requested or ("cuda" if has_cuda else "cpu"))
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"device {requested!r}: 'cuda' or 'cpu' was needed.")
+    if device.type == "cuda" and not has_cuda:
+        raise ValueError(f"device {requested!r}: torch finds no CUDA device here. Choose 'cpu'.")
+    return device
+
+
+def _unreadable(base: str, what: str, error: Exception) -> str:
+    remedy = (
+        "Check the folder's files; weights must be safetensors, and code in it is never run."
+        if Path(base).expanduser().is_dir()
+        else "Check the id and the network; a gated model needs `hf auth login`. A folder works "
+        "without a network."
+    )
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return f"base {base!r}: its {what} could not be read ({reason}). {remedy}"
+
+
+def _fingerprint(base: str, config: PretrainedConfig) -> str:
+    """The Hub commit; for a folder a hash of its config and of both ends of each weights file.
+
+    Both ends tell fine-tunes of one model apart, which sizes do not, without reading gigabytes.
+    """
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        return f"hub-commit:{config._commit_hash or 'unknown'}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(size - FINGERPRINT_BYTES, 0))
+            digest.update(file.read())
+    return f"folder-sha256:{digest.hexdigest()}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and notes off the terminal: they count tensors, not the work."""
+    verbosity, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if had_bars:
+            hf_logging.enable_progress_bar()

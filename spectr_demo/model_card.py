@@ -1,0 +1,107 @@
+"""The README.md of a trained expert, made from the task and the record of its run (`scores.json`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectr_demo.evaluation.tasks import Task
+
+CARD = """---
+base_model: {base}
+library_name: peft
+license: {licence_id}
+language: en
+pipeline_tag: text-generation
+tags:
+- lora
+- spectr
+- {name}
+---
+
+# {title}: a rank-{rank} LoRA expert for {base}
+
+One of the experts of SpectR Demo, which routes between LoRA experts token by token without training a router.
+
+## Data
+
+{source}. Licence of the data: {licence}. {num_train} training and {num_heldout} held-out examples; the split keeps
+every {split_unit} on one side. Instructions seen in training:
+
+{wordings}
+
+Held out, to see whether a router or expert depends on the instruction:
+
+{heldout_wordings}
+
+An example:
+
+    user:      {example_prompt}
+    assistant: {example_answer}
+
+## Recipe
+
+    {command}
+
+LoRA rank {rank}, alpha {alpha}, on all linear layers of the decoder, on the base's NF4 weights; AdamW, learning rate
+{learning_rate}, {warmup:.0%} warm-up, linear decay; {steps} steps of {batch_size} examples; loss on the answer only; seed {seed}.
+The run took {minutes:.0f} minutes ({device}). Library versions: {versions}.
+
+## Scores on held-out examples
+
+{metric}, greedy decoding, mean with 95% interval (Wilson's for right-or-wrong scores, else a bootstrap).
+
+{scores}
+
+## Intended use and limits
+
+It makes routing between experts visible in a demo. {limits} It is a small model trained for minutes: do not use it
+where an answer matters without checking it. Out of its domain it is no better than the base, and often worse.
+"""
+
+
+def model_card(task: Task, record: dict[str, Any]) -> str:
+    """The card in Markdown. `record` is the content of `scores.json`; every number comes from it."""
+    recipe = record["recipe"]
+    groups = ["all", "seen wording", "held-out wording"]
+    rows = [
+        f"| | {' | '.join(groups)} |",
+        f"|---|{'---|' * len(groups)}",
+        *(
+            f"| {who} | {' | '.join(_cell(scores[group]) for group in groups)} |"
+            for who, scores in record["scores"].items()
+        ),
+        f"| examples | {' | '.join(str(record['scores']['expert'][g]['num']) for g in groups)} |",
+    ]
+    return CARD.format(
+        base=record["base"],
+        licence_id=task.licence_id,
+        licence=task.licence,
+        name=task.name,
+        title=task.title,
+        rank=recipe["rank"],
+        alpha=recipe["alpha"],
+        source=task.source,
+        num_train=record["num_train"],
+        num_heldout=record["num_heldout"],
+        split_unit=task.split_unit,
+        wordings="\n".join(f"- `{w}`" for w in task.wordings),
+        heldout_wordings="\n".join(f"- `{w}`" for w in task.heldout_wordings),
+        example_prompt=record["example"]["prompt"],
+        example_answer=record["example"]["answer"],
+        command=record["command"],
+        learning_rate=recipe["learning_rate"],
+        warmup=recipe["warmup_fraction"],
+        steps=recipe["steps"],
+        batch_size=recipe["batch_size"],
+        seed=recipe["seed"],
+        minutes=record["train_seconds"] / 60,
+        device=record["device"],
+        versions=", ".join(f"{k} {v}" for k, v in record["versions"].items()),
+        metric=task.metric[0].upper() + task.metric[1:],
+        scores="\n".join(rows),
+        limits=task.limits,
+    )
+
+
+def _cell(score: dict[str, float]) -> str:
+    return f"{score['mean']:.3f} ({score['low']:.3f}-{score['high']:.3f})"

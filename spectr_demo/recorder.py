@@ -1,0 +1,60 @@
+"""What the layers chose during one run, kept as the tensors they computed until the run ends."""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.trace import NOT_ROUTED
+
+Choice = tuple[Tensor, Tensor, Tensor]  # expert places in the bank, weights, scores: (T, K) each
+
+
+class Recorder:
+    """Collects choices and hidden states; nothing is moved or copied while the model runs."""
+
+    def __init__(self) -> None:
+        self._choices: dict[tuple[int, str], list[Choice]] = defaultdict(list)
+        self._hidden: list[Tensor] = []
+
+    def add_choice(
+        self, bank: LayerBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
+    ) -> None:
+        """experts, weights, scores: (T, K) of one row at one layer, for the tokens of this pass."""
+        self._choices[row, bank.path].append((experts, weights, scores))
+
+    def add_hidden(self, hidden: Tensor) -> None:
+        """hidden: (R, T, D), the decoder's last hidden states for the tokens of this pass."""
+        self._hidden.append(hidden)
+
+    def hidden(self) -> Tensor:
+        """(R, T, D) over all tokens read so far."""
+        self._hidden = [torch.cat(self._hidden, dim=1)]
+        return self._hidden[0]
+
+    def routing(
+        self, library: ExpertLibrary, row: int, num_tokens: int, top_k: int
+    ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
+        """A scored row's experts (ids of the library), weights and scores: (T, L, P, K) arrays.
+
+        The last of the `num_tokens` tokens was written but never read: it has no routing.
+        """
+        shape = (num_tokens, library.num_layers, len(library.projections), top_k)
+        experts = np.full(shape, NOT_ROUTED, np.int16)
+        weights = np.zeros(shape, np.float32)
+        scores = np.full(shape, np.nan, np.float32)
+        for bank in library.banks.values():
+            passes = self._choices[row, bank.path]
+            experts_read, weights_read, scores_read = map(torch.cat, zip(*passes, strict=True))
+            joined = (experts_read, weights_read, scores_read)
+            self._choices[row, bank.path] = [joined]  # a partial trace need not be joined again
+            chosen, weight, score = (part[: num_tokens - 1].cpu() for part in joined)
+            T, K = chosen.shape
+            place = np.s_[:T, bank.layer, library.projections.index(bank.projection), :K]
+            experts[place] = bank.expert_ids[chosen].numpy()
+            weights[place] = weight.numpy()
+            scores[place] = score.numpy()
+        return experts, weights, scores

@@ -1,0 +1,276 @@
+"""The routers: score each expert for each token from the experts' own weights, select, weigh.
+
+Axes: R rows (columns of a comparison), T tokens, E experts, K selected, r rank. All scores are
+functions of `z = A* x`, the token in the experts' aligned bases, so one product serves them all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectr_demo.config import RouterConfig, unknown_name
+from spectr_demo.experts import LayerBank
+from spectr_demo.recorder import Recorder
+
+Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
+
+
+def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
+    """Length of the token's projection on each expert's input subspace, `||A*_e x||_2`.
+
+    z: (R, T, E, r). Returns (R, T, E) float32, in the units of x: comparable between experts for
+    one token, not between tokens (SpectR, Fleshman & Van Durme 2025, arXiv 2504.03454, eq. 5).
+    """
+    return torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
+
+
+def arrow_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
+    """Length along each expert's first singular direction, `|a*_e . x|`; its sign is arbitrary.
+
+    z: (R, T, E, r). Returns (R, T, E) float32 (Arrow, Ostapenko et al. 2024, arXiv 2405.11157).
+    """
+    return z[..., 0].float().abs()
+
+
+def lag_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
+    """SpectR's score for the `prefilter` experts with the best arrow score, -inf for the others.
+
+    z: (R, T, E, r). Returns (R, T, E) float32 (LAG, arXiv 2507.05346).
+    """
+    num_kept = min(config.prefilter, z.shape[-2])
+    kept = arrow_scores(z, singular_values, config).topk(num_kept, dim=-1).indices
+    scores = spectr_scores(z, singular_values, config)
+    return torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))
+
+
+def norm_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
+    """Length of each expert's output, `||B_e A_e x||_2 = ||S A*_e x||_2` since U is orthonormal.
+
+    z: (R, T, E, r), singular_values: (E, r). Returns (R, T, E) float32 (SEQR, arXiv 2509.18093).
+    """
+    return torch.linalg.vector_norm(z.float() * singular_values, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """A row of the table. score is None where the weights are constant; default_top_k is the K of
+    a config that names none, made smaller where there are fewer experts."""
+
+    key: str
+    display_name: str
+    equation: str
+    paper: str
+    preset: RouterConfig
+    score: Score | None = None
+    default_top_k: int = 1
+
+
+_ROWS = (
+    Router(
+        key="base",
+        display_name="Base model",
+        equation="w = 0",
+        paper="baseline",
+        preset=RouterConfig(name="base"),
+    ),
+    Router(
+        key="single",
+        display_name="Single expert",
+        equation="w = onehot(e)",
+        paper="baseline",
+        preset=RouterConfig(name="single", expert="NAME"),
+    ),
+    Router(
+        key="uniform",
+        display_name="Uniform merge",
+        equation="w_e = 1/E",
+        paper="baseline: PEFT's `cat` merge (`outputs`), or `linear` (`parameters`)",
+        preset=RouterConfig(name="uniform"),
+    ),
+    Router(
+        key="arrow",
+        display_name="Arrow",
+        equation="|a*_e . x|",
+        paper="Arrow, arXiv 2405.11157; PEFT's defaults",
+        preset=RouterConfig(name="arrow", weighting="softmax"),
+        score=arrow_scores,
+        default_top_k=3,
+    ),
+    Router(
+        key="spectr",
+        display_name="SpectR",
+        equation="||A*_e x||",
+        paper="SpectR, arXiv 2504.03454; K = 1",
+        preset=RouterConfig(name="spectr", composition="parameters"),
+        score=spectr_scores,
+    ),
+    Router(
+        key="spectr-paper",
+        display_name="SpectR (paper)",
+        equation="||A*_e x||",
+        paper="SpectR, arXiv 2504.03454; the paper's K = 4",
+        preset=RouterConfig(name="spectr-paper", composition="parameters"),
+        score=spectr_scores,
+        default_top_k=4,
+    ),
+    Router(
+        key="lag",
+        display_name="LAG",
+        equation="||A*_e x|| among the F best |a*_e . x|",
+        paper="LAG, arXiv 2507.05346; F = 20",
+        preset=RouterConfig(name="lag"),
+        score=lag_scores,
+    ),
+    Router(
+        key="norm",
+        display_name="Norm",
+        equation="||B_e A_e x||",
+        paper="norm maximisation, SEQR, arXiv 2509.18093",
+        preset=RouterConfig(name="norm"),
+        score=norm_scores,
+    ),
+)
+ROUTERS = {row.key: row for row in _ROWS}
+
+
+def parse_router(
+    spec: str | RouterConfig, expert_names: Sequence[str], **overrides: Any
+) -> RouterConfig:
+    """`"spectr"`, `"single:sql"` or a config -> a config checked against these experts.
+
+    overrides: fields of `RouterConfig` that replace a preset's where not None. They apply to
+    routers that score; of the constant ones only `uniform` has a choice, its composition.
+    Raises ValueError for an unknown router or expert, and for a top_k that the experts cannot fill.
+    """
+    if isinstance(spec, str):
+        name, _, expert = spec.strip().partition(":")
+        if name not in ROUTERS:
+            raise unknown_name("router", name, ROUTERS)
+        config = replace(ROUTERS[name].preset, expert=expert or None)
+    else:
+        config = spec
+        if config.name not in ROUTERS:
+            raise unknown_name("router", config.name, ROUTERS)
+    row = ROUTERS[config.name]
+    if row.score is None:
+        overrides = {"composition": overrides.get("composition")} if row.key == "uniform" else {}
+    config = replace(config, **{key: v for key, v in overrides.items() if v is not None})
+    if config.expert is not None and config.expert not in expert_names:
+        raise unknown_name("expert", config.expert, expert_names)
+    if row.score is None:
+        return config
+    return replace(config, top_k=_checked_top_k(config, row, expert_names))
+
+
+def _checked_top_k(config: RouterConfig, row: Router, expert_names: Sequence[str]) -> int:
+    num_experts = len(expert_names)
+    if num_experts == 0:
+        raise ValueError(f"router {row.key!r} has no expert to choose from; load at least one")
+    num_kept = config.prefilter if row.score is lag_scores else num_experts
+    if config.top_k is None:
+        return min(row.default_top_k, num_experts, num_kept)
+    if config.top_k > num_experts:
+        raise ValueError(
+            f"router {row.key!r} has top_k {config.top_k}, but there are only {num_experts} "
+            f"experts ({', '.join(expert_names)}); choose top_k from 1 to {num_experts}"
+        )
+    if config.top_k > num_kept:
+        raise ValueError(
+            f"router {row.key!r} has top_k {config.top_k}, but its filter keeps only {num_kept} "
+            "experts; lower top_k or raise prefilter"
+        )
+    return config.top_k
+
+
+def select(scores: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The K experts with the best scores, and their weights.
+
+    scores: (..., E) float32. Returns expert indices (..., K) int64, weights (..., K) float32 that
+    are >= 0 and sum to 1, and the K scores. K is `top_k`, or E where a layer has fewer experts.
+    Weights are 1/K (SpectR), or the softmax of the K scores over `temperature` (Arrow).
+    """
+    assert config.top_k is not None
+    top, indices = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1)
+    if config.weighting == "softmax":
+        return indices, torch.softmax(top / config.temperature, dim=-1), top
+    return indices, torch.full_like(top, 1 / top.shape[-1]), top
+
+
+class RoutingPlan:
+    """The routers of one run, one per row of its batch, and what the run records.
+
+    It belongs to its run: layers find it in the context of the thread that runs the model.
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[RouterConfig],
+        expert_names: Sequence[str],
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.routers = tuple(routers)
+        self.recorder = recorder
+        self.is_base_only = all(router.name == "base" for router in routers)
+        self._scored = [row for row, router in enumerate(routers) if ROUTERS[router.name].score]
+        # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
+        is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
+        self._has_merged = any(is_merged)
+        self._is_merged = torch.tensor(is_merged)[:, None, None, None]  # (R, 1, 1, 1)
+        self._constant = torch.tensor(
+            [
+                [_constant_weight(r, name, len(expert_names)) for name in expert_names]
+                for r in routers
+            ]
+        )  # (R, E)
+        self._constant_of: dict[LayerBank, Tensor] = {}
+
+    def constant_weights(self, bank: LayerBank) -> Tensor:
+        """(R, 1, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
+        if bank not in self._constant_of:
+            weights = self._constant[:, bank.expert_ids].to(bank.A.device)
+            self._constant_of[bank] = weights.unsqueeze(1)
+        return self._constant_of[bank]
+
+    def weights(self, bank: LayerBank, z: Tensor) -> Tensor:
+        """Weight of each expert for each token: (R, T, E) float32 from z (R, T, E, r)."""
+        weights = self.constant_weights(bank).expand(z.shape[:3])
+        if not self._scored:
+            return weights
+        if len(self.routers) > 1:
+            weights = weights.clone()
+        for row in self._scored:
+            router, tokens = self.routers[row], z[row : row + 1]
+            score = ROUTERS[router.name].score
+            assert score is not None
+            scores = score(tokens, bank.singular_values, router)
+            experts, chosen, top = select(scores, router)
+            if self.recorder is not None:
+                self.recorder.add_choice(bank, row, experts[0], chosen[0], top[0])
+            row_weights = torch.zeros_like(scores).scatter_(-1, experts, chosen)
+            if len(self.routers) == 1:
+                return row_weights
+            weights[row] = row_weights[0]
+        return weights
+
+    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+        """The experts' weighted contribution to a layer's output: (R, T, D_out) from (R, T, D_in).
+
+        `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
+        cross terms are part of SpectR. Both are one product with the stacked B*.
+        """
+        z = bank.project(x)
+        weights = self.weights(bank, z).to(z.dtype).unsqueeze(-1)  # (R, T, E, 1)
+        mixed = weights * z
+        if self._has_merged:
+            merged = weights * mixed.sum(dim=-2, keepdim=True)
+            mixed = torch.where(self._is_merged.to(z.device), merged, mixed)
+        return bank.expand(mixed).to(x.dtype)
+
+
+def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:
+    if router.name == "uniform":
+        return 1 / num_experts
+    return float(router.name == "single" and router.expert == expert)

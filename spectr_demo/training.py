@@ -1,0 +1,351 @@
+"""The recipe that made the shipped experts: QLoRA on one task, a held-out score, a PEFT folder.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) of rank 8 on every linear layer of the decoder, trained on
+top of the 4-bit base that will be served (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). The loss
+is on the answer only. The result is an ordinary PEFT folder with a model card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from spectr_demo.config import ASSETS
+from spectr_demo.embedded import cache_dir
+from spectr_demo.evaluation.heldout import Score, generate_answers, score_answers
+from spectr_demo.evaluation.tasks import Example, Split, Task, get_task
+from spectr_demo.loading import load_base
+from spectr_demo.model_card import model_card
+
+BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ADAPTER_FILE = "adapter_model.safetensors"
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of one training run. `warmup_fraction` is of `steps`; then linear decay to 0."""
+
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 5e-4
+    warmup_fraction: float = 0.06
+    rank: int = 8
+    alpha: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        offenders = [
+            f"{name}={value}"
+            for name, value in asdict(self).items()
+            if name not in ("seed", "warmup_fraction") and value <= 0
+        ]
+        if offenders:
+            raise ValueError(
+                f"recipe: {', '.join(offenders)}; these must be positive; pass larger values"
+            )
+
+
+class AnswerDataset(Dataset[dict[str, list[int]]]):
+    """Tokenized examples: `input_ids` of prompt and answer, `labels` IGNORED on the prompt."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.rows = [encode(example, tokenizer) for example in examples]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Token ids of one example with the base's chat template; the end token is learned too."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": example.prompt}], tokenize=False, add_generation_prompt=True
+    )
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    return {
+        "input_ids": prompt_ids + answer_ids,
+        "labels": [IGNORED] * len(prompt_ids) + answer_ids,
+    }
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad on the left, so that all answers end in the last column.
+
+    Returns input_ids, attention_mask and labels, each (R, T) int64. Left padding lets the loss
+    ask the model for the last positions only (see AnswerTrainer).
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([[fill] * (width - len(row[key])) + row[key] for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(width)[None] >= width - lengths[:, None]).long()
+    return {
+        "input_ids": padded("input_ids", pad_token_id),
+        "attention_mask": mask,
+        "labels": padded("labels", IGNORED),
+    }
+
+
+class AnswerTrainer(Trainer):
+    """Trainer whose loss computes logits for the answers only.
+
+    The vocabulary is a fifth of the cost of a SmolLM2-135M step, and prompts need none of it.
+    """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs["labels"]
+        longest = int((labels != IGNORED).sum(dim=1).max())
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=longest + 1,
+        )
+        # The logits at position t predict the token at t + 1.
+        logits = outputs.logits[:, :-1].float()
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), labels[:, -longest:].flatten(), ignore_index=IGNORED
+        )
+        return (loss, outputs) if return_outputs else loss
+
+
+def train(
+    name: str,
+    *,
+    base: str | None = None,
+    output_dir: Path | None = None,
+    recipe: Recipe | None = None,
+    num_eval: int = 200,
+    overwrite: bool = False,
+) -> Path:
+    """Train, score and save the expert `name`; return its folder.
+
+    name: a task of `evaluation.tasks.TASKS`. base: Hub id or folder, default the embedded base.
+    output_dir: default `assets/experts/<name>`. num_eval: held-out examples to answer, half of them
+    with wordings never seen in training. A run that was interrupted continues from its last
+    checkpoint in the cache folder.
+    Raises ValueError (unknown task, bad settings), FileExistsError (a finished expert is there and
+    `overwrite` is false), ModuleNotFoundError (the task's packages) or OSError (unwritable folder),
+    all before any training.
+    """
+    task = get_task(name)
+    recipe = recipe or Recipe()
+    output_dir = output_dir or ASSETS / "experts" / name
+    _check_packages(task)
+    _check_output(output_dir, overwrite)
+    started = time.monotonic()
+    split = task.build(recipe.seed)
+    loaded = load_base(base)
+    tokenizer = loaded.tokenizer
+
+    # peft takes seconds to import, and nothing above needs it.
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(recipe.seed)
+    model = get_peft_model(
+        loaded.model,
+        LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            target_modules=TARGET_MODULES,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base or BASE_ID,
+        ),
+    )
+    _fit(model, tokenizer, split, recipe, _checkpoint_dir(task, base, recipe))
+    train_seconds = time.monotonic() - started
+
+    # What is scored is what is shipped: the weights after rounding to 16 bits.
+    lora = [p for p in model.parameters() if p.requires_grad]
+    for parameter in lora:
+        parameter.data = parameter.data.half().to(parameter.dtype)
+    scores = _evaluate(model, tokenizer, task, split.heldout[:num_eval])
+    for parameter in lora:
+        parameter.data = parameter.data.half()
+    device = _device_name(loaded.model.device)
+    record = _record(task, base, split, recipe, scores, train_seconds, device)
+    return _save(model, record, model_card(task, record), output_dir)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _check_packages(task: Task) -> None:
+    needed = ("peft", "accelerate", *task.packages)
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"task {task.name!r}: packages {', '.join(missing)} are not installed; its data and "
+            "scores need them; run: pip install -r requirements-train.txt"
+        )
+
+
+def _check_output(output_dir: Path, overwrite: bool) -> None:
+    if (output_dir / ADAPTER_FILE).exists() and not overwrite:
+        raise FileExistsError(
+            f"output folder {output_dir}: holds a finished expert; a folder without "
+            f"{ADAPTER_FILE} was needed; choose another folder or pass overwrite"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"output folder {output_dir}: cannot be written ({error.strerror}); a writable folder "
+            "was needed; choose another one"
+        ) from error
+
+
+def _checkpoint_dir(task: Task, base: str | None, recipe: Recipe) -> Path:
+    """Where a run with exactly these settings keeps its checkpoints."""
+    settings = json.dumps([task.name, base, asdict(recipe)])
+    return (
+        cache_dir()
+        / "training"
+        / (f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}")
+    )
+
+
+def _fit(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    recipe: Recipe,
+    checkpoint_dir: Path,
+) -> None:
+    on_cpu = model.device.type == "cpu"
+    trainer = AnswerTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(checkpoint_dir),
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=max(1, round(recipe.warmup_fraction * recipe.steps)),
+            train_sampling_strategy="group_by_length",
+            max_grad_norm=1.0,
+            seed=recipe.seed,
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
+            logging_steps=25,
+            save_steps=50,
+            save_total_limit=1,
+            report_to="none",
+            remove_unused_columns=False,
+        ),
+        train_dataset=AnswerDataset(split.train, tokenizer),
+        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+    )
+    last = get_last_checkpoint(str(checkpoint_dir)) if checkpoint_dir.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+) -> dict[str, dict[str, Score]]:
+    """Scores of the base, of copying the input, and of the expert, on the same examples."""
+    model.eval()
+    prompts = [example.prompt for example in examples]
+    with model.disable_adapter():
+        base = generate_answers(
+            model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, description="base"
+        )
+    expert = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, description=task.name
+    )
+    copy = [example.text for example in examples]
+    return {
+        who: score_answers(task, examples, answers)
+        for who, answers in (("base", base), ("copy of the input", copy), ("expert", expert))
+    }
+
+
+def _record(
+    task: Task,
+    base: str | None,
+    split: Split,
+    recipe: Recipe,
+    scores: dict[str, dict[str, Score]],
+    train_seconds: float,
+    device: str,
+) -> dict[str, Any]:
+    """What `scores.json` holds: enough to write the card again."""
+    example = split.heldout[0]
+    default = asdict(Recipe())
+    options = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in asdict(recipe).items()
+        if value != default[name]
+    ]
+    base_option = [f"--base {base}"] if base else []
+    return {
+        "task": task.name,
+        "base": base or BASE_ID,
+        "metric": task.metric,
+        "command": " ".join(["python -m spectr_demo train", task.name, *base_option, *options]),
+        "recipe": asdict(recipe),
+        "num_train": len(split.train),
+        "num_heldout": len(split.heldout),
+        "example": {"prompt": example.prompt, "answer": example.answer},
+        "train_seconds": round(train_seconds),
+        "device": device,
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("torch", "transformers", "peft", "bitsandbytes")
+        },
+        "scores": {
+            who: {group: score.to_dict() for group, score in groups.items()}
+            for who, groups in scores.items()
+        },
+    }
+
+
+def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> Path:
+    """Write the PEFT folder; the adapter file comes last, so that its presence means finished."""
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    (partial / "scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    for file in sorted(partial.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
+        os.replace(file, output_dir / file.name)
+    partial.rmdir()
+    return output_dir

@@ -1,0 +1,142 @@
+"""A tiny random Llama with a byte-like tokenizer, and random PEFT experts for it; no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spectr_demo.engine import SpectrModel
+from spectr_demo.experts import load_experts
+from spectr_demo.loading import LoadedBase
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+EXPERT_NAMES = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the two chat markers: every text has an encoding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(["<|im_start|>", "<|im_end|>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_llama(vocab_size: int, num_layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab_size,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return tiny_llama(len(tokenizer))
+
+
+SaveExpert = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def save_expert(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> SaveExpert:
+    """A function that saves a random PEFT adapter and returns its folder."""
+
+    def save(
+        name: str,
+        *,
+        seed: int = 0,
+        r: int = 4,
+        target_modules: Sequence[str] = PROJECTIONS,
+        folder: Path | None = None,
+        size: float = 0.2,
+        **config: object,
+    ) -> str:
+        model = get_peft_model(
+            tiny_llama(len(tokenizer)),
+            LoraConfig(r=r, target_modules=list(target_modules), task_type="CAUSAL_LM", **config),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = size * torch.randn(parameter.shape, generator=generator)
+        path = (folder or tmp_path_factory.mktemp("experts")) / name
+        model.save_pretrained(path)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def expert_folders(save_expert: SaveExpert) -> list[str]:
+    return [save_expert(name, seed=seed) for seed, name in enumerate(EXPERT_NAMES)]
+
+
+BuildModel = Callable[..., SpectrModel]
+
+
+@pytest.fixture
+def build_model(tokenizer: PreTrainedTokenizerFast) -> BuildModel:
+    """A function from expert folders to a routed tiny model."""
+
+    def build(folders: Sequence[str]) -> SpectrModel:
+        model = tiny_llama(len(tokenizer))
+        base = LoadedBase(
+            model=model,
+            tokenizer=tokenizer,
+            source="tiny",
+            name="tiny",
+            quantization="none",
+            bits=32,
+            compute_dtype=torch.float32,
+            device=torch.device("cpu"),
+            fingerprint="tiny",
+        )
+        return SpectrModel(base, load_experts(folders, model))
+
+    return build
+
+
+@pytest.fixture
+def routed_model(build_model: BuildModel, expert_folders: list[str]) -> SpectrModel:
+    return build_model(expert_folders)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Each test has an empty cache of its own, but those that use the embedded default."""
+    if "embedded" not in request.keywords:
+        monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
