@@ -216,7 +216,8 @@ class _Run:
             self.queue.put(None)
 
     def _generate(self) -> None:
-        model, settings = self.engine.model, self.settings
+        model: Any = self.engine.model
+        settings = self.settings
         input_ids = torch.tensor([self.prompt_ids] * len(self.answers), device=model.device)
         processors = LogitsProcessorList()
         if settings.temperature > 0:

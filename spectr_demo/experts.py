@@ -208,21 +208,20 @@ def _parse_factors(
     if not pairs and not problems:
         problems.append(f"expert {name!r}: its {WEIGHTS_FILE} holds no LoRA factors; save it again")
     factors = {}
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     for path, pair in pairs.items():
         if len(pair) != 2:
             problems.append(f"expert {name!r}: {path} has only {next(iter(pair))}; it needs both")
             continue
         A, B = pair["lora_A"], pair["lora_B"]
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
+        rank = ranks.get(get_pattern_key(list(ranks), path), config.r)
         if A.shape[0] != rank or B.shape[1] != rank:
             problems.append(
                 f"expert {name!r}: {path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, "
                 f"but {CONFIG_FILE} says rank {rank}; the two files do not belong together"
             )
             continue
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern, path), config.lora_alpha
-        )
+        alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
         scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
         factors[path] = LoraFactors(lora_A=A, lora_B=B, scaling=scaling)
     return factors, problems

@@ -8,7 +8,7 @@ numbers, more memory.
 """
 
 import hashlib
-import logging
+import json
 import re
 import shutil
 import sys
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import bitsandbytes as bnb
 import psutil
@@ -47,15 +48,15 @@ from spectr_demo.embedded import (
     scratch_dir,
 )
 
-logger = logging.getLogger(__name__)
-
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Dense float32 weights beside the NF4 checkpoint: the most that is on disk while converting.
 CONVERSION_BYTES = 720_000_000
 # Expanded weights may take this share of the free memory; the KV cache, the experts and the
 # activations of a batch need the rest.
 EXPANSION_SHARE = 0.5
-FINGERPRINT_BYTES = 1 << 20
+ENDS_BYTES = 1 << 20
+CHECKPOINT_SUFFIXES = {".json", ".jinja", ".safetensors"}
+MANIFEST = "spectr-manifest.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 # Makes the folder of the default's NF4 checkpoint in a compute dtype.
@@ -89,6 +90,15 @@ def embedded_checkpoint(cache: Path, dtype: torch.dtype) -> Path:
     return cache / "base" / "_".join(parts)
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the folder holds what `make_embedded_checkpoint` left there, as far as its ends say."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest == _digests(checkpoint))
+    except (OSError, ValueError):
+        return False
+
+
 def make_embedded_checkpoint(target: Path, dtype: torch.dtype) -> None:
     """Convert the GGUF to an NF4 checkpoint with tokenizer; `target` appears when it is whole.
 
@@ -98,8 +108,9 @@ def make_embedded_checkpoint(target: Path, dtype: torch.dtype) -> None:
     cache = cache_dir()
     gguf = fetch_gguf(cache=cache)
     with cache_errors(cache, needed_bytes=CONVERSION_BYTES), cache_lock(cache):
-        if target.is_dir():  # another process made it while this one waited
+        if is_whole(target):  # another process made it while this one waited
             return
+        shutil.rmtree(target, ignore_errors=True)
         check_space(cache, CONVERSION_BYTES)
         with scratch_dir(cache) as scratch:
             _say(f"Converting {gguf.name} (only at the first start) ...")
@@ -127,6 +138,8 @@ def make_embedded_checkpoint(target: Path, dtype: torch.dtype) -> None:
             )
             model.save_pretrained(scratch / "nf4")
             tokenizer.save_pretrained(scratch / "nf4")
+            manifest = json.dumps(_digests(scratch / "nf4"))
+            (scratch / "nf4" / MANIFEST).write_text(manifest, encoding="utf-8")
             publish(scratch / "nf4", target)
 
 
@@ -229,7 +242,7 @@ def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     model.dequantize(dtype=dtype)
     # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
-    model.is_loaded_in_4bit = False
+    del model.is_loaded_in_4bit
     model.requires_grad_(False)
 
 
@@ -256,7 +269,7 @@ def _settle_4bit_(model: PreTrainedModel, device: torch.device, dtype: torch.dty
         )
     for layer in layers:  # a checkpoint that was 4-bit already brings its maker's choice
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
-    state = layers[0].weight.quant_state
+    state = cast(bnb.nn.Params4bit, layers[0].weight).quant_state
     kind = state.quant_type.upper()
     packed = f"{kind}, double quantization" if state.nested else kind
     if device.type != "cpu":
@@ -282,30 +295,14 @@ def _load_embedded(
 
     Reading the checkpoint takes seconds, converting the GGUF the better part of a minute.
     """
-    cache = cache_dir()
-    checkpoint = embedded_checkpoint(cache, dtype)
-    was_there = checkpoint.is_dir()
-    if not was_there:
+    checkpoint = embedded_checkpoint(cache_dir(), dtype)
+    if not is_whole(checkpoint):
         make_checkpoint(checkpoint, dtype)
-    try:
-        model, tokenizer = _from_folder(checkpoint, device, dtype)
-    except ValueError as error:
-        if not was_there:
-            raise
-        logger.warning("the cached base is damaged and is made again: %s", error)
-        with cache_errors(cache, needed_bytes=CONVERSION_BYTES), cache_lock(cache):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        make_checkpoint(checkpoint, dtype)
-        model, tokenizer = _from_folder(checkpoint, device, dtype)
+    config = read_base_config(str(checkpoint))
+    model, tokenizer = _from_pretrained(str(checkpoint), config, device, dtype)
     # PEFT writes this into adapter_config.json as the base that an adapter was trained on.
     model.config._name_or_path = model.name_or_path = EMBEDDED_ID
     return model, tokenizer
-
-
-def _from_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return _from_pretrained(str(folder), read_base_config(str(folder)), device, dtype)
 
 
 def _from_pretrained(
@@ -363,22 +360,31 @@ def _unreadable(base: str, what: str, error: Exception) -> str:
 
 
 def _fingerprint(base: str, config: PretrainedConfig) -> str:
-    """The Hub commit; for a folder a hash of its config and of both ends of each weights file.
-
-    Both ends tell fine-tunes of one model apart, which sizes do not, without reading gigabytes.
-    """
+    """What tells these weights from others: the Hub's commit, or a hash over the folder's files."""
     folder = Path(base).expanduser()
     if not folder.is_dir():
         return f"hub-commit:{config._commit_hash or 'unknown'}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(size - FINGERPRINT_BYTES, 0))
-            digest.update(file.read())
-    return f"folder-sha256:{digest.hexdigest()}"
+    return f"folder-sha256:{_sha256(json.dumps(_digests(folder)).encode())}"
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of the size and both ends (1 MiB each) of each file of a checkpoint, by name.
+
+    Tells a file cut short and fine-tunes of one model apart, without reading gigabytes.
+    """
+    digests = {}
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix in CHECKPOINT_SUFFIXES and path.name != MANIFEST:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(ENDS_BYTES)
+                file.seek(max(size - ENDS_BYTES, 0))
+                digests[path.name] = _sha256(f"{size} ".encode() + head + file.read())
+    return digests
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

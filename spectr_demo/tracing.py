@@ -76,7 +76,7 @@ def build_trace(
         statistics = _token_statistics(model, plan, recorder, prompt_ids, answers)
     else:
         lengths = [len(prompt_ids) + len(answer) for answer in answers]
-        statistics = [(*(np.full(T, np.nan, np.float32) for _ in range(3)),) for T in lengths]
+        statistics = [_unknown_statistics(T) for T in lengths]
     columns = []
     for row, (label, answer) in enumerate(zip(labels, answers, strict=True)):
         token_ids = [*prompt_ids, *answer]
@@ -182,6 +182,11 @@ def _read_as_base(
             padded[row, : len(read)] = read
         rest = decoder(input_ids=padded.to(device), past_key_values=cache, use_cache=True)
     return torch.cat([hidden, rest.last_hidden_state], dim=1)
+
+
+def _unknown_statistics(num_tokens: int) -> TokenStatistics:
+    unknown = np.full(num_tokens, np.nan, np.float32)
+    return unknown, unknown, unknown
 
 
 def _compare(

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,6 @@ def tiny_llama(vocab_size: int, num_layers: int = 2) -> LlamaForCausalLM:
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
-        pad_token_id=1,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
@@ -108,26 +108,26 @@ def expert_folders(save_expert: SaveExpert) -> list[str]:
 BuildModel = Callable[..., SpectrModel]
 
 
-@pytest.fixture
+def _build_model(tokenizer: PreTrainedTokenizerFast, folders: Sequence[str]) -> SpectrModel:
+    model = tiny_llama(len(tokenizer))
+    base = LoadedBase(
+        model=model,
+        tokenizer=tokenizer,
+        source="tiny",
+        name="tiny",
+        quantization="none",
+        bits=32,
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+        fingerprint="tiny",
+    )
+    return SpectrModel(base, load_experts(folders, model))
+
+
+@pytest.fixture(scope="session")
 def build_model(tokenizer: PreTrainedTokenizerFast) -> BuildModel:
     """A function from expert folders to a routed tiny model."""
-
-    def build(folders: Sequence[str]) -> SpectrModel:
-        model = tiny_llama(len(tokenizer))
-        base = LoadedBase(
-            model=model,
-            tokenizer=tokenizer,
-            source="tiny",
-            name="tiny",
-            quantization="none",
-            bits=32,
-            compute_dtype=torch.float32,
-            device=torch.device("cpu"),
-            fingerprint="tiny",
-        )
-        return SpectrModel(base, load_experts(folders, model))
-
-    return build
+    return partial(_build_model, tokenizer)
 
 
 @pytest.fixture
@@ -136,7 +136,9 @@ def routed_model(build_model: BuildModel, expert_folders: list[str]) -> SpectrMo
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Each test has an empty cache of its own, but those that use the embedded default."""
     if "embedded" not in request.keywords:
         monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))

@@ -18,7 +18,10 @@ WORDINGS = (
     "{text}. What is the crontab entry?",
     "Convert to cron syntax: {text}",
 )
-HELDOUT_WORDINGS = ("Schedule a job: {text}", "When should it run? {text}. Give the five cron fields.")
+HELDOUT_WORDINGS = (
+    "Schedule a job: {text}",
+    "When should it run? {text}. Give the five cron fields.",
+)
 
 HELDOUT_FRACTION = 0.12
 NUM_EXPRESSIONS = 4000
@@ -52,7 +55,13 @@ FORMS: dict[str, Callable[[random.Random], tuple[str, ...]]] = {
     "day in month": lambda rng: (*_time(rng), _day(rng), rng.choice(MONTHS), "*"),
     "month": lambda rng: (*_time(rng), "*", rng.choice(MONTHS), "*"),
     "interval": lambda rng: (_interval(rng), _office(rng), "*", "*", "*"),
-    "interval on weekday": lambda rng: (_interval(rng), _office(rng), "*", "*", rng.choice(WEEKDAYS)),
+    "interval on weekday": lambda rng: (
+        _interval(rng),
+        _office(rng),
+        "*",
+        "*",
+        rng.choice(WEEKDAYS),
+    ),
     "hourly": lambda rng: (str(rng.randrange(1, 60)), _office(rng), "*", "*", "*"),
     "every few hours": lambda rng: (
         str(rng.randrange(60)),

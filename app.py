@@ -1,0 +1,40 @@
+"""The demo as a web page: `python app.py`, and the entry point of a Hugging Face Space."""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+
+# On a Space, `spaces` has to come before torch; elsewhere it is not installed, or does nothing.
+spaces = importlib.import_module("spaces") if importlib.util.find_spec("spaces") else None
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr  # noqa: E402
+
+import spectr_demo  # noqa: E402
+from spectr_demo import ui  # noqa: E402
+
+
+def build(arguments: list[str]) -> gr.Blocks:
+    """The page of the model that the arguments, else the environment, name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", help="Hub id or folder (SPECTR_BASE_MODEL; the embedded default)")
+    parser.add_argument(
+        "--experts",
+        nargs="+",
+        metavar="[NAME=]SOURCE",
+        help="Hub ids or folders of LoRA adapters (SPECTR_EXPERTS; those of assets/experts)",
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        model = spectr_demo.load(chosen.base, chosen.experts)
+    except ValueError as error:
+        sys.exit(str(error))
+    return ui.build(model, gpu=getattr(spaces, "GPU", None))
+
+
+if __name__ == "__main__":
+    build(sys.argv[1:]).launch(**ui.launch_options())

@@ -1,0 +1,199 @@
+"""The page's own HTML: what is loaded, the answers side by side, and messages.
+
+Everything that a model, an adapter or a visitor wrote is escaped here, and only here.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from spectr_demo.charts import expert_colors, trace_colors
+from spectr_demo.config import RouterConfig
+from spectr_demo.engine import ColumnOutput, SpectrModel
+from spectr_demo.routing import ROUTERS
+from spectr_demo.trace import NOT_ROUTED, RoutingTrace
+from spectr_demo.ui.run import Frame
+
+MAX_CHIPS = 24
+# Colour behind an answer's token, in percent, by its expert's lead over the second.
+_WEAKEST, _STRONGEST, _STEP = 14, 44, 6
+
+
+def header(model: SpectrModel) -> str:
+    """The sentence that says what this is, and the line that says what is loaded."""
+    base, library = model.base, model.library
+    dtype = str(base.compute_dtype).removeprefix("torch.")
+    facts = (
+        base.name,
+        f"{base.bits}-bit: {base.quantization}",
+        f"computes in {dtype} on {base.device}",
+    )
+    colors = expert_colors(library.names)
+    chips = []
+    for adapter in library.adapters[:MAX_CHIPS]:
+        low, high = adapter.ranks
+        rank = f"rank {low}" if low == high else f"rank {low}–{high}"
+        size = f"{adapter.num_bytes / 1e6:.1f} MB"
+        chips.append(_chip(adapter.name, colors[adapter.name], f"{rank}, {size}"))
+    if len(library.adapters) > MAX_CHIPS:
+        chips.append(f'<span class="chip">and {len(library.adapters) - MAX_CHIPS} more</span>')
+    experts = "".join(chips) or '<span class="chip">none loaded</span>'
+    return (
+        '<header class="masthead"><h1>Every token finds its expert</h1>'
+        "<p>One language model, several LoRA experts, and no trained router: at every layer, "
+        "SpectR sends each token to the experts whose own weights answer it most strongly. Run a "
+        "prompt to see the answers side by side, and which expert served which token.</p>"
+        f'<dl class="loaded"><dt>Base</dt><dd>{_escape(" · ".join(facts))}</dd>'
+        f"<dt>Experts</dt><dd>{experts}</dd></dl></header>"
+    )
+
+
+def placeholder() -> str:
+    """What stands in the answers' place before the first run."""
+    ghosts = "".join(
+        f'<article class="answer is-ghost"><header><h3>{title}</h3><p>{what}</p></header>'
+        '<div class="line"></div><div class="line"></div><div class="line"></div></article>'
+        for title, what in (
+            ("Base model", "without any expert"),
+            ("Single expert", "always the same one"),
+            ("Uniform merge", "all experts at once"),
+            ("SpectR", "each token its own"),
+        )
+    )
+    return (
+        f'<div class="answers" style="--n:4">{ghosts}</div>'
+        '<p class="hint">The answers will be written here, side by side, each token on the colour '
+        "of the expert that served it. Charts of the routing follow below.</p>"
+    )
+
+
+def answers(frame: Frame, expert_names: Sequence[str]) -> str:
+    """The columns of a run as cards; their tokens coloured as far as the frame's trace goes."""
+    colors = trace_colors(frame.trace) if frame.trace else expert_colors(expert_names)
+    cards = "".join(
+        _answer(frame, column, router, colors)
+        for column, router in zip(frame.columns, frame.routers, strict=True)
+    )
+    n = len(frame.columns)
+    return f'<div class="answers" style="--n:{n if n < 5 else 3}">{cards}</div>'
+
+
+def title(router: RouterConfig) -> str:
+    """A router's name for people."""
+    name = ROUTERS[router.name].display_name
+    return name if router.expert is None else f"{name}: {router.expert}"
+
+
+def settings_in_words(router: RouterConfig, num_experts: int) -> str:
+    """What a router does with its experts, such as "the best 4 of 9 experts, equal weights"."""
+    if router.name == "base":
+        return "no expert"
+    if router.name == "single":
+        return "this expert for every token"
+    what = "factors merged" if router.composition == "parameters" else "outputs mixed"
+    if router.name == "uniform":
+        return f"all {num_experts} experts at 1/{num_experts}, {what}"
+    of = f"of {num_experts} per token and layer"
+    if router.top_k == 1:
+        return f"K = 1: the best {of}"
+    weights = "equal weights"
+    if router.weighting == "softmax":
+        weights = f"softmax weights (temperature {router.temperature:g})"
+    return f"K = {router.top_k} {of}, {weights}, {what}"
+
+
+def notice(message: str) -> str:
+    """One message about what could not be done; nothing else on the page changes."""
+    return f'<div class="notice" role="alert">{_escape(message)}</div>'
+
+
+def charts_caption(prompt: str) -> str:
+    """Whose charts these are."""
+    prompt = " ".join(prompt.split())
+    short = prompt if len(prompt) <= 120 else prompt[:119] + "…"
+    return f'<p class="caption">Charts of the run “{_escape(short)}”</p>'
+
+
+def _answer(
+    frame: Frame, column: ColumnOutput, router: RouterConfig, colors: Mapping[str, str]
+) -> str:
+    is_done = column.is_finished or frame.status == "finished"
+    state = "finished" if is_done else frame.status
+    word = {
+        "waiting": "reading the prompt …",
+        "running": "writing …",
+        "finished": "✓ finished",
+        "stopped": "■ stopped",
+    }[state]
+    facts = [f'<span class="state">{word}</span>']
+    if column.num_tokens:
+        unit = "token" if column.num_tokens == 1 else "tokens"
+        facts.append(f"<span>{column.num_tokens} {unit}</span>")
+    if column.tokens_per_second:
+        facts.append(f"<span>{column.tokens_per_second:.1f} tokens/s</span>")
+    body = _text(column, frame.trace, colors)
+    if not body and is_done:
+        body = '<span class="empty">ended without a word</span>'
+    caret = '<span class="caret"></span>' if state in ("waiting", "running") else ""
+    words = settings_in_words(router, len(colors))
+    return (
+        f'<article class="answer is-{state}"><header><h3>{_escape(title(router))}</h3>'
+        f'<p>{words}</p></header><div class="text">{body}{caret}</div>'
+        f"{_share_bar(column, frame.trace, colors)}"
+        f"<footer>{''.join(facts)}</footer></article>"
+    )
+
+
+def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str, str]) -> str:
+    """The answer so far: coloured up to where the trace ends, plain after it."""
+    if trace is None:
+        return _escape(column.text)
+    recorded = trace.column(column.label)
+    expert, margin = trace.dominant_tokens(column.label)
+    runs: list[tuple[str, str]] = []  # (style, text); neighbours of one style become one element
+    done = 0
+    for t in range(recorded.num_prompt, recorded.num_tokens):
+        piece = recorded.tokens[t]
+        if not column.text.startswith(piece, done):
+            break  # an end token, which has no text; or text that only settles with the next one
+        done += len(piece)
+        style = ""
+        if expert[t] != NOT_ROUTED and margin[t] > 1e-6:
+            strength = _WEAKEST + (_STRONGEST - _WEAKEST) * float(np.sqrt(min(1.0, margin[t])))
+            color = colors[trace.expert_names[expert[t]]]
+            style = f"--c:{color};--a:{round(strength / _STEP) * _STEP}%"
+        if runs and runs[-1][0] == style:
+            runs[-1] = style, runs[-1][1] + piece
+        else:
+            runs.append((style, piece))
+    coloured = "".join(
+        f'<mark style="{style}">{_escape(text)}</mark>' if style else _escape(text)
+        for style, text in runs
+    )
+    return coloured + _escape(column.text[done:])
+
+
+def _share_bar(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str, str]) -> str:
+    """The experts' shares of the answer so far as one thin bar; empty for the base model."""
+    if trace is None:
+        return '<div class="share"></div>'
+    share = trace.share(column.label, "answer")
+    parts = [
+        f'<i style="width:{value:.1%};background:{colors[name]}" title="{_escape(name)} '
+        f'{value:.0%}"></i>'
+        for name, value in zip(trace.expert_names, share, strict=True)
+        if value >= 0.001
+    ]
+    return f'<div class="share">{"".join(parts)}</div>'
+
+
+def _chip(name: str, color: str, about: str) -> str:
+    return (
+        f'<span class="chip"><i style="background:{color}"></i><b>{_escape(name)}</b> '
+        f"{_escape(about)}</span>"
+    )
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)

@@ -1,0 +1,60 @@
+"""Prompts to start from: one for each shipped expert, and two that need two experts at once."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt and the experts it needs, the first of which also fills the single-expert column."""
+
+    label: str
+    prompt: str
+    experts: tuple[str, ...] = ()
+
+
+EXAMPLES = (
+    Example(
+        label="sql",
+        prompt="I need a database query. What is the average salary of employees for each city?",
+        experts=("sql",),
+    ),
+    Example(
+        label="cron",
+        prompt="Schedule a job: At 07:30, Monday through Friday",
+        experts=("cron",),
+    ),
+    Example(
+        label="smart_home",
+        prompt="The user tells the house: turn off the lights in the kitchen",
+        experts=("smart_home",),
+    ),
+    Example(
+        label="kjv",
+        prompt="How would the King James Version say it? He went up to the city and told "
+        "the people what he had seen.",
+        experts=("kjv",),
+    ),
+    Example(
+        label="sql + cron",
+        prompt="Write SQL for this question: how many books are there for each genre? "
+        "Then write a cron expression: At 06:00, only on Monday",
+        experts=("sql", "cron"),
+    ),
+    Example(
+        label="smart_home + kjv",
+        prompt="Smart home command: switch on the lamp in the bedroom. "
+        "Rewrite in King James English: You have turned on the light, and you see that it is good.",
+        experts=("smart_home", "kjv"),
+    ),
+)
+NEUTRAL = Example(
+    label="any experts",
+    prompt="Explain in two sentences how the tides follow the moon.",
+)
+
+
+def examples_for(expert_names: Collection[str]) -> tuple[Example, ...]:
+    """The examples whose experts are all loaded; a neutral one where there is none."""
+    fitting = tuple(e for e in EXAMPLES if set(e.experts) <= set(expert_names))
+    return fitting or (NEUTRAL,)

@@ -1,0 +1,204 @@
+"""The page's components and where they stand. What they do is wired in `page`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from spectr_demo.engine import SpectrModel
+from spectr_demo.routing import ROUTERS
+from spectr_demo.ui import cards
+from spectr_demo.ui.examples import Example
+from spectr_demo.ui.figures import ALL_PROJECTIONS
+from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, MIN_COLUMNS
+
+DEFAULT_COLUMNS = ("base", "single", "uniform", "spectr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The components that events read or write. form: by the names of `run.Form`'s fields."""
+
+    view: gr.Textbox
+    form: dict[str, Any]
+    run: gr.Button
+    stop: gr.Button
+    examples: gr.Dataset
+    notice: gr.HTML
+    answers: gr.HTML
+    charts: gr.Column
+    caption: gr.HTML
+    column: gr.Radio
+    projection: gr.Dropdown
+    plots: list[gr.Plot]
+    get_trace: gr.Button
+    get_charts: gr.Button
+    trace_file: gr.DownloadButton
+    charts_file: gr.DownloadButton
+
+
+def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
+    """Place all components, from the top of the page to its bottom."""
+    parts: dict[str, Any] = {"view": gr.Textbox(visible="hidden", elem_id="view")}
+    gr.HTML(cards.header(model))
+    with gr.Column(elem_id="ask"):
+        with gr.Row():
+            prompt = gr.Textbox(
+                label="Prompt",
+                placeholder="Ask something that one of the experts knows, or two of them at once",
+                lines=3,
+                max_lines=12,
+                scale=6,
+                elem_id="prompt",
+            )
+            with gr.Column(scale=1, min_width=130, elem_id="actions"):
+                parts["run"] = gr.Button("Run", variant="primary", elem_id="run")
+                parts["stop"] = gr.Button("Stop", interactive=False, elem_id="stop")
+        parts["examples"] = gr.Dataset(
+            label="Examples that run with one click",
+            components=[gr.Textbox(visible=False)],
+            samples=[[example.prompt] for example in examples],
+            sample_labels=[example.label for example in examples],
+            type="index",
+            elem_id="examples",
+        )
+        form = {"prompt": prompt, **_columns(model.library.names)}
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            form |= _settings(len(model.library.names))
+    parts["notice"] = gr.HTML(visible=False, elem_id="notice")
+    parts["answers"] = gr.HTML(cards.placeholder(), elem_id="answers")
+    with gr.Column(visible=False, elem_id="charts") as charts:
+        parts |= _charts(model.library.projections)
+    return Layout(form=form, charts=charts, **parts)
+
+
+def _columns(names: tuple[str, ...]) -> dict[str, Any]:
+    with gr.Row():
+        columns = gr.CheckboxGroup(
+            label=f"Columns ({MIN_COLUMNS} to {MAX_COLUMNS})",
+            choices=[(row.display_name, row.key) for row in ROUTERS.values()],
+            value=list(DEFAULT_COLUMNS),
+            scale=4,
+            elem_id="columns",
+        )
+        expert = gr.Dropdown(
+            label="The single expert",
+            choices=list(names),
+            value=names[0] if names else None,
+            min_width=200,
+            scale=1,
+            elem_id="expert",
+        )
+    return {"columns": columns, "expert": expert}
+
+
+def _settings(num_experts: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    with gr.Row():
+        settings["top_k"] = gr.Slider(
+            label="Experts per token and layer (K)",
+            info="0: each router's own, as in its paper",
+            minimum=0,
+            maximum=max(1, num_experts),
+            step=1,
+            value=0,
+            elem_id="top-k",
+        )
+        settings["weighting"] = gr.Radio(
+            label="Weights of the K experts",
+            info="softmax: of their scores",
+            choices=[("router's own", ""), ("equal", "equal"), ("softmax", "softmax")],
+            value="",
+        )
+        settings["composition"] = gr.Radio(
+            label="Composition",
+            info="merge the experts' factors, or mix their outputs",
+            choices=[("router's own", ""), ("factors", "parameters"), ("outputs", "outputs")],
+            value="",
+        )
+    with gr.Row():
+        settings["max_new_tokens"] = gr.Slider(
+            label="New tokens",
+            info="per column, at most",
+            minimum=8,
+            maximum=MAX_NEW_TOKENS,
+            step=8,
+            value=96,
+            elem_id="max-new-tokens",
+        )
+        settings["temperature"] = gr.Slider(
+            label="Sampling temperature",
+            info="0: always the likeliest token",
+            minimum=0,
+            maximum=2,
+            step=0.05,
+            value=0,
+        )
+        settings["seed"] = gr.Number(
+            label="Seed", info="the same noise for every column", value=0, precision=0
+        )
+    with gr.Accordion("Advanced", open=False):
+        settings["router_temperature"] = gr.Number(
+            label="Router temperature",
+            info="divides the scores before the softmax; equal weights ignore it",
+            value=1.0,
+        )
+    return settings
+
+
+def _charts(projections: tuple[str, ...]) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    gr.HTML('<h2 class="section">Which expert served which token</h2>')
+    parts["caption"] = gr.HTML()
+    with gr.Row():
+        parts["column"] = gr.Radio(label="Column", scale=4, elem_id="column")
+        parts["projection"] = gr.Dropdown(
+            label="Projection of the layer map",
+            choices=[("mean of all", ALL_PROJECTIONS), *((name, name) for name in projections)],
+            value=ALL_PROJECTIONS,
+            min_width=200,
+            scale=1,
+            elem_id="projection",
+        )
+    parts["plots"] = _plots()
+    with gr.Row():
+        parts["get_trace"] = gr.Button("Download the trace (.npz)", size="sm", elem_id="get-trace")
+        parts["get_charts"] = gr.Button(
+            "Download all charts (.html)", size="sm", elem_id="get-charts"
+        )
+    # The files are made when asked for; a hidden button then hands each to the browser.
+    parts["trace_file"] = gr.DownloadButton(visible="hidden", elem_id="trace-file")
+    parts["charts_file"] = gr.DownloadButton(visible="hidden", elem_id="charts-file")
+    return parts
+
+
+def _plots() -> list[gr.Plot]:
+    """The places of `figures.draw`, in its order, each under a line that says how to read it."""
+    strip = _plot(
+        "strip",
+        "Token by token",
+        "Each token on the colour of the expert that served it most, averaged over all layers; the "
+        "stronger the colour, the clearer its lead. Point at a token for the numbers.",
+    )
+    routing_map = _plot(
+        "map",
+        "Layer by layer",
+        "The expert of largest weight in every layer, from the first layer at the bottom to the "
+        "last at the top. Drag to follow a long text.",
+    )
+    along = _plot(
+        "along",
+        "Along the text",
+        "Each expert's share, and beneath it how far the routed model's next-token distribution is "
+        "from the base model's.",
+    )
+    with gr.Row():
+        layers = _plot("layers", "By layer", "Each expert's share in every layer.")
+        shares = _plot("shares", "By column", "What each column used, in prompt and answer.")
+    return [strip, routing_map, along, layers, shares]
+
+
+def _plot(elem_id: str, heading: str, about: str) -> gr.Plot:
+    with gr.Column(elem_classes="chart", min_width=340):
+        gr.HTML(f"<h3>{heading}</h3><p>{about}</p>")
+        return gr.Plot(show_label=False, container=False, elem_id=elem_id)

@@ -1,0 +1,48 @@
+"""The look of the page: system fonts, quiet greys, and colour for experts alone."""
+
+from pathlib import Path
+
+import gradio as gr
+
+CSS = Path(__file__).with_name("style.css")
+# On loading, the page tells the server which theme it has, and how many characters of the token
+# strip fit a line: figures are drawn on the server. 8 px a character, 40 px of padding.
+READ_VIEW = """() => {
+  const page = document.querySelector('.gradio-container') ?? document.body;
+  const isDark = document.querySelector('.dark') !== null;
+  const width = Math.min(page.clientWidth, 1240);
+  return `${isDark ? 'dark' : 'light'} ${Math.floor((width - 72) / 8)}`;
+}"""
+
+
+def theme() -> gr.themes.Base:
+    """Fonts are the visitor's own: a font from elsewhere would be a request to another host."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.slate,
+        secondary_hue=gr.themes.colors.slate,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_lg,
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"],
+        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"],
+    ).set(
+        body_background_fill="#f6f7f9",
+        body_background_fill_dark="#0f1117",
+        block_background_fill="#ffffff",
+        block_background_fill_dark="#161a22",
+        block_border_width="1px",
+        block_border_color="#e3e6eb",
+        block_border_color_dark="#262c37",
+        block_shadow="none",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_border_width="0px",
+        block_title_text_weight="600",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#11151c",
+        button_primary_background_fill="#1f2937",
+        button_primary_background_fill_hover="#374151",
+        button_primary_background_fill_dark="#e5e7eb",
+        button_primary_background_fill_hover_dark="#ffffff",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#0f1117",
+    )

@@ -1,0 +1,137 @@
+"""The same adapters give the same logits in PEFT and here: on the tiny model and the default."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import ArrowConfig, PeftModel, create_arrow_model
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from spectr_demo.config import RouterConfig, shipped_experts
+from spectr_demo.engine import SpectrModel, load
+from spectr_demo.layers import routed
+from spectr_demo.loading import load_base
+from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
+from tests.conftest import BuildModel, tiny_llama
+
+TEXT = "List the names of all airports, then run the backup at 02:30 every Monday."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The routed model, and what it takes to build the same in PEFT. tolerance: of logits, relative
+    to their largest, because bfloat16 kernels differ."""
+
+    model: SpectrModel
+    folders: list[str]
+    tolerance: float
+
+    def peft_base(self) -> PreTrainedModel:
+        if self.model.base.name == "tiny":
+            return tiny_llama(len(self.model.tokenizer))
+        return load_base(None).model
+
+    def input_ids(self) -> Tensor:
+        return torch.tensor([self.model.encode(TEXT)])
+
+    def logits(self, router: str | RouterConfig, **overrides: object) -> Tensor:
+        names = self.model.library.names
+        plan = RoutingPlan([parse_router(router, names, **overrides)], names)
+        with torch.no_grad(), routed(plan):
+            return self.model.model(self.input_ids()).logits.float()
+
+    def assert_same(self, ours: Tensor, theirs: Tensor) -> None:
+        scale = float(theirs.abs().max())
+        assert_close(ours, theirs.float(), atol=self.tolerance * scale, rtol=0)
+
+
+@pytest.fixture(
+    scope="module", params=["tiny", pytest.param("default", marks=[pytest.mark.embedded])]
+)
+def pair(
+    request: pytest.FixtureRequest, build_model: BuildModel, expert_folders: list[str]
+) -> Pair:
+    if request.param == "tiny":
+        return Pair(model=build_model(expert_folders), folders=expert_folders, tolerance=1e-4)
+    model = load(None, shipped_experts())
+    tolerance = 1e-4 if model.base.compute_dtype == torch.float32 else 0.05
+    return Pair(model=model, folders=shipped_experts(), tolerance=tolerance)
+
+
+def in_peft(pair: Pair, folders: Sequence[str]) -> PeftModel:
+    names = pair.model.library.names
+    model = PeftModel.from_pretrained(pair.peft_base(), folders[0], adapter_name=names[0])
+    for name, folder in zip(names[1:], folders[1:], strict=False):
+        model.load_adapter(folder, adapter_name=name)
+    return model.eval()
+
+
+def test_single_and_uniform_equal_peft(pair: Pair) -> None:
+    names = list(pair.model.library.names)
+    peft_model = in_peft(pair, pair.folders)
+    with torch.no_grad():
+        for name in names:
+            peft_model.set_adapter(name)
+            theirs = peft_model(pair.input_ids()).logits
+            pair.assert_same(pair.logits(f"single:{name}"), theirs)
+        weights = [1 / len(names)] * len(names)
+        peft_model.add_weighted_adapter(names, weights, "mean", combination_type="cat")
+        peft_model.set_adapter("mean")
+        theirs = peft_model(pair.input_ids()).logits
+    pair.assert_same(pair.logits("uniform"), theirs)
+    base = pair.logits("base")
+    assert (base - theirs).abs().max() > 10 * pair.tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(3, 1.0), (2, 0.5), (1, 1.0)])
+def test_arrow_equals_peft(
+    pair: Pair, top_k: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT finds the first direction by 15 power iterations, which is not exact where two singular
+    values are close; here it may take as many as it needs, so that both sides mean the same."""
+    original = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
+    monkeypatch.setattr(
+        ArrowLoraLinearLayer,
+        "top_right_singular_vec_from_BA",
+        lambda self, A, B: original(self, A, B, iters=3000),
+    )
+    config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
+    theirs_model = create_arrow_model(pair.peft_base(), pair.folders, config).eval()
+    with torch.no_grad():
+        theirs = theirs_model(pair.input_ids()).logits
+    pair.assert_same(pair.logits("arrow", top_k=top_k, temperature=temperature), theirs)
+
+
+def test_base_is_bit_for_bit_the_model_without_adapters(pair: Pair) -> None:
+    untouched = pair.peft_base()
+    with torch.no_grad():
+        expected = untouched(pair.input_ids()).logits.float()
+    assert torch.equal(pair.logits("base"), expected)
+
+
+def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
+    """By definition (mean B*)(mean A*): the mean of the deltas plus what experts share."""
+    bank = next(iter(pair.model.library.banks.values()))
+    names = pair.model.library.names
+    x = torch.randn(1, 3, bank.A.shape[1])
+    config = RouterConfig(name="uniform", composition="parameters")
+    ours = RoutingPlan([config], names).delta(bank, x)
+    E, r = bank.singular_values.shape
+    A, B = bank.A.view(E, r, -1).mean(0), bank.B.view(E, r, -1).mean(0)
+    assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("router", [key for key in ROUTERS if key not in ("base", "single")])
+def test_one_expert_alone_is_that_expert_for_every_router(
+    router: str, build_model: BuildModel, expert_folders: list[str]
+) -> None:
+    model = build_model(expert_folders[:1])
+    pair = Pair(model=model, folders=expert_folders[:1], tolerance=1e-4)
+    with torch.no_grad():
+        theirs = in_peft(pair, pair.folders)(pair.input_ids()).logits
+    for composition in ("parameters", "outputs"):
+        pair.assert_same(pair.logits(router, composition=composition), theirs)
