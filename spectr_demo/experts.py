@@ -7,9 +7,11 @@ left half-read, unless every adapter is sound: all that is wrong with all of the
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -297,13 +299,14 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
     tensors = {
         f"{path}.{part}": t for path, a in aligned.items() for part, t in a._asdict().items()
     }
-    unfinished = cached.with_suffix(f".{hashlib.sha256(str(id(tensors)).encode()).hexdigest()[:8]}")
+    unfinished = cached.with_suffix(f".{os.getpid()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, unfinished)
         unfinished.replace(cached)  # atomic: another process sees the whole file or none
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         warnings.warn(
             f"expert {adapter.name!r}: its alignment could not be cached in {cached.parent} "
             f"({error}); it is computed at each start. Set SPECTR_CACHE to a writable folder",

@@ -91,7 +91,7 @@ def embedded_checkpoint(cache: Path, dtype: torch.dtype) -> Path:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the folder holds what `make_embedded_checkpoint` left there, as far as its ends say."""
+    """Whether the folder holds what `make_embedded_checkpoint` wrote, as far as file ends say."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return bool(manifest == _digests(checkpoint))

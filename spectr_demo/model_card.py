@@ -44,7 +44,7 @@ An example:
 
 LoRA rank {rank}, alpha {alpha}, on all linear layers of the decoder, on the base's NF4 weights; AdamW, learning rate
 {learning_rate}, {warmup:.0%} warm-up, linear decay; {steps} steps of {batch_size} examples; loss on the answer only; seed {seed}.
-The run took {minutes:.0f} minutes ({device}). Library versions: {versions}.
+Trained on: {device}{duration}. Library versions: {versions}.
 
 ## Scores on held-out examples
 
@@ -94,7 +94,7 @@ def model_card(task: Task, record: dict[str, Any]) -> str:
         steps=recipe["steps"],
         batch_size=recipe["batch_size"],
         seed=recipe["seed"],
-        minutes=record["train_seconds"] / 60,
+        duration=f", {seconds / 60:.0f} minutes" if (seconds := record["train_seconds"]) else "",
         device=record["device"],
         versions=", ".join(f"{k} {v}" for k, v in record["versions"].items()),
         metric=task.metric[0].upper() + task.metric[1:],

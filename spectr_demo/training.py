@@ -15,24 +15,21 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from spectr_demo.config import ASSETS
-from spectr_demo.embedded import cache_dir
+from spectr_demo.config import ASSETS, cache_dir
 from spectr_demo.evaluation.heldout import Score, generate_answers, score_answers
 from spectr_demo.evaluation.tasks import Example, Split, Task, get_task
-from spectr_demo.loading import load_base
+from spectr_demo.loading import EMBEDDED_ID, load_base
 from spectr_demo.model_card import model_card
 
-BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_FILE = "adapter_model.safetensors"
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100
@@ -40,9 +37,13 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of one training run. `warmup_fraction` is of `steps`; then linear decay to 0."""
+    """Settings of one training run.
 
-    steps: int = 300
+    steps: optimiser steps; None takes the task's own number. warmup_fraction: share of the steps in
+    which the learning rate rises; then it decays linearly to 0.
+    """
+
+    steps: int | None = None
     batch_size: int = 8
     learning_rate: float = 5e-4
     warmup_fraction: float = 0.06
@@ -54,7 +55,7 @@ class Recipe:
         offenders = [
             f"{name}={value}"
             for name, value in asdict(self).items()
-            if name not in ("seed", "warmup_fraction") and value <= 0
+            if name not in ("seed", "warmup_fraction") and value is not None and value <= 0
         ]
         if offenders:
             raise ValueError(
@@ -131,7 +132,7 @@ class AnswerTrainer(Trainer):
         )
         # The logits at position t predict the token at t + 1.
         logits = outputs.logits[:, :-1].float()
-        loss = F.cross_entropy(
+        loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[:, -longest:].flatten(), ignore_index=IGNORED
         )
         return (loss, outputs) if return_outputs else loss
@@ -158,10 +159,10 @@ def train(
     """
     task = get_task(name)
     recipe = recipe or Recipe()
+    recipe = replace(recipe, steps=recipe.steps or task.num_steps)
     output_dir = output_dir or ASSETS / "experts" / name
     _check_packages(task)
     _check_output(output_dir, overwrite)
-    started = time.monotonic()
     split = task.build(recipe.seed)
     loaded = load_base(base)
     tokenizer = loaded.tokenizer
@@ -178,11 +179,13 @@ def train(
             target_modules=TARGET_MODULES,
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base or BASE_ID,
         ),
     )
-    _fit(model, tokenizer, split, recipe, _checkpoint_dir(task, base, recipe))
-    train_seconds = time.monotonic() - started
+    # The folder of a run with exactly these settings.
+    settings = json.dumps([task.name, loaded.fingerprint, asdict(recipe)])
+    run = f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
+    checkpoint_dir = cache_dir() / "training" / run
+    train_seconds = _fit(model, tokenizer, split, recipe, checkpoint_dir)
 
     # What is scored is what is shipped: the weights after rounding to 16 bits.
     lora = [p for p in model.parameters() if p.requires_grad]
@@ -192,8 +195,11 @@ def train(
     for parameter in lora:
         parameter.data = parameter.data.half()
     device = _device_name(loaded.model.device)
-    record = _record(task, base, split, recipe, scores, train_seconds, device)
-    return _save(model, record, model_card(task, record), output_dir)
+    base_id = loaded.model.name_or_path
+    record = _record(task, base_id, split, recipe, scores, train_seconds, device)
+    _save(model, record, model_card(task, record), output_dir)
+    shutil.rmtree(checkpoint_dir)
+    return output_dir
 
 
 def _device_name(device: torch.device) -> str:
@@ -230,33 +236,24 @@ def _check_output(output_dir: Path, overwrite: bool) -> None:
         ) from error
 
 
-def _checkpoint_dir(task: Task, base: str | None, recipe: Recipe) -> Path:
-    """Where a run with exactly these settings keeps its checkpoints."""
-    settings = json.dumps([task.name, base, asdict(recipe)])
-    return (
-        cache_dir()
-        / "training"
-        / (f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}")
-    )
-
-
 def _fit(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     split: Split,
     recipe: Recipe,
     checkpoint_dir: Path,
-) -> None:
+) -> float | None:
+    """Train `model` in place; return the seconds, or None for a run that was interrupted."""
     on_cpu = model.device.type == "cpu"
     trainer = AnswerTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(checkpoint_dir),
-            max_steps=recipe.steps,
+            max_steps=recipe.steps or -1,
             per_device_train_batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=max(1, round(recipe.warmup_fraction * recipe.steps)),
+            warmup_steps=max(1, round(recipe.warmup_fraction * (recipe.steps or 0))),
             train_sampling_strategy="group_by_length",
             max_grad_norm=1.0,
             seed=recipe.seed,
@@ -272,7 +269,9 @@ def _fit(
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
     )
     last = get_last_checkpoint(str(checkpoint_dir)) if checkpoint_dir.is_dir() else None
+    started = time.monotonic()
     trainer.train(resume_from_checkpoint=last)
+    return None if last else time.monotonic() - started
 
 
 def _evaluate(
@@ -300,32 +299,32 @@ def _evaluate(
 
 def _record(
     task: Task,
-    base: str | None,
+    base_id: str,
     split: Split,
     recipe: Recipe,
     scores: dict[str, dict[str, Score]],
-    train_seconds: float,
+    train_seconds: float | None,
     device: str,
 ) -> dict[str, Any]:
     """What `scores.json` holds: enough to write the card again."""
     example = split.heldout[0]
-    default = asdict(Recipe())
+    default = asdict(Recipe(steps=task.num_steps))
     options = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in asdict(recipe).items()
         if value != default[name]
     ]
-    base_option = [f"--base {base}"] if base else []
+    base_option = [] if base_id == EMBEDDED_ID else [f"--base {base_id}"]
     return {
         "task": task.name,
-        "base": base or BASE_ID,
+        "base": base_id,
         "metric": task.metric,
         "command": " ".join(["python -m spectr_demo train", task.name, *base_option, *options]),
         "recipe": asdict(recipe),
         "num_train": len(split.train),
         "num_heldout": len(split.heldout),
         "example": {"prompt": example.prompt, "answer": example.answer},
-        "train_seconds": round(train_seconds),
+        "train_seconds": train_seconds and round(train_seconds),
         "device": device,
         "versions": {
             package: importlib.metadata.version(package)
@@ -338,7 +337,7 @@ def _record(
     }
 
 
-def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> Path:
+def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> None:
     """Write the PEFT folder; the adapter file comes last, so that its presence means finished."""
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -348,4 +347,3 @@ def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> Pa
     for file in sorted(partial.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
         os.replace(file, output_dir / file.name)
     partial.rmdir()
-    return output_dir

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spectr_demo.config import cache_dir
 from spectr_demo.engine import SpectrModel
 from spectr_demo.experts import load_experts
 from spectr_demo.loading import LoadedBase
@@ -138,7 +139,9 @@ def routed_model(build_model: BuildModel, expert_folders: list[str]) -> SpectrMo
 @pytest.fixture(autouse=True)
 def cache_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+) -> Path:
     """Each test has an empty cache of its own, but those that use the embedded default."""
-    if "embedded" not in request.keywords:
-        monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
+    if "embedded" in request.keywords:
+        return cache_dir()
+    monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -58,7 +58,7 @@ def generate_answers(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int = 64,
     description: str = "generating",
 ) -> list[str]:
     """Answer each prompt greedily, in batches of similar length, padded on the left."""

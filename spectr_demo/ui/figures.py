@@ -52,9 +52,9 @@ def draw(trace: RoutingTrace, label: str, projection: str, view: View) -> "list[
     return [
         charts.token_strip(trace, label, theme=view.theme, line_chars=view.line_chars),
         draw_map(trace, label, projection, view),
-        charts.share_along_text(trace, label, theme=view.theme),
-        charts.share_by_layer(trace, label, theme=view.theme),
         charts.expert_share(trace, theme=view.theme),
+        charts.share_by_layer(trace, label, theme=view.theme),
+        charts.share_along_text(trace, label, theme=view.theme),
     ]
 
 
@@ -74,12 +74,12 @@ def charts_file(trace: RoutingTrace, prompt: str, cache: str) -> str:
     """All figures of all columns as one HTML page that needs no network: Plotly is inside."""
 
     def write(path: Path) -> None:
-        shared = charts.expert_share(trace)
-        parts = [shared.to_html(full_html=False, include_plotlyjs=True)]
+        parts = [charts.expert_share(trace).to_html(full_html=False, include_plotlyjs=True)]
         for label in trace.labels:
             parts.append(f"<h2>{html.escape(label)}</h2>")
-            figures = draw(trace, label, ALL_PROJECTIONS, View())[:-1]
-            parts += [f.to_html(full_html=False, include_plotlyjs=False) for f in figures]
+            strip, routing_map, _, layers, along = draw(trace, label, ALL_PROJECTIONS, View())
+            for figure in (strip, routing_map, layers, along):
+                parts.append(figure.to_html(full_html=False, include_plotlyjs=False))
         page = _PAGE.format(title=html.escape(prompt), body="\n".join(parts))
         path.write_text(page, encoding="utf-8")
 

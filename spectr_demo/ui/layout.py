@@ -54,6 +54,7 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
             with gr.Column(scale=1, min_width=130, elem_id="actions"):
                 parts["run"] = gr.Button("Run", variant="primary", elem_id="run")
                 parts["stop"] = gr.Button("Stop", interactive=False, elem_id="stop")
+        parts["notice"] = gr.HTML(visible=False, elem_id="notice")
         parts["examples"] = gr.Dataset(
             label="Examples that run with one click",
             components=[gr.Textbox(visible=False)],
@@ -65,7 +66,6 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
         form = {"prompt": prompt, **_columns(model.library.names)}
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             form |= _settings(len(model.library.names))
-    parts["notice"] = gr.HTML(visible=False, elem_id="notice")
     parts["answers"] = gr.HTML(cards.placeholder(), elem_id="answers")
     with gr.Column(visible=False, elem_id="charts") as charts:
         parts |= _charts(model.library.projections)
@@ -150,55 +150,56 @@ def _charts(projections: tuple[str, ...]) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     gr.HTML('<h2 class="section">Which expert served which token</h2>')
     parts["caption"] = gr.HTML()
-    with gr.Row():
-        parts["column"] = gr.Radio(label="Column", scale=4, elem_id="column")
+    parts["column"] = gr.Radio(label="Column", elem_id="column")
+    with _chart(
+        "Token by token",
+        "Each token on the colour of the expert that served it most, averaged over all layers; the "
+        "stronger the colour, the clearer its lead. Point at a token for the numbers.",
+    ):
+        strip = _plot("strip")
+    with _chart(
+        "Layer by layer",
+        "The expert of largest weight in every layer, from the first layer at the bottom to the "
+        "last at the top. Drag to follow a long text.",
+    ):
         parts["projection"] = gr.Dropdown(
-            label="Projection of the layer map",
+            label="Projection",
             choices=[("mean of all", ALL_PROJECTIONS), *((name, name) for name in projections)],
             value=ALL_PROJECTIONS,
-            min_width=200,
-            scale=1,
+            container=False,
             elem_id="projection",
         )
-    parts["plots"] = _plots()
+        routing_map = _plot("map")
+    with gr.Row():
+        with _chart("By column", "What each column used, in the prompt and in the answer."):
+            shares = _plot("shares")
+        with _chart("By layer", "Each expert's share in every layer of the chosen column."):
+            layers = _plot("layers")
+    with _chart(
+        "Along the text",
+        "Each expert's share, and beneath it how far the routed model's next-token distribution is "
+        "from the base model's.",
+    ):
+        along = _plot("along")
+    parts["plots"] = [strip, routing_map, shares, layers, along]  # in the order of `figures.draw`
     with gr.Row():
         parts["get_trace"] = gr.Button("Download the trace (.npz)", size="sm", elem_id="get-trace")
         parts["get_charts"] = gr.Button(
             "Download all charts (.html)", size="sm", elem_id="get-charts"
         )
-    # The files are made when asked for; a hidden button then hands each to the browser.
-    parts["trace_file"] = gr.DownloadButton(visible="hidden", elem_id="trace-file")
-    parts["charts_file"] = gr.DownloadButton(visible="hidden", elem_id="charts-file")
+    # The files are made when asked for; a button that is not shown then hands them to the browser.
+    with gr.Column(elem_classes="unseen"):
+        parts["trace_file"] = gr.DownloadButton(elem_id="trace-file")
+        parts["charts_file"] = gr.DownloadButton(elem_id="charts-file")
     return parts
 
 
-def _plots() -> list[gr.Plot]:
-    """The places of `figures.draw`, in its order, each under a line that says how to read it."""
-    strip = _plot(
-        "strip",
-        "Token by token",
-        "Each token on the colour of the expert that served it most, averaged over all layers; the "
-        "stronger the colour, the clearer its lead. Point at a token for the numbers.",
-    )
-    routing_map = _plot(
-        "map",
-        "Layer by layer",
-        "The expert of largest weight in every layer, from the first layer at the bottom to the "
-        "last at the top. Drag to follow a long text.",
-    )
-    along = _plot(
-        "along",
-        "Along the text",
-        "Each expert's share, and beneath it how far the routed model's next-token distribution is "
-        "from the base model's.",
-    )
-    with gr.Row():
-        layers = _plot("layers", "By layer", "Each expert's share in every layer.")
-        shares = _plot("shares", "By column", "What each column used, in prompt and answer.")
-    return [strip, routing_map, along, layers, shares]
-
-
-def _plot(elem_id: str, heading: str, about: str) -> gr.Plot:
-    with gr.Column(elem_classes="chart", min_width=340):
+def _chart(heading: str, about: str) -> gr.Column:
+    """A card for one chart, under a line that says how to read it."""
+    with gr.Column(elem_classes="chart", min_width=340) as card:
         gr.HTML(f"<h3>{heading}</h3><p>{about}</p>")
-        return gr.Plot(show_label=False, container=False, elem_id=elem_id)
+    return card
+
+
+def _plot(elem_id: str) -> gr.Plot:
+    return gr.Plot(show_label=False, container=False, elem_id=elem_id)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectr_demo.embedded import cache_dir
+from spectr_demo.config import cache_dir
 from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
 
 WORDINGS = (
@@ -99,7 +99,12 @@ def read_verses(modules: Path, seed: int) -> Iterator[Verse]:
         if book not in HELDOUT_BOOKS and (book, chapter, verse) not in sampled:
             continue
         where = {"books": [book], "chapters": [chapter], "verses": [verse], "clean": True}
-        yield book, *(" ".join(bible.get(**where).split()) for bible in (modern, archaic))
+        yield book, *(_plain(bible.get(**where)) for bible in (modern, archaic))
+
+
+def _plain(text: str) -> str:
+    """Without paragraph marks, italics' brackets and repeated spaces."""
+    return " ".join(re.sub(r"[¶\[\]]", "", text).split())
 
 
 def is_usable(modern: str, archaic: str) -> bool:
@@ -110,7 +115,7 @@ def is_usable(modern: str, archaic: str) -> bool:
         and max(lengths) <= 1.5 * min(lengths)
         and modern != archaic
         # Where a footnote was cut out, the module glues two words ("Godcreated", "menMatthew").
-        and not re.search(r"[a-z][A-Z]|[,;:.!?][A-Za-z]|Godc", modern + archaic)
+        and not re.search(r"[a-z][A-Z]|[,;:.!?][A-Za-z]|Godc", f"{modern} {archaic}")
     )
 
 
@@ -154,5 +159,6 @@ KJV = Task(
     score=score,
     metric="chrF",
     max_new_tokens=56,
+    num_steps=160,
     packages=("pysword", "sacrebleu"),
 )

@@ -183,5 +183,6 @@ SMART_HOME = Task(
     score=score,
     metric="JSON equality",
     max_new_tokens=48,
+    num_steps=220,
     packages=("hassil", "home_assistant_intents"),
 )

@@ -311,4 +311,5 @@ SQL = Task(
     score=score,
     metric="same rows in sqlite",
     max_new_tokens=48,
+    num_steps=250,
 )

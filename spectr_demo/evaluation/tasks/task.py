@@ -65,7 +65,8 @@ class Task:
     wordings: instructions used in training. heldout_wordings: used only in held-out examples.
     build: seed -> Split, deterministic. score: (answer, example) -> [0, 1], 1 is right.
     metric: what `score` measures, in a few words. max_new_tokens: long enough for every answer.
-    packages: what `build` imports beyond requirements.txt.
+    num_steps: training steps of 8 examples after which the loss has settled.
+    packages: what `build` and `score` import beyond requirements.txt.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task:
     score: Callable[[str, Example], float]
     metric: str
     max_new_tokens: int
+    num_steps: int
     packages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
