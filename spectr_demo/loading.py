@@ -9,6 +9,7 @@ numbers, more memory.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -312,6 +313,9 @@ def _from_pretrained(
     folder = Path(base).expanduser()
     where = folder if folder.is_dir() else base
     is_quantized = getattr(config, "quantization_config", None) is not None
+    if os.environ.get("SPACES_ZERO_GPU"):
+        # ZeroGPU's stand-in for CUDA lives on the main thread; transformers loads on others.
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(

@@ -244,16 +244,17 @@ def _fit(
     checkpoint_dir: Path,
 ) -> float | None:
     """Train `model` in place; return the seconds, or None for a run that was interrupted."""
+    assert recipe.steps is not None
     on_cpu = model.device.type == "cpu"
     trainer = AnswerTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(checkpoint_dir),
-            max_steps=recipe.steps or -1,
+            max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=max(1, round(recipe.warmup_fraction * (recipe.steps or 0))),
+            warmup_steps=max(1, round(recipe.warmup_fraction * recipe.steps)),
             train_sampling_strategy="group_by_length",
             max_grad_norm=1.0,
             seed=recipe.seed,

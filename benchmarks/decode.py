@@ -1,0 +1,190 @@
+"""Decode speed on the embedded default: the bare base, PEFT, and this project, in one run.
+
+python benchmarks/decode.py [--quick] [--json FILE]
+
+Each case decodes the same prompt greedily, without an end token, and reports tokens per second from
+its first token to its last. Rounds go through all cases in turn, so that a machine whose speed
+drifts is unfair to none; the median over rounds counts. Experts beyond the shipped ones are random,
+of the same shapes and size.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import ArrowConfig, PeftModel, create_arrow_model
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
+
+from spectr_demo.config import GenerationSettings, shipped_experts
+from spectr_demo.engine import SpectrModel
+from spectr_demo.experts import WEIGHTS_FILE, load_experts
+from spectr_demo.loading import LoadedBase, load_base
+from spectr_demo.tracing import library_versions
+
+PROMPT = "Explain what an aeroplane is, and how it stays in the air."
+FOUR_COLUMNS = ["base", "single", "uniform", "spectr"]
+Case = Callable[[int], float]  # number of tokens -> tokens per second of one column
+
+
+class Clock(BaseStreamer):
+    """Notes when each token comes; the first call is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def endless_base() -> LoadedBase:
+    """The embedded default, without an end token: every case decodes as many tokens."""
+    base = load_base(None)
+    base.model.generation_config.eos_token_id = None
+    base.tokenizer.eos_token = None
+    return base
+
+
+def hugging_face_case(model: Any, base: LoadedBase) -> Case:
+    """transformers' own `generate` on a plain or a PEFT model."""
+    chat = [{"role": "user", "content": PROMPT}]
+    inputs = base.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ).to(base.device)
+
+    def run(num_tokens: int) -> float:
+        clock = Clock()
+        with torch.inference_mode():
+            model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, streamer=clock)
+        return (num_tokens - 1) / (clock.times[-1] - clock.times[1])
+
+    return run
+
+
+def our_case(model: SpectrModel, columns: list[str]) -> Case:
+    def run(num_tokens: int) -> float:
+        *_, last = model.stream(PROMPT, columns, GenerationSettings(max_new_tokens=num_tokens))
+        return last.columns[0].tokens_per_second
+
+    return run
+
+
+def expert_folders(num_experts: int, folder: Path) -> list[str]:
+    """The shipped experts, then random ones with a shipped one's shapes and standard deviations."""
+    shipped = [Path(source) for source in shipped_experts()][:num_experts]
+    generator = torch.Generator().manual_seed(0)
+    folders = [str(path) for path in shipped]
+    for i in range(len(shipped), num_experts):
+        path = folder / f"random-{i}"
+        if not path.is_dir():
+            path.mkdir()
+            config = json.loads((shipped[0] / "adapter_config.json").read_text())
+            (path / "adapter_config.json").write_text(json.dumps(config))
+            weights = {
+                key: (torch.randn(t.shape, generator=generator) * t.float().std()).to(t.dtype)
+                for key, t in load_file(shipped[0] / WEIGHTS_FILE).items()
+            }
+            save_file(weights, path / WEIGHTS_FILE)
+        folders.append(str(path))
+    return folders
+
+
+def cases(num_experts: int, folder: Path) -> dict[str, Case]:
+    folders = expert_folders(num_experts, folder)
+    bare, one, many, ours = (endless_base() for _ in range(4))
+    peft_one = PeftModel.from_pretrained(one.model, folders[0]).eval()
+    arrow = create_arrow_model(many.model, folders, ArrowConfig(top_k=3)).eval()
+    model = SpectrModel(ours, load_experts(folders, ours.model))
+    single = f"single:{model.library.names[0]}"
+    four = [single if column == "single" else column for column in FOUR_COLUMNS]
+    return {
+        "bare base": hugging_face_case(bare.model, bare),
+        "PEFT, one adapter": hugging_face_case(peft_one, one),
+        "PEFT Arrow": hugging_face_case(arrow, many),
+        "base": our_case(model, ["base"]),
+        "single": our_case(model, [single]),
+        "arrow": our_case(model, ["arrow"]),
+        "spectr, K = 1": our_case(model, ["spectr"]),
+        "spectr, K = 4": our_case(model, ["spectr-paper"]),
+        "four columns in one batch": our_case(model, four),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    arguments = parser.parse_args()
+    num_tokens, num_rounds = (12, 3) if arguments.quick else (32, 5)
+
+    results = []
+    base = None
+    with tempfile.TemporaryDirectory() as folder:
+        for num_experts in (4, 32):
+            todo = cases(num_experts, Path(folder))
+            rates: dict[str, list[float]] = {name: [] for name in todo}
+            for case in todo.values():
+                case(3)  # warm-up
+            for _ in tqdm(range(num_rounds), desc=f"{num_experts} experts", unit="round"):
+                for name, case in todo.items():
+                    rates[name].append(case(num_tokens))
+            for name, values in rates.items():
+                relative = [v / b for v, b in zip(values, rates["bare base"], strict=True)]
+                results.append(
+                    {
+                        "case": name,
+                        "experts": num_experts,
+                        "columns": 4 if name.startswith("four") else 1,
+                        "tokens_per_second": statistics.median(values),
+                        "min": min(values),
+                        "max": max(values),
+                        "ratio_to_bare_base": statistics.median(relative),
+                    }
+                )
+            del todo
+            gc.collect()
+    base = load_base(None)
+    report = {
+        "command": "python benchmarks/decode.py" + (" --quick" if arguments.quick else ""),
+        "base": base.source,
+        "quantization": base.quantization,
+        "device": f"{base.device}, {platform.processor() or platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
+        "num_tokens": num_tokens,
+        "num_rounds": num_rounds,
+        "results": results,
+    }
+    table = Table("case", "experts", "tokens/s per column", "min - max", "ratio to bare base")
+    for row in results:
+        table.add_row(
+            row["case"],
+            str(row["experts"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['min']:.1f} - {row['max']:.1f}",
+            f"{row['ratio_to_bare_base']:.2f}",
+        )
+    Console().print(table)
+    print(json.dumps(report, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The recipe on a tiny random model: what is masked, what is saved, what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spectr_demo import training
+from spectr_demo.evaluation.tasks import TASKS, Example
+from spectr_demo.training import IGNORED, AnswerTrainer, Recipe, collate, encode, train
+
+
+@pytest.fixture(autouse=True)
+def tiny_base(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    llama: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Training uses the tiny model, and an empty cache folder."""
+    llama.name_or_path = llama.config._name_or_path = "tiny/llama"
+    loaded = SimpleNamespace(model=llama, tokenizer=tokenizer, fingerprint="tiny")
+    monkeypatch.setattr(training, "load_base", lambda base=None: loaded)
+    monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
+
+
+def example(prompt: str, answer: str) -> Example:
+    return Example(
+        prompt=prompt, answer=answer, text=prompt, key="k", wording="w", is_heldout_wording=False
+    )
+
+
+def test_loss_is_on_the_answer_and_its_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = encode(example("say ab", "ab"), tokenizer)
+    learned = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(learned) == "ab<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]).endswith("<|im_start|>assistant\nab<|im_end|>")
+    assert row["labels"][-3:] == row["input_ids"][-3:]
+
+
+def test_collate_pads_on_the_left_and_masks_it() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORED, IGNORED, 7]},
+        {"input_ids": [8, 9], "labels": [IGNORED, 9]},
+    ]
+    batch = collate(rows, pad_token_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7], [IGNORED, IGNORED, 9]]
+
+
+def test_loss_equals_the_models_own(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [
+        encode(example("say ab", "ab"), tokenizer),
+        encode(example("a longer one", "c"), tokenizer),
+    ]
+    batch = collate(rows, tokenizer.pad_token_id)
+    trainer = AnswerTrainer.__new__(AnswerTrainer)
+    assert trainer.compute_loss(llama, batch).item() == pytest.approx(
+        llama(**batch).loss.item(), rel=1e-5
+    )
+
+
+def test_two_steps_make_an_ordinary_peft_folder(
+    tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = torch.tensor([tokenizer("how many flights?")["input_ids"]])
+    before = llama(ids).logits
+    folder = train(
+        "sql", output_dir=tmp_path / "sql", recipe=Recipe(steps=2, batch_size=2), num_eval=4
+    )
+
+    assert {f.name for f in folder.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "scores.json",
+    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["inference_mode"] is True
+    assert config["base_model_name_or_path"] == "tiny/llama"
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float16}
+    assert any(w.abs().max() > 0 for key, w in weights.items() if "lora_B" in key)
+
+    from tests.conftest import tiny_llama
+
+    loaded = PeftModel.from_pretrained(tiny_llama(len(tokenizer)), folder)
+    assert not torch.allclose(loaded(ids).logits, before)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(loaded(ids).logits, before)
+
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["recipe"]["steps"] == 2
+    assert scores["scores"]["expert"]["all"]["num"] == 4
+    assert (
+        scores["command"]
+        == "python -m spectr_demo train sql --base tiny/llama --steps 2 --batch-size 2"
+    )
+    card = (folder / "README.md").read_text()
+    assert "base_model: tiny/llama" in card
+    assert scores["example"]["prompt"] in card
+    assert all(wording in card for wording in TASKS["sql"].wordings)
+    assert not (tmp_path / "cache" / "training").exists() or not any(
+        (tmp_path / "cache" / "training").iterdir()
+    )
+
+
+def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(steps=2, batch_size=2)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_evaluate", interrupted)
+        train("sql", output_dir=tmp_path / "sql", recipe=recipe, num_eval=2)
+    assert list((tmp_path / "cache" / "training").glob("sql-*/checkpoint-2"))
+    assert not (tmp_path / "sql" / "adapter_model.safetensors").exists()
+
+
+def test_a_finished_expert_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(FileExistsError, match="holds a finished expert.*overwrite"):
+        train("sql", output_dir=tmp_path)
+
+
+def test_an_unwritable_output_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written"):
+        train("sql", output_dir=tmp_path / "file" / "sql")
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    find_spec = training.importlib.util.find_spec
+    monkeypatch.setattr(
+        training.importlib.util,
+        "find_spec",
+        lambda name: None if name == "cron_descriptor" else find_spec(name),
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"cron_descriptor.*requirements-train\.txt"):
+        train("cron", output_dir=tmp_path)
+
+
+def test_unknown_task(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="smart_home"):
+        train("smarthome", output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["steps", "batch_size", "learning_rate", "rank", "alpha"])
+def test_recipe_refuses_what_is_not_positive(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"{setting}=0"):
+        Recipe(**{setting: 0})
