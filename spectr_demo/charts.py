@@ -56,6 +56,7 @@ _LINE_PX = 25
 # How strongly the map paints a cell, by quarter of weight.
 _MAP_ALPHAS = (0.3, 0.5, 0.75, 1.0)
 _MAP_ROW_PX = 13
+_TOP_PX, _BOTTOM_PX = 52, 44
 
 
 class _Ink(NamedTuple):
@@ -65,12 +66,13 @@ class _Ink(NamedTuple):
     muted: str
     line: str
     hover: str
-    page: str  # what translucent colours are assumed to lie on
+    token: str  # the strip's text, on a ground of at most `ground` opacity so that it stays legible
+    ground: float
 
 
 _INK = {
-    "light": _Ink("#1F2328", "#667080", "rgba(110,118,129,0.25)", "#FFFFFF", "#FFFFFF"),
-    "dark": _Ink("#E6E8EB", "#9BA3AF", "rgba(150,158,170,0.25)", "#1F2430", "#0F1117"),
+    "light": _Ink("#1F2328", "#667080", "rgba(110,118,129,0.25)", "#FFFFFF", "#000000", 0.62),
+    "dark": _Ink("#E6E8EB", "#9BA3AF", "rgba(150,158,170,0.25)", "#1F2430", "#FFFFFF", 0.58),
 }
 
 
@@ -147,34 +149,34 @@ def token_strip(
 
     fills, inks = [], []
     for t, token in enumerate(column.tokens):
-        color, alpha = groups.colors[slot[t]] if is_routed[t] else GREY, 0.2
         if is_tied[t]:
-            color, alpha = GREY, 0.0
+            fill = (GREY, 0.0)
         elif is_routed[t]:
             # The square root keeps small leads visible.
-            alpha += 0.7 * float(np.sqrt(min(1.0, margin[t])))
+            lead = float(np.sqrt(min(1.0, margin[t])))
+            fill = (groups.colors[slot[t]], ink.ground * (0.2 + 0.8 * lead))
+        else:
+            fill = (GREY, 0.2)
         is_special = _SPECIAL_TOKEN.fullmatch(token) is not None
-        alpha *= 0.4 if is_special else 1.0
-        fills.append(_rgba(color, alpha))
-        inks.append(ink.muted if is_special else _ink_on(color, alpha, theme))
+        fills.append(_rgba(fill[0], fill[1] * (0.4 if is_special else 1.0)))
+        inks.append(ink.muted if is_special else ink.token)
 
     share = groups.reduce(trace.token_share(label))
     hovers = [_token_hover(trace, column, groups, share[t], t) for t in range(column.num_tokens)]
 
     # A first line of chips is the legend: laid out like the tokens it cannot push them around.
     chips = [
-        (groups.names[s], _rgba(groups.colors[s], 0.9), _ink_on(groups.colors[s], 0.9, theme))
+        (groups.names[s], _rgba(groups.colors[s], ink.ground))
         for s in sorted(set(slot[is_routed & ~is_tied].tolist()))
     ]
     if is_tied.any():
-        chips.append((TIE_NAME, _rgba(GREY, 0.0), ink.text))
+        chips.append((TIE_NAME, _rgba(GREY, 0.0)))
     if not is_routed.all():
-        name = "not routed" if column.is_routed else BASE_NAME
-        chips.append((name, _rgba(GREY, 0.2), ink.text))
-    names = [f" {_shorten(_visible(name), line_chars - 2)} " for name, _, _ in chips]
+        chips.append((_empty_name(column), _rgba(GREY, 0.2)))
+    names = [f" {_shorten(_visible(name), line_chars - 2)} " for name, _ in chips]
     boxes, line = _lay_out(enumerate(names), line=0, line_chars=line_chars, gap=1)
     fills_of = [chips[box.token][1] for box in boxes]
-    inks_of = [chips[box.token][2] for box in boxes]
+    inks_of = [ink.token] * len(boxes)
     hover_of = [_escape(chips[box.token][0]) for box in boxes]
 
     headings = []
@@ -265,7 +267,7 @@ def routing_map(
     palette = [_rgba(color, alpha) for color in groups.colors for alpha in _MAP_ALPHAS]
     palette += [_rgba(GREY, 0.2)] * steps + [_rgba(GREY, 0.5)] * steps
 
-    expert_names = np.array([*map(_escape, trace.expert_names), BASE_NAME], dtype=object)
+    expert_names = np.array([*map(_escape, trace.expert_names), _empty_name(column)], dtype=object)
     names = expert_names[np.where(is_routed, cells.expert, len(trace.expert_names))]
     names = np.where(cells.is_tied, f"{TIE_NAME}, first: " + names, names)
     T = column.num_tokens
@@ -290,15 +292,13 @@ def routing_map(
             zmax=len(palette) - 0.5,
             colorscale=_discrete(palette),
             showscale=False,
-            xgap=1,
-            ygap=1,
             text=names.T.tolist(),
             customdata=np.stack([value.T for value in values], axis=-1),
             hovertemplate=hover + "<extra></extra>",
         )
     )
     entries = [*zip(groups.names, groups.colors, strict=True)]
-    entries += [(TIE_NAME, _rgba(GREY, 0.2)), (BASE_NAME, _rgba(GREY, 0.5))]
+    entries += [(TIE_NAME, _rgba(GREY, 0.2)), (_empty_name(column), _rgba(GREY, 0.5))]
     for used in sorted(set(slot.ravel().tolist())):
         name, color = entries[used]
         fig.add_trace(
@@ -323,6 +323,7 @@ def routing_map(
         showgrid=False,
     )
     if window < T:
+        fig.update_layout(margin={"b": 14})  # the labels make room for themselves
         fig.update_xaxes(
             minallowed=-0.5,
             maxallowed=T - 0.5,
@@ -357,7 +358,6 @@ def expert_share(trace: RoutingTrace, *, theme: Theme = "light") -> go.Figure:
             places=[_escape(label) for label in trace.labels],
             place_name="column",
             about=about,
-            theme=theme,
             row=row,
             customdata=counts,
         )
@@ -397,7 +397,6 @@ def share_by_layer(
             f"mean over {num_tokens} routed tokens{of_part},<br>"
             f"{len(trace.projections)} projections"
         ),
-        theme=theme,
         row=1,
     )
     _finish(fig, theme, height=130 + _MAP_ROW_PX * max(6, trace.num_layers))
@@ -443,7 +442,7 @@ def share_along_text(
         col=1,
     )
     series = [*zip(groups.names, groups.colors, share.T, strict=True)]
-    series.append((BASE_NAME, GREY, is_empty.astype(np.float32)))
+    series.append((_empty_name(column), GREY, is_empty.astype(np.float32)))
     for name, color, values in series:
         if values.any():
             fig.add_trace(
@@ -456,8 +455,8 @@ def share_along_text(
                     line={"width": 0, "color": color, "shape": "hvh"},
                     fillcolor=_rgba(color, 0.88),
                     hovertemplate=f"expert {_escape(name)} <b>%{{y:.1%}}</b><extra></extra>"
-                    if name != BASE_NAME
-                    else f"{BASE_NAME}<extra></extra>",
+                    if color != GREY
+                    else f"{name}<extra></extra>",
                 ),
                 row=1,
                 col=1,
@@ -531,7 +530,6 @@ def _add_stacked_bars(
     places: Sequence[str] | NDArray[Any],
     place_name: str,
     about: str,
-    theme: Theme,
     row: int,
     customdata: list[int] | None = None,
 ) -> None:
@@ -557,7 +555,7 @@ def _add_stacked_bars(
                 textposition="none" if is_thin else "inside",
                 insidetextanchor="middle",
                 textangle=0,
-                textfont={"color": _ink_on(color, 1.0, theme), "size": 11},
+                textfont={"color": _ink_on(color), "size": 11},
                 customdata=customdata,
                 hovertemplate=f"{place_name} <b>%{{y}}</b><br>{what}<extra></extra>",
             ),
@@ -575,7 +573,7 @@ def _finish(fig: go.Figure, theme: Theme, *, height: int) -> None:
     fig.update_layout(
         template="none",
         height=height,
-        margin={"l": 52, "r": 14, "t": 58, "b": 44},
+        margin={"l": 52, "r": 14, "t": _TOP_PX, "b": _BOTTOM_PX},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": _SANS, "size": 12, "color": ink.text},
@@ -589,13 +587,20 @@ def _finish(fig: go.Figure, theme: Theme, *, height: int) -> None:
             "orientation": "h",
             "x": 0,
             "xanchor": "left",
-            "y": 1,
-            "yanchor": "top",
-            "yref": "container",
+            # Above the notes; a legend of several lines widens the margin by itself.
+            "y": 1 + 18 / (height - _TOP_PX - _BOTTOM_PX),
+            "yanchor": "bottom",
+            "traceorder": "normal",
             "itemclick": False,
             "itemdoubleclick": False,
         },
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": ink.muted, "activecolor": ink.text},
+        modebar={
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": ink.muted,
+            "activecolor": ink.text,
+            # What is left fits beside the legend on a phone: save the picture, reset the axes.
+            "remove": ["zoom", "pan", "select", "lasso", "zoomin", "zoomout", "autoscale"],
+        },
     )
     fig.update_xaxes(gridcolor=ink.line, zeroline=False, linecolor=ink.line, tickcolor=ink.line)
     fig.update_yaxes(gridcolor=ink.line, zeroline=False, linecolor=ink.line, tickcolor=ink.line)
@@ -629,12 +634,19 @@ def _token_hover(
     if largest:
         lines.append(f"mean of {trace.num_layers} layers, {len(trace.projections)} projections")
     else:
-        lines.append(f"{BASE_NAME}: no expert was used")
+        is_unread = column.is_routed and t == column.num_tokens - 1
+        why = "the last token is not read" if is_unread else "no expert was used"
+        lines.append(f"{_empty_name(column)}: {why}")
     measures = (("log-prob", column.logprob), ("entropy", column.entropy), ("KL", column.kl))
     known = [f"{name} {values[t]:.2f}" for name, values in measures if np.isfinite(values[t])]
     if known:
         lines.append(", ".join(known) + " nats")
     return "<br>".join(lines)
+
+
+def _empty_name(column: ColumnTrace) -> str:
+    """What a place without an expert is called: everywhere in the base column, or just there."""
+    return "not routed" if column.is_routed else BASE_NAME
 
 
 def _part_of(column: ColumnTrace, t: int) -> str:
@@ -735,20 +747,17 @@ def _rgba(color: str, alpha: float) -> str:
     return f"rgba({red},{green},{blue},{alpha:.2f})"
 
 
-def _ink_on(color: str, alpha: float, theme: Theme) -> str:
-    """Dark or light text, whichever has more contrast (WCAG 2.2) on a translucent colour."""
-    page = _channels(_INK[theme].page)
-    mixed = [alpha * c + (1 - alpha) * p for c, p in zip(_channels(color), page, strict=True)]
-    ground = _luminance(mixed)
-    dark, light = _INK["light"].text, "#FFFFFF"
-    contrast_dark = (ground + 0.05) / (_luminance(_channels(dark)) + 0.05)
-    return dark if contrast_dark >= 1.05 / (ground + 0.05) else light
+def _ink_on(color: str) -> str:
+    """Dark or light text, whichever has more contrast (WCAG 2.2) on an opaque colour."""
+    ground, dark = _luminance(color), _INK["light"].text
+    contrast_dark = (ground + 0.05) / (_luminance(dark) + 0.05)
+    return dark if contrast_dark >= 1.05 / (ground + 0.05) else "#FFFFFF"
 
 
-def _luminance(channels: Sequence[float]) -> float:
-    """Relative luminance of sRGB channels in 0-255 (WCAG 2.2)."""
+def _luminance(color: str) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2.2)."""
     linear = [
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-        for c in (channel / 255 for channel in channels)
+        for c in (channel / 255 for channel in _channels(color))
     ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,4 +1,4 @@
-"""The README.md of a trained expert, made from the task and the record of its run (`scores.json`)."""
+"""The README.md of a trained expert, made from its task and the record of its run."""
 
 from __future__ import annotations
 
@@ -18,49 +18,55 @@ tags:
 - {name}
 ---
 
-# {title}: a rank-{rank} LoRA expert for {base}
+# {title}: a LoRA expert for {base}
 
-One of the experts of SpectR Demo, which routes between LoRA experts token by token without training a router.
+One of the experts of SpectR Demo, which routes between LoRA experts for every token and layer
+without training a router. It is an ordinary PEFT adapter, stored in float16.
 
 ## Data
 
-{source}. Licence of the data: {licence}. {num_train} training and {num_heldout} held-out examples; the split keeps
-every {split_unit} on one side. Instructions seen in training:
-
-{wordings}
-
-Held out, to see whether a router or expert depends on the instruction:
-
-{heldout_wordings}
-
-An example:
+{source}.
+Licence of the data: {licence}.
+{num_train} training and {num_heldout} held-out examples; every {split_unit} is on one side only.
+Each example is one user turn and one answer:
 
     user:      {example_prompt}
     assistant: {example_answer}
+
+Instructions seen in training:
+
+{wordings}
+
+Instructions held out, to see whether the expert (or a router) only spots the instruction:
+
+{heldout_wordings}
 
 ## Recipe
 
     {command}
 
-LoRA rank {rank}, alpha {alpha}, on all linear layers of the decoder, on the base's NF4 weights; AdamW, learning rate
-{learning_rate}, {warmup:.0%} warm-up, linear decay; {steps} steps of {batch_size} examples; loss on the answer only; seed {seed}.
-Trained on: {device}{duration}. Library versions: {versions}.
+LoRA of rank {rank} with alpha {alpha} on all linear layers of the decoder, trained on the base's
+NF4 weights (QLoRA). AdamW, learning rate {learning_rate}, {warmup:.0%} warm-up, linear decay to 0;
+{steps} steps of {batch_size} examples; loss on the answer only; seed {seed}.
+Trained on: {device}{duration}.
+Versions: {versions}.
 
 ## Scores on held-out examples
 
-{metric}, greedy decoding, mean with 95% interval (Wilson's for right-or-wrong scores, else a bootstrap).
+{metric}. Greedy decoding; mean with a 95% interval (Wilson's, or a bootstrap for
+graded scores).
 
 {scores}
 
 ## Intended use and limits
 
-It makes routing between experts visible in a demo. {limits} It is a small model trained for minutes: do not use it
-where an answer matters without checking it. Out of its domain it is no better than the base, and often worse.
+It makes routing between experts visible in a demo. {limits}
+A 135M model that was trained for minutes makes mistakes: check its answers before using them.
 """
 
 
 def model_card(task: Task, record: dict[str, Any]) -> str:
-    """The card in Markdown. `record` is the content of `scores.json`; every number comes from it."""
+    """The card in Markdown; every number comes from `record`, the content of `scores.json`."""
     recipe = record["recipe"]
     groups = ["all", "seen wording", "held-out wording"]
     rows = [

@@ -342,7 +342,8 @@ def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> No
     """Write the PEFT folder; the adapter file comes last, so that its presence means finished."""
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    # LoRA only: otherwise PEFT asks the Hub whether the vocabulary was resized.
+    model.save_pretrained(partial, save_embedding_layers=False)
     (partial / "scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(card, encoding="utf-8")
     for file in sorted(partial.iterdir(), key=lambda f: f.name == ADAPTER_FILE):

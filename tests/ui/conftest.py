@@ -1,0 +1,37 @@
+"""A page that is being served, and a Chromium to look at it."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import gradio as gr
+import pytest
+
+from spectr_demo import ui
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[gr.Blocks], str]]:
+    """A function that serves a page on a free port of this machine, and returns its address."""
+    served: list[gr.Blocks] = []
+
+    def launch(page: gr.Blocks) -> str:
+        _, url, _ = page.launch(
+            **ui.launch_options(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True
+        )
+        served.append(page)
+        return url
+
+    yield launch
+    for page in served:
+        page.close()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium: `CHROMIUM`, else one on PATH."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on PATH; install one, or name it in CHROMIUM")
+    return path

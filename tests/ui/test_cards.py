@@ -1,0 +1,129 @@
+"""The page's own HTML."""
+
+import html as html_module
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spectr_demo.charts import expert_colors
+from spectr_demo.config import RouterConfig
+from spectr_demo.engine import ColumnOutput, SpectrModel
+from spectr_demo.routing import parse_router
+from spectr_demo.trace import RoutingTrace
+from spectr_demo.ui import cards
+from spectr_demo.ui.run import Frame
+from tests.trace_samples import sample_trace
+
+NAMES = ("chat", "code", "math", "sql")
+LABELS = ("base", "single:sql", "uniform", "spectr")
+
+
+@pytest.fixture(scope="module")
+def trace() -> RoutingTrace:
+    return sample_trace(200, expert_names=NAMES, num_layers=2, top_k=1)
+
+
+def frame_of(text: str, trace: RoutingTrace | None = None, **changes: object) -> Frame:
+    column = ColumnOutput(
+        label="spectr", text=text, num_tokens=2, is_finished=False, tokens_per_second=12.34
+    )
+    frame = Frame(
+        columns=(column,),
+        routers=(parse_router("spectr", NAMES),),
+        status="running",
+        trace=trace,
+    )
+    return replace(frame, **changes)
+
+
+def answer_of(trace: RoutingTrace, label: str) -> str:
+    column = trace.column(label)
+    return "".join(column.tokens[column.num_prompt :])
+
+
+def test_what_a_model_wrote_is_escaped(trace: RoutingTrace) -> None:
+    evil = '<script>alert(1)</script> & "quotes"'
+    for shown in (frame_of(evil), frame_of(evil, trace)):
+        html = cards.answers(shown, NAMES)
+        assert "<script>" not in html
+        assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in html
+    assert "<b>" not in cards.notice("<b>") + cards.charts_caption("<b>")
+
+
+def test_tokens_stand_on_their_experts_colour(trace: RoutingTrace) -> None:
+    text = answer_of(trace, "spectr")
+    html = cards.answers(frame_of(text + " and more", trace), NAMES)
+    column = trace.column("spectr")
+    expert, margin = trace.dominant_tokens("spectr")
+    used = {expert[t] for t in range(column.num_prompt, column.num_tokens) if margin[t] > 1e-6}
+    assert used - {-1}
+    colors = list(expert_colors(NAMES).values())
+    for e in used - {-1}:
+        assert f"--c:{colors[e]}" in html
+    assert " and more</div>" in html.replace('<span class="caret"></span>', "")
+
+
+def test_no_character_is_lost_to_the_colours(trace: RoutingTrace) -> None:
+    text = answer_of(trace, "spectr")
+    rendered = cards.answers(frame_of(text, trace), NAMES)
+    body = re.search(r'<div class="text">(.*?)</div>', rendered, re.S)
+    assert body is not None
+    assert html_module.unescape(re.sub(r"<[^>]*>", "", body[1])) == text
+
+
+def test_a_text_unlike_the_trace_is_shown_plain(trace: RoutingTrace) -> None:
+    html = cards.answers(frame_of("\x00 something else", trace), NAMES)
+    assert "something else" in html
+    assert "<mark" not in html
+
+
+@pytest.mark.parametrize(
+    ("status", "is_finished", "word"),
+    [
+        ("waiting", False, "reading the prompt"),
+        ("running", False, "writing"),
+        ("running", True, "✓ finished"),
+        ("stopped", False, "■ stopped"),
+        ("stopped", True, "✓ finished"),
+        ("finished", True, "✓ finished"),
+    ],
+)
+def test_each_column_says_how_far_it_is(status: str, is_finished: bool, word: str) -> None:
+    frame = frame_of("text", status=status)
+    columns = (replace(frame.columns[0], is_finished=is_finished),)
+    html = cards.answers(replace(frame, columns=columns), NAMES)
+    assert word in html
+    assert "2 tokens" in html
+    assert "12.3 tokens/s" in html
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        (parse_router("base", NAMES), "no expert"),
+        (parse_router("single:sql", NAMES), "this expert for every token"),
+        (parse_router("uniform", NAMES), "all 4 experts at 1/4, outputs mixed"),
+        (parse_router("uniform", NAMES, composition="parameters"), "factors merged"),
+        (parse_router("spectr", NAMES), "K = 1: the best of 4 per token and layer"),
+        (parse_router("spectr", NAMES, top_k=2), "K = 2 of 4 per token and layer, equal weights"),
+        (parse_router("arrow", NAMES, temperature=0.5), "softmax weights (temperature 0.5)"),
+    ],
+)
+def test_settings_are_told_in_words(router: RouterConfig, words: str) -> None:
+    assert words in cards.settings_in_words(router, len(NAMES))
+
+
+def test_the_share_bar_adds_up(trace: RoutingTrace) -> None:
+    html = cards.answers(frame_of("", trace), NAMES)
+    widths = [float(w) for w in re.findall(r'<i style="width:([\d.]+)%', html)]
+    assert np.isclose(sum(widths), 100, atol=0.5)
+
+
+def test_the_header_says_what_is_loaded(routed_model: SpectrModel) -> None:
+    html = cards.header(routed_model)
+    for fact in ("tiny", "float32", "cpu", "rank 4", "red", "green", "blue"):
+        assert fact in html
+    for color in expert_colors(routed_model.library.names).values():
+        assert color in html

@@ -1,0 +1,165 @@
+"""The page as a program sees it: its endpoint, its queue, and the entry point."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+import app
+import spectr_demo
+from spectr_demo import ui
+from spectr_demo.engine import SpectrModel
+from spectr_demo.ui.page import Session, _Runner
+
+Serve = Callable[[gr.Blocks], str]
+
+
+def test_the_endpoint_compares(routed_model: SpectrModel, serve: Serve) -> None:
+    client = Client(serve(ui.build(routed_model)), verbose=False)
+    api: Any = client.view_api(return_format="dict", print_info=False)
+    assert list(api["named_endpoints"]) == ["/compare"]
+    assert not api["unnamed_endpoints"]
+
+    answers = client.predict("hello", ["base", "single:red", "spectr"], 8, api_name="/compare")
+    assert [a["label"] for a in answers] == ["base", "single:red", "spectr"]
+    assert answers[0]["expert_share"] == {"red": 0, "green": 0, "blue": 0}
+    expected = routed_model.compare("hello", ["base", "single:red", "spectr"], max_new_tokens=8)
+    assert [a["text"] for a in answers] == [c.text for c in expected.columns]
+
+    for prompt, columns, tokens, message in (
+        ("", ["base"], 8, "the prompt is empty"),
+        ("hello", ["spektr"], 8, "Did you mean 'spectr'"),
+        ("hello", [], 8, "there are 0 columns"),
+        ("hello", ["base"], 513, "up to 512"),
+    ):
+        with pytest.raises(AppError, match=message):
+            client.predict(prompt, columns, tokens, api_name="/compare")
+
+
+def test_everything_that_uses_the_model_shares_one_place(routed_model: SpectrModel) -> None:
+    page = ui.build(routed_model)
+    using = [fn for fn in page.fns.values() if fn.name in ("run", "compare")]
+    assert len(using) == 3  # Run and Enter; an example; the endpoint
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in using} == {("model", 1)}
+    assert page._queue.max_size == 20
+    assert not page.analytics_enabled
+
+
+def test_the_gpu_is_asked_for_once_a_run(routed_model: SpectrModel) -> None:
+    asked = []
+
+    def gpu(duration: Callable[..., float]) -> Callable[[Any], Any]:
+        def decorate(steps: Any) -> Any:
+            def lent(*args: Any) -> Any:
+                asked.append(duration(*args))
+                yield from steps(*args)
+
+            return lent
+
+        return decorate
+
+    client_page = ui.build(routed_model, gpu=gpu)
+    compare = next(fn for fn in client_page.fns.values() if fn.name == "compare").fn
+    compare("hello", ["base", "spectr"], max_new_tokens=20)
+    assert asked == [12.0]
+
+
+def runner_of(page: gr.Blocks) -> _Runner:
+    run = next(fn.fn for fn in page.fns.values() if fn.name == "run")
+    return run.__self__  # type: ignore[no-any-return, union-attr]
+
+
+def choices(**changes: Any) -> dict[str, Any]:
+    form = {
+        "prompt": "hello",
+        "columns": ["base", "spectr"],
+        "expert": "red",
+        "top_k": 0,
+        "weighting": "",
+        "composition": "",
+        "router_temperature": 1.0,
+        "temperature": 0.0,
+        "max_new_tokens": 8,
+        "seed": 0,
+    }
+    return form | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": "x" * 600}, "the context of tiny is 512"),
+        ({"top_k": 7}, "only 3 experts"),
+        ({"columns": []}, "2 to 6"),
+    ],
+)
+def test_an_error_changes_nothing_but_the_message(
+    routed_model: SpectrModel, changes: dict[str, Any], message: str
+) -> None:
+    runner = runner_of(ui.build(routed_model))
+    updates = list(runner.run(None, "light 88", **choices(**changes)))
+    at = runner.layout
+    assert message in updates[-1][at.notice]["value"]
+    assert set(updates[-1]) == {at.notice, at.run, at.stop}
+    assert updates[-1][at.run]["interactive"]
+    changed = {part for update in updates for part in update}
+    assert not changed & {at.charts, at.column, *at.plots, *at.form.values()}
+
+
+def test_a_broken_model_is_a_message_too(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of <memory>")
+
+    monkeypatch.setattr(routed_model, "stream", broken)
+    runner = runner_of(ui.build(routed_model))
+    last = list(runner.run(None, "light 88", **choices()))[-1]
+    assert "RuntimeError: out of &lt;memory&gt;" in last[runner.layout.notice]["value"]
+    assert last[runner.layout.run]["interactive"]
+
+
+def test_two_visitors_share_nothing(routed_model: SpectrModel) -> None:
+    runner = runner_of(ui.build(routed_model))
+    mine = runner.run(None, "light 88", **choices(prompt="mine"))
+    yours = runner.run(None, "dark 44", **choices(prompt="yours"))
+    my_session, your_session = next(mine)[runner.session], next(yours)[runner.session]
+    my_session.stop.set()
+    assert not your_session.stop.is_set()
+    last = list(mine)[-1], list(yours)[-1]
+    assert "■ stopped" in last[0][runner.layout.answers]
+    assert "■ stopped" not in last[1][runner.layout.answers]
+    kept: Session = last[1][runner.session]
+    assert kept.prompt == "yours"
+    assert "yours" in kept.trace.column("spectr").text
+    # The stopped run had no trace yet: its visitor's session is not touched again.
+    assert runner.session not in last[0]
+
+
+def test_the_entry_point_builds_the_page(
+    expert_folders: list[str], routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def load(base: str | None, experts: list[str] | None) -> SpectrModel:
+        asked.update(base=base, experts=experts)
+        return routed_model
+
+    monkeypatch.setattr(spectr_demo, "load", load)
+    assert isinstance(app.build(["--base", "b", "--experts", "x", "y=z"]), gr.Blocks)
+    assert asked == {"base": "b", "experts": ["x", "y=z"]}
+    app.build([])
+    assert asked == {"base": None, "experts": None}
+
+
+def test_the_entry_point_says_what_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(base: str | None, experts: list[str] | None) -> SpectrModel:
+        raise ValueError("expert 'x': there is no folder x")
+
+    monkeypatch.setattr(spectr_demo, "load", load)
+    with pytest.raises(SystemExit, match="there is no folder x"):
+        app.build([])
