@@ -53,14 +53,15 @@ Versions: {versions}.
 
 ## Scores on held-out examples
 
-{metric}. Greedy decoding; mean with a 95% interval (Wilson's, or a bootstrap for
-graded scores).
+{metric}.
+Greedy decoding; mean with a 95% interval (Wilson's, or a bootstrap for graded scores).
 
 {scores}
 
 ## Intended use and limits
 
-It makes routing between experts visible in a demo. {limits}
+It makes routing between experts visible in a demo.
+{limits}
 A 135M model that was trained for minutes makes mistakes: check its answers before using them.
 """
 

@@ -205,7 +205,7 @@ def train(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return "CPU"
 
 
 def _check_packages(task: Task) -> None:

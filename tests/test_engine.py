@@ -256,6 +256,24 @@ def test_sampling_draws_from_the_models_distribution() -> None:
     assert_close(frequency, probs, atol=0.03, rtol=0)
 
 
+def test_a_base_without_experts_still_answers(build_model: BuildModel) -> None:
+    step = run(build_model([]), ["base"])
+    assert step.columns[0].num_tokens == 24
+    assert trace_of(step).column("base").experts.shape[1:] == (0, 0, 0)
+    with pytest.raises(ValueError, match="no expert to choose from"):
+        run(build_model([]), ["spectr"])
+
+
+def test_a_layer_that_flattens_the_batch_is_refused(routed_model: SpectrModel) -> None:
+    layer = routed_model.model.model.layers[0].mlp.up_proj
+    names = routed_model.library.names
+    with (
+        routed(RoutingPlan([parse_router("spectr", names)], names)),
+        pytest.raises(ValueError, match=r"up_proj gets input of shape \(5, 64\)"),
+    ):
+        layer(torch.zeros(5, 64))
+
+
 def test_detaching_gives_the_base_back(routed_model: SpectrModel) -> None:
     inputs = torch.tensor([routed_model.encode(PROMPT)])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Loading a base: the dtype, the 4-bit layers, the cached default, and each way a base is refused."""
+"""Loading a base: the dtype, 4-bit layers, the cached default, and each way a base is refused."""
 
 import json
 import shutil

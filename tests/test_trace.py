@@ -18,7 +18,7 @@ NONE = NOT_ROUTED
 
 
 def make_column(
-    experts: Any, weights: Any, *, label: str = "spectr", **changes: Any
+    experts: Any, weights: Any, /, *, label: str = "spectr", **changes: Any
 ) -> ColumnTrace:
     """A column around (T, L, P, K) experts and weights; scores are ten times the weights."""
     experts = np.asarray(experts, np.int16)

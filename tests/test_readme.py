@@ -1,0 +1,49 @@
+"""The README's code is run as it stands: its Python blocks in order, and its commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from spectr_demo.__main__ import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+pytestmark = [pytest.mark.embedded, pytest.mark.slow]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """Arguments of every `python -m spectr_demo`, but of training, which takes many minutes."""
+    lines = "".join(blocks("console")).splitlines()
+    found = [shlex.split(line)[3:] for line in lines if line.startswith("python -m spectr_demo ")]
+    return [command for command in found if command[0] != "train"]
+
+
+def test_python_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    answer, shares = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert answer
+    assert "'cron'" in shares
+    assert "plotly" in (tmp_path / "routing.html").read_text()
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
+def test_commands(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_two_commands_name_files_that_exist() -> None:
+    install, test = blocks("console")[:2]
+    for line in (install, test):
+        for name in re.findall(r"-r (\S+)|(app\.py)", line):
+            assert (Path(__file__).parent.parent / "".join(name)).is_file()
