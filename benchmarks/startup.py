@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--runs 3] [--json startup.json]
 
-Each start is a process of its own. Seconds of wall time, and of CPU time, which a busy machine does
-not stretch. The first start has an empty cache folder and a network; pip's own cache is not used.
+Each start is a process of its own: seconds of wall time, and of CPU time, which a busy machine
+stretches less. The first start has an empty cache folder and fetches the base with pip.
 """
 
 import argparse
@@ -45,18 +45,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        rows = [
-            {"start": "first" if i == 0 else "later", **start(Path(cache))}
-            for i in range(1 + options.runs)
-        ]
-    columns = ["start", "import_s", "load_s", "import_cpu_s", "load_cpu_s"]
-    print("  ".join(f"{column:>12}" for column in columns))
-    for row in rows:
-        print(
-            "  ".join(
-                f"{row[c]:12.1f}" if isinstance(row[c], float) else f"{row[c]:>12}" for c in columns
-            )
-        )
+        rows = [start(Path(cache)) for _ in range(1 + options.runs)]
+    columns = ["import_s", "load_s", "import_cpu_s", "load_cpu_s"]
+    print("       ", *(f"{column:>12}" for column in columns))
+    for i, row in enumerate(rows):
+        print("later  " if i else "first  ", *(f"{row[column]:12.1f}" for column in columns))
     print(f"{rows[0]['quantization']}, {rows[0]['device']}, {os.cpu_count()} CPU cores")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))

@@ -42,7 +42,7 @@ PALETTE = (
 GREY = "#8C8C8C"
 OTHERS_COLOR = "#5B6675"
 BASE_NAME = "base model only"
-TIE_NAME = "tie"
+TIE_NAME = "tie (equal weights)"
 OTHERS_NAME = "others"
 
 _SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -269,7 +269,7 @@ def routing_map(
 
     expert_names = np.array([*map(_escape, trace.expert_names), _empty_name(column)], dtype=object)
     names = expert_names[np.where(is_routed, cells.expert, len(trace.expert_names))]
-    names = np.where(cells.is_tied, f"{TIE_NAME}, first: " + names, names)
+    names = np.where(cells.is_tied, "tie, first: " + names, names)
     T = column.num_tokens
     where = f"mean of all {len(trace.projections)}" if projection is None else _escape(projection)
     has_scores = bool(np.isfinite(cells.score).any())
@@ -312,7 +312,7 @@ def routing_map(
         )
     _finish(fig, theme, height=200 + _MAP_ROW_PX * max(6, trace.num_layers))
     _mark_answer(fig, column, ink)
-    fig.update_layout(dragmode="pan", hovermode="closest")
+    fig.update_layout(dragmode="pan", hovermode="closest", showlegend=True)
     fig.update_xaxes(
         type="category",
         # The ticks show the tokens; the categories stay unique, and are thinned to what fits.
@@ -320,6 +320,7 @@ def routing_map(
         range=[-0.5, min(T, window) - 0.5],
         tickangle=-90,
         tickfont={"family": _MONO, "size": 10},
+        automargin=True,
         showgrid=False,
     )
     if window < T:
@@ -371,6 +372,15 @@ def expert_share(trace: RoutingTrace, *, theme: Theme = "light") -> go.Figure:
             yanchor="bottom",
             **_note(ink.muted),
         )
+        if all(c.part_slice(part).start == c.part_slice(part).stop for c in trace.columns):
+            fig.add_annotation(
+                text=f"no {part} in this trace",
+                x=0.5,
+                xref="paper",
+                y=0.5,
+                yref="y domain" if row == 1 else "y2 domain",
+                **_note(ink.muted),
+            )
     _finish(fig, theme, height=170 + 2 * 34 * max(1, len(trace.columns)))
     fig.update_yaxes(autorange="reversed", type="category")
     return fig
@@ -424,6 +434,9 @@ def share_along_text(
         f"<br>shares: mean of {window} tokens around,<br>{trace.num_layers} layers, "
         f"{len(trace.projections)} projections"
     )
+    tokens = [
+        f"<b>{_quoted(token)}</b> ({_part_of(column, t)})" for t, token in enumerate(column.tokens)
+    ]
     # Invisible: it names the token at the top of the joint hover box.
     fig.add_trace(
         go.Scatter(
@@ -432,10 +445,7 @@ def share_along_text(
             mode="lines",
             line={"width": 0, "color": "rgba(0,0,0,0)"},
             showlegend=False,
-            text=[
-                f"<b>{_quoted(token)}</b> ({_part_of(column, t)})"
-                for t, token in enumerate(column.tokens)
-            ],
+            text=tokens,
             hovertemplate="%{text}" + about + "<extra></extra>",
         ),
         row=1,
@@ -470,7 +480,8 @@ def share_along_text(
             fill="tozeroy",
             fillcolor=_rgba(GREY, 0.25),
             showlegend=False,
-            hovertemplate="KL from base <b>%{y:.3f}</b> nats<extra></extra>",
+            text=tokens,
+            hovertemplate="%{text}<br>KL from base <b>%{y:.3f}</b> nats<extra></extra>",
         ),
         row=2,
         col=1,
@@ -486,8 +497,9 @@ def share_along_text(
         )
     _finish(fig, theme, height=420)
     _mark_answer(fig, column, ink)
-    fig.update_layout(hovermode="x unified", hoversubplots="axis", dragmode="pan")
-    fig.update_xaxes(range=[-0.5, column.num_tokens - 0.5], showgrid=False)
+    fig.update_layout(hovermode="x unified", dragmode="pan")
+    few = {"dtick": 1} if column.num_tokens < 8 else {}  # no ticks between tokens
+    fig.update_xaxes(range=[-0.5, column.num_tokens - 0.5], showgrid=False, **few)
     fig.update_xaxes(title={"text": "token", "standoff": 4}, row=2, col=1)
     fig.update_yaxes(range=[0, 1], tickformat=".0%", fixedrange=True, row=1, col=1)
     fig.update_yaxes(
@@ -538,6 +550,8 @@ def _add_stacked_bars(
     is_thin = len(values) > 12
     for name, color, value in zip(names, colors, values.T, strict=True):
         if name == BASE_NAME:
+            if not value.any():
+                continue
             what = f"{BASE_NAME}: no expert was used"
         else:
             what = f"expert <b>{_escape(name)}</b>, weight <b>%{{x:.1%}}</b><br>{about}"
@@ -548,7 +562,7 @@ def _add_stacked_bars(
                 y=places,
                 name=_escape(name),
                 legendgroup=name,
-                showlegend=row == 1 and (name != BASE_NAME or bool(value.any())),
+                showlegend=row == 1,
                 marker={"color": color, "line": {"width": 0}},
                 # Below a tenth a number does not fit its bar.
                 text=None if is_thin else [f"{v:.0%}" if 0.1 <= v < 1 else "" for v in value],

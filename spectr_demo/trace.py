@@ -375,6 +375,11 @@ class RoutingTrace:
                 raise ValueError(f"{path}: the file is truncated; save or download it again")
             raise ValueError(f"{path}: not a routing trace, needed an .npz that save() wrote")
         try:
+            # Checksums first: numpy fails in many ways on an array header with changed bytes.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:

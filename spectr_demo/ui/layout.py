@@ -55,7 +55,6 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
             with gr.Column(scale=1, min_width=130, elem_id="actions"):
                 parts["run"] = gr.Button("Run", variant="primary", elem_id="run")
                 parts["stop"] = gr.Button("Stop", interactive=False, elem_id="stop")
-        parts["notice"] = gr.HTML(visible=False, elem_id="notice")
         parts["examples"] = gr.Dataset(
             label="Examples that run with one click",
             components=[gr.Textbox(visible=False)],
@@ -67,7 +66,9 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
         form = {"prompt": prompt, **_columns(model.library.names)}
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             form |= _settings(len(model.library.names))
-    parts["answers"] = gr.HTML(cards.placeholder(), elem_id="answers")
+    with gr.Column(elem_id="results"):
+        parts["notice"] = gr.HTML(visible=False, elem_id="notice")
+        parts["answers"] = gr.HTML(cards.placeholder(), elem_id="answers")
     with gr.Column(visible=False, elem_id="charts") as charts:
         parts |= _charts(model.library.projections)
     return Layout(form=form, charts=charts, **parts)

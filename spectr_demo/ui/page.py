@@ -164,7 +164,9 @@ def _wire_runs(
         **MODEL_QUEUE,
         **PRIVATE,
     }
-    gr.on([layout.run.click, layout.form["prompt"].submit], **running)
+    pressed = [layout.run.click, layout.form["prompt"].submit]
+    gr.on(pressed, **running)
+    gr.on([*pressed, layout.examples.click], None, js=style.SHOW_RESULTS, **PRIVATE)
     layout.examples.click(
         pick,
         [session, layout.examples],

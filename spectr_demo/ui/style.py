@@ -14,6 +14,11 @@ READ_VIEW = """() => {
   return `${isDark ? 'dark' : 'light'} ${Math.floor((width - 72) / 8)}`;
 }"""
 
+# On a phone the answers are below the form: a run brings them into view.
+SHOW_RESULTS = """() => {
+  document.querySelector('#results').scrollIntoView({behavior: 'smooth', block: 'nearest'});
+}"""
+
 
 def theme() -> gr.themes.Base:
     """Fonts are the visitor's own: a font from elsewhere would be a request to another host."""
