@@ -1,13 +1,10 @@
 """The demo as a web page: `python app.py`, and the entry point of a Hugging Face Space."""
 
 import argparse
-import importlib
-import importlib.util
 import os
 import sys
 
-# On a Space, `spaces` has to come before torch; elsewhere it is not installed, or does nothing.
-spaces = importlib.import_module("spaces") if importlib.util.find_spec("spaces") else None
+import spaces  # before torch: on a Space it replaces CUDA, elsewhere it does nothing
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -16,6 +13,7 @@ import gradio as gr  # noqa: E402
 
 import spectr_demo  # noqa: E402
 from spectr_demo import ui  # noqa: E402
+from spectr_demo.embedded import EmbeddedBaseError  # noqa: E402
 
 
 def build(arguments: list[str]) -> gr.Blocks:
@@ -31,9 +29,9 @@ def build(arguments: list[str]) -> gr.Blocks:
     chosen = parser.parse_args(arguments)
     try:
         model = spectr_demo.load(chosen.base, chosen.experts)
-    except ValueError as error:
+    except (ValueError, EmbeddedBaseError) as error:
         sys.exit(str(error))
-    return ui.build(model, gpu=getattr(spaces, "GPU", None))
+    return ui.build(model, gpu=spaces.GPU)
 
 
 if __name__ == "__main__":

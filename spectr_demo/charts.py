@@ -310,7 +310,8 @@ def routing_map(
                 marker={"color": color, "size": 11, "symbol": "square"},
             )
         )
-    _finish(fig, theme, height=200 + _MAP_ROW_PX * max(6, trace.num_layers))
+    # Not lower: on a phone, the labels and the slider leave Plotly no room for the map itself.
+    _finish(fig, theme, height=200 + _MAP_ROW_PX * max(12, trace.num_layers))
     _mark_answer(fig, column, ink)
     fig.update_layout(dragmode="pan", hovermode="closest", showlegend=True)
     fig.update_xaxes(
@@ -330,7 +331,7 @@ def routing_map(
             maxallowed=T - 0.5,
             rangeslider={"visible": True, "thickness": 0.1, "bgcolor": "rgba(0,0,0,0)"},
         )
-    fig.update_yaxes(title={"text": "layer", "standoff": 6}, fixedrange=True, showgrid=False)
+    fig.update_yaxes(**_layer_axis(trace), fixedrange=True, showgrid=False)
     return fig
 
 
@@ -411,7 +412,7 @@ def share_by_layer(
     )
     _finish(fig, theme, height=130 + _MAP_ROW_PX * max(6, trace.num_layers))
     fig.update_layout(bargap=0.12)
-    fig.update_yaxes(title={"text": "layer", "standoff": 6}, showgrid=False)
+    fig.update_yaxes(**_layer_axis(trace), showgrid=False)
     return fig
 
 
@@ -561,7 +562,7 @@ def _add_stacked_bars(
                 x=np.ascontiguousarray(value, dtype=np.float32),
                 y=places,
                 name=_escape(name),
-                legendgroup=name,
+                legendgroup=_escape(name),
                 showlegend=row == 1,
                 marker={"color": color, "line": {"width": 0}},
                 # Below a tenth a number does not fit its bar.
@@ -579,6 +580,12 @@ def _add_stacked_bars(
     fig.update_layout(barmode="stack", bargap=0.25, hovermode="closest")
     fig.update_xaxes(range=[0, 1], tickformat=".0%", fixedrange=True, row=row, col=1)
     fig.update_yaxes(fixedrange=True, automargin=True, row=row, col=1)
+
+
+def _layer_axis(trace: RoutingTrace) -> dict[str, Any]:
+    """Whole layers only, however few there are."""
+    dtick = 5 if trace.num_layers > 12 else 1
+    return {"title": {"text": "layer", "standoff": 6}, "dtick": dtick}
 
 
 def _finish(fig: go.Figure, theme: Theme, *, height: int) -> None:

@@ -17,7 +17,13 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 def cache_dir() -> Path:
     """Folder of everything that can be rebuilt: `SPECTR_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("SPECTR_CACHE") or platformdirs.user_cache_path("spectr-demo"))
+    chosen = os.environ.get("SPECTR_CACHE") or platformdirs.user_cache_path("spectr-demo")
+    return Path(chosen).expanduser()
+
+
+def is_zero_gpu() -> bool:
+    """Whether this is a Space that lends its GPU call by call."""
+    return bool(os.environ.get("SPACES_ZERO_GPU"))
 
 
 def base_from_environment() -> str | None:

@@ -176,9 +176,7 @@ def is_verified(path: Path, size: int, sha256: str) -> bool:
     if _sha256(path) != sha256:
         logger.warning("%s has a wrong SHA-256 and is fetched again", path)
         return False
-    with suppress(
-        OSError
-    ):  # a cache folder baked into a read-only image works too, hashed each time
+    with suppress(OSError):  # a read-only cache works too, and is hashed at each start
         marker.write_text(state, encoding="utf-8")
     return True
 

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
-from spectr_demo.config import base_from_environment, cache_dir
+from spectr_demo.config import base_from_environment, cache_dir, is_zero_gpu
 from spectr_demo.embedded import (
     SMOLLM2_135M,
     cache_errors,
@@ -313,7 +313,7 @@ def _from_pretrained(
     folder = Path(base).expanduser()
     where = folder if folder.is_dir() else base
     is_quantized = getattr(config, "quantization_config", None) is not None
-    if os.environ.get("SPACES_ZERO_GPU"):
+    if is_zero_gpu():
         # ZeroGPU's stand-in for CUDA lives on the main thread; transformers loads on others.
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     try:

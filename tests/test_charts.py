@@ -62,7 +62,7 @@ def colors_in_legend(fig: go.Figure) -> dict[str, tuple[int, ...]]:
         chips = np.flatnonzero(np.asarray(strip.y) < 2)
         return {names[at]: rgb(strip.marker.color[at]) for at in chips}
     return {
-        data.name: rgb(data.line.color if "stackgroup" in data else data.marker.color)
+        data.name: rgb(data.line.color if getattr(data, "stackgroup", None) else data.marker.color)
         for data in fig.data
         if data.name
     }
