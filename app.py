@@ -9,11 +9,11 @@ import spaces  # before torch: on a Space it replaces CUDA, elsewhere it does no
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import gradio as gr  # noqa: E402
+import gradio as gr
 
-import spectr_demo  # noqa: E402
-from spectr_demo import ui  # noqa: E402
-from spectr_demo.embedded import EmbeddedBaseError  # noqa: E402
+import spectr_demo
+from spectr_demo import ui
+from spectr_demo.embedded import EmbeddedBaseError
 
 
 def build(arguments: list[str]) -> gr.Blocks:

@@ -40,8 +40,8 @@ class RoutedLinear(nn.Module):
         if x.dim() != 3:
             raise ValueError(
                 f"{self.bank.path} gets input of shape {tuple(x.shape)}, needed (rows, tokens, "
-                f"{x.shape[-1]}); layers that flatten the batch cannot be routed: leave them out of "
-                "the adapters' target modules"
+                f"{x.shape[-1]}); layers that flatten the batch cannot be routed: leave them out "
+                "of the adapters' target modules"
             )
         return y + plan.delta(self.bank, x)
 

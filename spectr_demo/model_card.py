@@ -57,7 +57,7 @@ Versions: {versions}.
 Greedy decoding; mean with a 95% interval (Wilson's, or a bootstrap for graded scores).
 
 {scores}
-
+{verdict}
 ## Intended use and limits
 
 It makes routing between experts visible in a demo.
@@ -106,8 +106,16 @@ def model_card(task: Task, record: dict[str, Any]) -> str:
         versions=", ".join(f"{k} {v}" for k, v in record["versions"].items()),
         metric=task.metric[0].upper() + task.metric[1:],
         scores="\n".join(rows),
+        verdict=_verdict(record["scores"]),
         limits=task.limits,
     )
+
+
+def _verdict(scores: dict[str, Any]) -> str:
+    """A warning where the expert does not beat its baselines, else nothing."""
+    expert = scores["expert"]["all"]["mean"]
+    better = [who for who in scores if who != "expert" and scores[who]["all"]["mean"] >= expert]
+    return f"\nOn this score the expert does not beat: {', '.join(better)}.\n" if better else ""
 
 
 def _cell(score: dict[str, float]) -> str:

@@ -195,7 +195,7 @@ def train(
     for parameter in lora:
         parameter.data = parameter.data.half()
     device = _device_name(loaded.model.device)
-    base_id = loaded.model.name_or_path
+    base_id = str(loaded.model.name_or_path)
     record = _record(task, base_id, split, recipe, scores, train_seconds, device)
     _save(model, record, model_card(task, record), output_dir)
     shutil.rmtree(checkpoint_dir)

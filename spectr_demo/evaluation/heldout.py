@@ -79,7 +79,8 @@ def generate_answers(
             padding_side="left",
             add_special_tokens=False,
         ).to(model.device)
-        output = model.generate(
+        generate: Any = model.generate
+        output = generate(
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -33,5 +33,7 @@ def chromium() -> str:
     names = ("chromium", "chromium-browser", "google-chrome")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if path is None:
+        if os.environ.get("SPECTR_REQUIRE_BROWSER"):
+            pytest.fail("no Chromium on PATH, and SPECTR_REQUIRE_BROWSER is set")
         pytest.skip("no Chromium on PATH; install one, or name it in CHROMIUM")
     return path

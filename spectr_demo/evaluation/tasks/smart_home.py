@@ -131,7 +131,8 @@ def build(seed: int) -> Split:
     from hassil.intents import Intents
     from home_assistant_intents import get_intents
 
-    intents = Intents.from_dict(get_intents("en"))
+    sentences: Any = get_intents("en")
+    intents = Intents.from_dict(sentences)
     rng = random.Random(seed)
     sampler = _Sampler(intents, rng)
     train: list[Item] = []
