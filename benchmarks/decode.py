@@ -13,6 +13,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
 from spectr_demo.config import GenerationSettings, shipped_experts
 from spectr_demo.engine import SpectrModel

@@ -183,6 +183,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         base=arguments.base,
         output_dir=arguments.output,
         recipe=recipe,
+        num_eval=arguments.num_eval,
         overwrite=arguments.overwrite,
     )
     scores = json.loads((folder / "scores.json").read_text())
@@ -259,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, help="folder (default: assets/experts/NAME)")
     command.add_argument("--steps", type=int, help="optimiser steps")
     command.add_argument("--seed", type=int, help="of data, initialisation and order")
+    command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")
     command.add_argument("--overwrite", action="store_true", help="replace a finished expert")
     command.set_defaults(run=train)
     return parser

@@ -96,6 +96,24 @@ def test_inspect(options: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert "subspace overlap" in capsys.readouterr().out
 
 
+def test_train_makes_an_expert_and_shows_it_among_the_others(
+    base_folder: str,
+    expert_folders: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["train", "cron", "--base", base_folder, "--experts", *expert_folders]
+    command += ["--output", str(tmp_path / "cron"), "--steps", "2", "--num-eval", "2", "--json"]
+    assert main(command) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert output["scores"]["scores"]["expert"]["all"]["num"] == 2
+    assert list(output["subspace_overlap"]) == ["cron", "red", "green", "blue"]
+    prompt = ["generate", "Hello", "--base", base_folder, "--max-new-tokens", "2"]
+    assert main([*prompt, "--experts", output["folder"], "--router", "single:cron"]) == 0
+    assert main(command) == 2
+    assert "holds a finished expert" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
