@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -178,14 +179,15 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
     given = {"steps": arguments.steps, "seed": arguments.seed}
     recipe = replace(Recipe(), **{k: v for k, v in given.items() if v is not None})
-    folder = train_expert(
-        arguments.name,
-        base=arguments.base,
-        output_dir=arguments.output,
-        recipe=recipe,
-        num_eval=arguments.num_eval,
-        overwrite=arguments.overwrite,
-    )
+    with redirect_stdout(sys.stderr):  # transformers' Trainer prints its losses
+        folder = train_expert(
+            arguments.name,
+            base=arguments.base,
+            output_dir=arguments.output,
+            recipe=recipe,
+            num_eval=arguments.num_eval,
+            overwrite=arguments.overwrite,
+        )
     scores = json.loads((folder / "scores.json").read_text())
     sources = [f"{arguments.name}={folder}"] + [
         source for source in _sources(arguments) if Path(source).name != arguments.name
