@@ -16,23 +16,23 @@ class Example:
 EXAMPLES = (
     Example(
         label="sql",
-        prompt="I need a database query. What is the average salary of employees for each city?",
+        prompt="Translate to a SQL query: how many books are there for each genre?",
         experts=("sql",),
     ),
     Example(
         label="cron",
-        prompt="Schedule a job: At 07:30, Monday through Friday",
+        prompt="Write a cron expression: At 07:30, Monday through Friday",
         experts=("cron",),
     ),
     Example(
         label="smart_home",
-        prompt="The user tells the house: turn off the lights in the kitchen",
+        prompt="Smart home command: turn off the lights in the kitchen",
         experts=("smart_home",),
     ),
     Example(
         label="kjv",
-        prompt="How would the King James Version say it? He went up to the city and told "
-        "the people what he had seen.",
+        prompt="Rewrite in King James English: He went up to the city and told the people what "
+        "he had seen.",
         experts=("kjv",),
     ),
     Example(
