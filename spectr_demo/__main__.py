@@ -14,7 +14,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spectr_demo.config import Composition, GenerationSettings, Weighting
+from spectr_demo.config import (
+    Composition,
+    GenerationSettings,
+    Weighting,
+    experts_from_environment,
+)
 
 DEFAULT_COLUMNS = ["base", "uniform", "arrow", "spectr"]
 _out = Console()
@@ -189,8 +194,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             overwrite=arguments.overwrite,
         )
     scores = json.loads((folder / "scores.json").read_text())
+    others = arguments.experts or experts_from_environment()
     sources = [f"{arguments.name}={folder}"] + [
-        source for source in _sources(arguments) if Path(source).name != arguments.name
+        source for source in others if Path(source).name != arguments.name
     ]
     library = inspection.to_json(_load(arguments, sources).library)
     if not arguments.json:
@@ -200,17 +206,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(folder), "scores": scores, **library}
 
 
-def _sources(arguments: argparse.Namespace) -> list[str]:
-    from spectr_demo.config import experts_from_environment
-
-    return arguments.experts if arguments.experts is not None else experts_from_environment()
-
-
 def _load(arguments: argparse.Namespace, sources: list[str] | None = None) -> Any:
     from spectr_demo.engine import load  # torch and transformers: not needed for --help
 
     with _progress.status("Loading the base model and its experts ..."):
-        return load(arguments.base, sources or _sources(arguments))
+        return load(arguments.base, sources or arguments.experts)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -30,7 +30,6 @@ from transformers.generation.streamers import BaseStreamer
 from spectr_demo.config import (
     GenerationSettings,
     RouterConfig,
-    base_from_environment,
     experts_from_environment,
 )
 from spectr_demo.experts import ExpertLibrary, load_experts
@@ -73,7 +72,7 @@ def load(base: str | None = None, experts: Sequence[str] | None = None) -> "Spec
         default. experts: Hub ids or folders of PEFT adapters, `NAME=SOURCE` to rename one; None is
         `SPECTR_EXPERTS`, or the shipped ones.
     """
-    loaded = load_base(base or base_from_environment())
+    loaded = load_base(base)
     sources = experts_from_environment() if experts is None else list(experts)
     return SpectrModel(loaded, load_experts(sources, loaded.model))
 
