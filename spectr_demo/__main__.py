@@ -177,33 +177,51 @@ def _print_library(result: dict[str, Any]) -> None:
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train one of the project's experts, then show how it sits among the others."""
+    """Train experts of the project's tasks, then show how they sit among the others."""
     from spectr_demo import inspection
-    from spectr_demo.training import Recipe
+    from spectr_demo.evaluation.tasks import TASKS
+    from spectr_demo.training import Recipe, expert_folder, is_finished
     from spectr_demo.training import train as train_expert
 
-    given = {"steps": arguments.steps, "seed": arguments.seed}
+    if arguments.all == bool(arguments.names):
+        raise ValueError("train: name at least one task, or pass --all and no name")
+    names = list(TASKS) if arguments.all else arguments.names
+    given = {key: getattr(arguments, key) for key in ("steps", "batch_size", "seed")}
     recipe = replace(Recipe(), **{k: v for k, v in given.items() if v is not None})
-    with redirect_stdout(sys.stderr):  # transformers' Trainer prints its losses
-        folder = train_expert(
-            arguments.name,
-            base=arguments.base,
-            output_dir=arguments.output,
-            recipe=recipe,
-            num_eval=arguments.num_eval,
-            overwrite=arguments.overwrite,
-        )
-    scores = json.loads((folder / "scores.json").read_text())
+    folders = {}
+    for name in names:
+        parent = arguments.output
+        folders[name] = folder = parent / name if parent else expert_folder(name, arguments.base)
+        if arguments.all and is_finished(folder) and not arguments.overwrite:
+            print(f"{name}: {folder} is finished; --overwrite trains it again", file=sys.stderr)
+            continue
+        with redirect_stdout(sys.stderr):  # transformers' Trainer prints its losses
+            train_expert(
+                name,
+                base=arguments.base,
+                output_dir=folder,
+                recipe=recipe,
+                num_eval=arguments.num_eval,
+                overwrite=arguments.overwrite,
+            )
+    scores = {
+        name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()
+    }
     others = arguments.experts or experts_from_environment()
-    sources = [f"{arguments.name}={folder}"] + [
-        source for source in others if Path(source).name != arguments.name
-    ]
+    sources = [f"{name}={folder}" for name, folder in folders.items()]
+    if arguments.base is None:
+        sources += [source for source in others if Path(source).name not in folders]
     library = inspection.to_json(_load(arguments, sources).library)
     if not arguments.json:
-        _out.print(f"Saved {folder}")
-        _out.print_json(data=scores)
+        for name, folder in folders.items():
+            _out.print(f"{name}: {folder}")
+            _out.print_json(data=scores[name]["scores"])
         _print_library(library)
-    return {"folder": str(folder), "scores": scores, **library}
+    return {
+        "folders": {name: str(folder) for name, folder in folders.items()},
+        "scores": scores,
+        **library,
+    }
 
 
 def _load(arguments: argparse.Namespace, sources: list[str] | None = None) -> Any:
@@ -258,9 +276,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=inspect)
 
     command = commands.add_parser("train", parents=[common], help=train.__doc__)
-    command.add_argument("name", help="one of the project's tasks, such as sql")
-    command.add_argument("--output", type=Path, help="folder (default: assets/experts/NAME)")
-    command.add_argument("--steps", type=int, help="optimiser steps")
+    command.add_argument("names", nargs="*", metavar="NAME", help="tasks, such as sql")
+    command.add_argument("--all", action="store_true", help="all tasks; finished ones are kept")
+    command.add_argument(
+        "--output",
+        type=Path,
+        help="where NAME goes (default: assets/experts, or experts/BASE with --base)",
+    )
+    command.add_argument("--steps", type=int, help="optimiser steps (default: 300)")
+    command.add_argument("--batch-size", type=int, help="examples per step (default: 8)")
     command.add_argument("--seed", type=int, help="of data, initialisation and order")
     command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")
     command.add_argument("--overwrite", action="store_true", help="replace a finished expert")

@@ -13,37 +13,47 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
-from spectr_demo.config import ASSETS, cache_dir
+from spectr_demo.config import ASSETS, base_from_environment, cache_dir
 from spectr_demo.evaluation.heldout import Score, generate_answers, score_answers
 from spectr_demo.evaluation.tasks import Example, Split, Task, get_task
-from spectr_demo.loading import EMBEDDED_ID, load_base
+from spectr_demo.loading import EMBEDDED_ID, load_base, read_base_config
 from spectr_demo.model_card import model_card
+from spectr_demo.training_cost import estimate_training
 
 ADAPTER_FILE = "adapter_model.safetensors"
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100
+# For the estimate of a run only.
+CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS = 3.0, 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Settings of one training run.
 
-    steps: optimiser steps; None takes the task's own number. warmup_fraction: share of the steps in
-    which the learning rate rises; then it decays linearly to 0.
+    steps: optimiser steps. warmup_fraction: share of the steps in which the learning rate rises;
+    then it decays linearly to 0.
     """
 
-    steps: int | None = None
+    steps: int = 300
     batch_size: int = 8
     learning_rate: float = 5e-4
     warmup_fraction: float = 0.06
@@ -55,7 +65,7 @@ class Recipe:
         offenders = [
             f"{name}={value}"
             for name, value in asdict(self).items()
-            if name not in ("seed", "warmup_fraction") and value is not None and value <= 0
+            if name not in ("seed", "warmup_fraction") and value <= 0
         ]
         if offenders:
             raise ValueError(
@@ -159,12 +169,17 @@ def train(
     """
     task = get_task(name)
     recipe = recipe or Recipe()
-    recipe = replace(recipe, steps=recipe.steps or task.num_steps)
-    output_dir = output_dir or ASSETS / "experts" / name
+    output_dir = output_dir or expert_folder(name, base)
     _check_packages(task)
     _check_output(output_dir, overwrite)
     split = task.build(recipe.seed)
+    base = base or base_from_environment()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if base is not None:  # said before gigabytes are fetched
+        _say_cost(read_base_config(base), split, recipe, device)
     loaded = load_base(base)
+    if base is None:
+        _say_cost(loaded.model.config, split, recipe, device)
     tokenizer = loaded.tokenizer
 
     # peft takes seconds to import, and nothing above needs it.
@@ -191,15 +206,44 @@ def train(
     lora = [p for p in model.parameters() if p.requires_grad]
     for parameter in lora:
         parameter.data = parameter.data.half().to(parameter.dtype)
-    scores = _evaluate(model, tokenizer, task, split.heldout[:num_eval])
+    scores = _evaluate(model, tokenizer, task, split, num_eval)
     for parameter in lora:
         parameter.data = parameter.data.half()
-    device = _device_name(loaded.model.device)
     base_id = str(loaded.model.name_or_path)
-    record = _record(task, base_id, split, recipe, scores, train_seconds, device)
+    record = _record(task, base_id, split, recipe, scores, train_seconds, _device_name(device))
     _save(model, record, model_card(task, record), output_dir)
     shutil.rmtree(checkpoint_dir)
     return output_dir
+
+
+def expert_folder(name: str, base: str | None = None) -> Path:
+    """Where an expert goes by default: to the shipped ones, or `experts/<base>/<name>` here."""
+    if base in (None, EMBEDDED_ID):
+        return ASSETS / "experts" / name
+    return Path("experts") / Path(base).name / name
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds an expert that was trained to its end."""
+    return (folder / ADAPTER_FILE).exists()
+
+
+def _say_cost(config: PreTrainedConfig, split: Split, recipe: Recipe, device: torch.device) -> None:
+    """Print what the run will take; tokens are counted as text, before any tokenizer is there."""
+    prompts = [
+        len(example.prompt) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS for example in split.train
+    ]
+    answers = [len(example.answer) / CHARACTERS_PER_TOKEN + 1 for example in split.train]
+    num = len(split.train)
+    cost = estimate_training(
+        config,
+        rank=recipe.rank,
+        tokens_per_step=round(recipe.batch_size * (sum(prompts) + sum(answers)) / num),
+        answer_tokens_per_step=round(recipe.batch_size * sum(answers) / num),
+        num_steps=recipe.steps,
+        device=device,
+    )
+    print(f"Training needs: {cost}", file=sys.stderr)
 
 
 def _device_name(device: torch.device) -> str:
@@ -219,7 +263,7 @@ def _check_packages(task: Task) -> None:
 
 
 def _check_output(output_dir: Path, overwrite: bool) -> None:
-    if (output_dir / ADAPTER_FILE).exists() and not overwrite:
+    if is_finished(output_dir) and not overwrite:
         raise FileExistsError(
             f"output folder {output_dir}: holds a finished expert; a folder without "
             f"{ADAPTER_FILE} was needed; choose another folder or pass overwrite"
@@ -244,7 +288,6 @@ def _fit(
     checkpoint_dir: Path,
 ) -> float | None:
     """Train `model` in place; return the seconds, or None for a run that was interrupted."""
-    assert recipe.steps is not None
     on_cpu = model.device.type == "cpu"
     trainer = AnswerTrainer(
         model=model,
@@ -276,25 +319,23 @@ def _fit(
 
 
 def _evaluate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, split: Split, num_eval: int
 ) -> dict[str, dict[str, Score]]:
-    """Scores of the base, of copying the input, and of the expert, on the same examples."""
+    """Scores of the base, of the task's baselines, and of the expert, on the same examples."""
     model.eval()
+    examples = split.heldout[:num_eval]
     prompts = [example.prompt for example in examples]
     with model.disable_adapter():
         base = generate_answers(
             model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, description="base"
         )
+    baselines = {who: baseline(split.train, examples) for who, baseline in task.baselines.items()}
     expert = generate_answers(
         model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, description=task.name
     )
-    copy = [example.text for example in examples]
     return {
         who: score_answers(task, examples, answers)
-        for who, answers in (("base", base), ("copy of the input", copy), ("expert", expert))
+        for who, answers in {"base": base, **baselines, "expert": expert}.items()
     }
 
 
@@ -309,7 +350,7 @@ def _record(
 ) -> dict[str, Any]:
     """What `scores.json` holds: enough to write the card again."""
     example = split.heldout[0]
-    default = asdict(Recipe(steps=task.num_steps))
+    default = asdict(Recipe())
     options = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in asdict(recipe).items()

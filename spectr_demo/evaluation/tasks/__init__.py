@@ -1,13 +1,20 @@
 """The tasks by name: one module per domain, one literal table."""
 
 from spectr_demo.config import unknown_name
+from spectr_demo.evaluation.tasks.arpabet import ARPABET
+from spectr_demo.evaluation.tasks.color import COLOR
 from spectr_demo.evaluation.tasks.cron import CRON
+from spectr_demo.evaluation.tasks.icd10 import ICD10
 from spectr_demo.evaluation.tasks.kjv import KJV
+from spectr_demo.evaluation.tasks.sentiment import SENTIMENT
 from spectr_demo.evaluation.tasks.smart_home import SMART_HOME
 from spectr_demo.evaluation.tasks.sql import SQL
 from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
 
-TASKS: dict[str, Task] = {task.name: task for task in (SQL, CRON, SMART_HOME, KJV)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (SMART_HOME, CRON, KJV, SENTIMENT, SQL, ARPABET, COLOR, ICD10)
+}
 
 
 def get_task(name: str) -> Task:

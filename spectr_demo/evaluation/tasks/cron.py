@@ -140,6 +140,5 @@ CRON = Task(
     score=score,
     metric="exact, or the same description back",
     max_new_tokens=24,
-    num_steps=150,
     packages=("cron_descriptor",),
 )

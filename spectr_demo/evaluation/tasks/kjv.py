@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spectr_demo.config import cache_dir
+from spectr_demo.evaluation.tasks.baselines import copy_input
 from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
 
 WORDINGS = (
@@ -159,6 +160,6 @@ KJV = Task(
     score=score,
     metric="chrF",
     max_new_tokens=56,
-    num_steps=120,
+    baselines={"copy of the input": copy_input},
     packages=("pysword", "sacrebleu"),
 )

@@ -185,6 +185,5 @@ SMART_HOME = Task(
     score=score,
     metric="JSON equality",
     max_new_tokens=48,
-    num_steps=280,
     packages=("hassil", "home_assistant_intents"),
 )

@@ -313,5 +313,4 @@ SQL = Task(
     score=score,
     metric="same rows in sqlite",
     max_new_tokens=48,
-    num_steps=250,
 )

@@ -8,8 +8,8 @@ with one fixed prefix a router would only have to spot the prefix.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,10 @@ class Split:
             )
 
 
+# (training examples, held-out examples) -> an answer to each held-out one, without a model.
+Baseline = Callable[[Sequence[Example], Sequence[Example]], list[str]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A domain: where its data comes from, how it is worded, how an answer is scored.
@@ -65,8 +69,8 @@ class Task:
     wordings: instructions used in training. heldout_wordings: used only in held-out examples.
     build: seed -> Split, deterministic. score: (answer, example) -> [0, 1], 1 is right.
     metric: what `score` measures, in a few words. max_new_tokens: long enough for every answer.
-    num_steps: training steps of 8 examples after which the loss has settled.
-    packages: what `build` and `score` import beyond requirements.txt.
+    baselines: what the expert has to beat, by name.
+    packages: what `build`, `score` and the baselines import beyond requirements.txt.
     """
 
     name: str
@@ -82,7 +86,7 @@ class Task:
     score: Callable[[str, Example], float]
     metric: str
     max_new_tokens: int
-    num_steps: int
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

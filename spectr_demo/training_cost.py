@@ -1,0 +1,96 @@
+"""What a training run will take, said before it starts: memory counted, time measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+# Bytes of a 4-bit weight with its double-quantised scale, and of the 16-bit ones beside it.
+NF4_BYTES = 0.52
+LORA_BYTES = 16  # float32 weight, gradient and AdamW's two moments
+# Values kept for the backward pass, per token and layer, in units of the hidden size and of the
+# MLP's: inputs of norms, projections and attention, and of the gated MLP's products.
+HIDDEN_VALUES, MLP_VALUES = 14, 4
+MATMUL_SHARE = 0.5  # of a large product's speed, which small layers and everything else leave
+PROBE_SECONDS = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCost:
+    """Estimates for one expert; they are right to about a factor of two.
+
+    memory, free_memory: bytes on the device (GPU memory, or RAM). seconds: of training alone.
+    """
+
+    memory: int
+    free_memory: int
+    seconds: float
+    num_parameters: int
+
+    def __str__(self) -> str:
+        verdict = "" if self.memory < self.free_memory else ": TOO LITTLE, lower --batch-size"
+        return (
+            f"{self.num_parameters / 1e6:,.0f}M parameters; about {self.memory / 1e9:.1f} GB needed"
+            f" of {self.free_memory / 1e9:.1f} GB free{verdict}; "
+            f"about {max(1, round(self.seconds / 60))} min an expert, held-out answers not counted"
+        )
+
+
+def estimate_training(
+    config: PreTrainedConfig,
+    *,
+    rank: int,
+    tokens_per_step: int,
+    answer_tokens_per_step: int,
+    num_steps: int,
+    device: torch.device,
+) -> TrainingCost:
+    """Estimate from the base's configuration alone: no weight is fetched or allocated.
+
+    tokens_per_step: tokens of a batch, padding included; answer_tokens_per_step: those with logits.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    inside = [m for m in linear if m is not model.get_output_embeddings()]
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_linear = sum(m.weight.numel() for m in inside)
+    num_lora = sum(rank * (m.in_features + m.out_features) for m in inside)
+    on_gpu = device.type == "cuda"
+    value_bytes = 2 if on_gpu else 4
+    weights = (
+        NF4_BYTES * num_linear + 2 * (num_parameters - num_linear) if on_gpu else 4 * num_parameters
+    )
+    mlp_size = getattr(text, "intermediate_size", 4 * text.hidden_size)
+    values = tokens_per_step * text.num_hidden_layers
+    values *= HIDDEN_VALUES * text.hidden_size + MLP_VALUES * mlp_size
+    logits = 3 * 4 * answer_tokens_per_step * text.vocab_size  # with softmax and gradient
+    # Forward and the gradient by inputs, 2 operations a weight each; weights get no gradient.
+    operations = 4.0 * tokens_per_step * num_linear
+    operations += 4.0 * answer_tokens_per_step * text.vocab_size * text.hidden_size
+    return TrainingCost(
+        memory=round(weights + LORA_BYTES * num_lora + value_bytes * values + logits),
+        free_memory=torch.cuda.mem_get_info(device)[0]
+        if on_gpu
+        else psutil.virtual_memory().available,
+        seconds=num_steps * operations / (MATMUL_SHARE * _matmul_speed(device)),
+        num_parameters=num_parameters,
+    )
+
+
+def _matmul_speed(device: torch.device) -> float:
+    """Operations per second of a product of the size that training is made of."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(512, 2048, device=device, dtype=dtype)
+    b = torch.randn(2048, 2048, device=device, dtype=dtype)
+    (a @ b).sum().item()
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < PROBE_SECONDS:
+        (a @ b).sum().item()  # `.item()` waits for a GPU
+        count += 1
+    return 2 * 512 * 2048 * 2048 * count / elapsed
