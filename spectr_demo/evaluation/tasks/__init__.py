@@ -2,6 +2,7 @@
 
 from spectr_demo.config import unknown_name
 from spectr_demo.evaluation.tasks.arpabet import ARPABET
+from spectr_demo.evaluation.tasks.category import CATEGORY
 from spectr_demo.evaluation.tasks.color import COLOR
 from spectr_demo.evaluation.tasks.cron import CRON
 from spectr_demo.evaluation.tasks.icd10 import ICD10
@@ -10,10 +11,22 @@ from spectr_demo.evaluation.tasks.sentiment import SENTIMENT
 from spectr_demo.evaluation.tasks.smart_home import SMART_HOME
 from spectr_demo.evaluation.tasks.sql import SQL
 from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
+from spectr_demo.evaluation.tasks.to_es import TO_ES
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (SMART_HOME, CRON, KJV, SENTIMENT, SQL, ARPABET, COLOR, ICD10)
+    for task in (
+        SMART_HOME,
+        CRON,
+        KJV,
+        TO_ES,
+        SENTIMENT,
+        CATEGORY,
+        SQL,
+        ARPABET,
+        COLOR,
+        ICD10,
+    )
 }
 
 

@@ -104,8 +104,7 @@ def split_glosses(glosses: Iterable[Gloss], seed: int) -> Split:
 
 
 def build(seed: int) -> Split:
-    """Build the split: about 9,000 training and 400 held-out definitions; the first call fetches
-    WordNet."""
+    """Build the split of 9,000 and 400 definitions; the first call fetches WordNet."""
     return split_glosses(read_glosses(fetch(ARCHIVE)), seed)
 
 

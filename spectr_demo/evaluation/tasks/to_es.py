@@ -143,7 +143,7 @@ TO_ES = Task(
     build=build,
     score=score,
     metric="chrF",
-    max_new_tokens=48,
+    max_new_tokens=60,
     baselines={"copy of the input": copy_input},
     packages=("pooch", "sacrebleu"),
 )
