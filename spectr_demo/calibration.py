@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,27 +19,117 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectr_demo.config import ASSETS, RouterConfig, cache_dir
-from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.experts import Adapter, ExpertLibrary, LayerBank
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase
-from spectr_demo.routing import CALIBRATED_SCORES
+from spectr_demo.prompts import encode_answered, shared_length, template_opening
+from spectr_demo.routing import STANDARDISED, Calibration, RoutingPlan
 
 GENERIC_TEXT = ASSETS / "generic_text.json"
 _VERSION = 1  # part of the cache key: raise it when the statistics change their meaning
 _ROWS_AT_ONCE = 8
 
 
-class Calibration:
-    """Mean and standard deviation of each score, for every layer and expert.
+def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
+    """The statistics of every expert on this base: from the cache, or from one reading.
 
-    statistics: by layer path, (S, 2, E) float32: S scores in the order of `CALIBRATED_SCORES`, mean
-    and standard deviation, the experts of the layer.
+    An expert's statistics depend on no other expert, so each is cached for itself. An unusable
+    cache costs time, not the run.
     """
+    text = GENERIC_TEXT.read_bytes()
+    files = [_cache_file(base, adapter, text) for adapter in library.adapters]
+    known = [_read(file, a) for file, a in zip(files, library.adapters, strict=True)]
+    statistics = [expert for expert in known if expert is not None]
+    if len(statistics) < len(known):
+        statistics = _measure(base, library, json.loads(text)["calibration"])
+        for file, expert in zip(files, statistics, strict=True):
+            _write(file, expert)
+    return Calibration(
+        {
+            path: torch.stack([statistics[e][path] for e in bank.expert_ids.tolist()], dim=-1).to(
+                bank.A.device
+            )
+            for path, bank in library.banks.items()
+        }
+    )
 
-    def __init__(self, statistics: Mapping[str, Tensor]) -> None:
-        self._statistics = statistics
 
-    def standardise(self, bank: LayerBank, score: str, values: Tensor) -> Tensor:
-        """(values - mean) / std, in standard deviations; values: (R, T, E) of the bank."""
-        mean, std = self._statistics[bank.path][list(CALIBRATED_SCORES).index(score)]
-        return (values - mean) / std
+class _Statistics(RoutingPlan):
+    """A plan that adds nothing to the base and sums the scores of the tokens that count."""
+
+    def __init__(self, is_evidence: Tensor, totals: dict[str, Tensor]) -> None:
+        super().__init__([], [])
+        self.is_base_only = False
+        self._is_evidence = is_evidence
+        self._totals = totals
+
+    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+        z = bank.project(x[self._is_evidence][None])
+        config = RouterConfig(name="spectr")
+        scores = torch.stack([f(z, bank.singular_values, config)[0] for f in STANDARDISED]).double()
+        # (S, 3, E): the number of tokens, the sum and the sum of squares.
+        sums = torch.stack([torch.ones_like(scores), scores, scores.square()], dim=1).sum(2)
+        self._totals[bank.path] = self._totals.get(bank.path, 0) + sums
+        return x.new_zeros(())
+
+
+def _measure(
+    base: LoadedBase, library: ExpertLibrary, exchanges: list[dict[str, str]]
+) -> list[dict[str, Tensor]]:
+    """Read the exchanges as the bare base does. For each expert, by layer path: (S, 2) float32."""
+    tokenizer, totals = base.tokenizer, dict[str, Tensor]()
+    opening = template_opening(tokenizer)
+    texts = [encode_answered(tokenizer, e["prompt"], e["answer"]) for e in exchanges]
+    texts.sort(key=len)
+    decoder, device = base.model.get_decoder(), base.model.device
+    for start in range(0, len(texts), _ROWS_AT_ONCE):
+        rows = texts[start : start + _ROWS_AT_ONCE]
+        width = max(map(len, rows))
+        # Padding on the right needs no mask of attention: nothing looks ahead.
+        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        is_evidence = torch.tensor(
+            [[shared_length(opening, row) <= t < len(row) for t in range(width)] for row in rows]
+        )
+        with torch.inference_mode(), routed(_Statistics(is_evidence.to(device), totals)):
+            decoder(input_ids=input_ids.to(device), use_cache=False)
+    experts: list[dict[str, Tensor]] = [{} for _ in library.adapters]
+    for path, sums in totals.items():
+        num, first, second = sums.unbind(1)
+        mean = first / num
+        std = (second / num - mean.square()).clamp(min=0).sqrt()
+        # An expert that never responds has no spread, and its scores stay 0.
+        std = torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
+        statistics = torch.stack([mean, std], dim=1).float().cpu()  # (S, 2, E)
+        for place, e in enumerate(library.banks[path].expert_ids.tolist()):
+            experts[e][path] = statistics[..., place].contiguous()
+    return experts
+
+
+def _cache_file(base: LoadedBase, adapter: Adapter, text: bytes) -> Path:
+    parts = [base.fingerprint, base.quantization, str(base.compute_dtype), adapter.sha256]
+    key = hashlib.sha256("\n".join([*parts, f"v{_VERSION}"]).encode() + text).hexdigest()
+    return cache_dir() / "calibration" / f"{key[:32]}.safetensors"
+
+
+def _read(file: Path, adapter: Adapter) -> dict[str, Tensor] | None:
+    try:
+        statistics = load_file(file)
+    except (OSError, SafetensorError):
+        return None  # never written, or cut short: measure again
+    return statistics if statistics.keys() == adapter.factors.keys() else None
+
+
+def _write(file: Path, statistics: Mapping[str, Tensor]) -> None:
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(statistics), unfinished)
+        unfinished.replace(file)  # atomic: another process sees the whole file or none
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        warnings.warn(
+            f"the calibration could not be cached in {file.parent} ({error}); it is measured at "
+            "each start. Set SPECTR_CACHE to a writable folder",
+            stacklevel=2,
+        )

@@ -65,6 +65,10 @@ class RouterConfig:
         are fewer; a number given here is taken literally, and must not exceed the experts loaded.
     temperature: divides the scores before the softmax (unused by equal weights).
     prefilter: experts that LAG's arrow filter keeps; unused by the other routers.
+    calibrated: whether scores are standardised by what generic text gives, in standard deviations.
+    decay: pools scores over the text so far, older tokens counting less by this factor a token; 1
+        weighs the whole text alike. None looks at each token alone.
+    threshold: no expert is used where even the best score is not above it. None always uses one.
     """
 
     name: str
@@ -74,6 +78,9 @@ class RouterConfig:
     temperature: float = 1.0
     composition: Composition = "outputs"
     prefilter: int = 20
+    calibrated: bool = False
+    decay: float | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         k, t, f = self.top_k, self.temperature, self.prefilter
@@ -88,6 +95,9 @@ class RouterConfig:
         )
         _require(_is_number(t) and 0 < t < float("inf"), "router temperature", t, "above 0")
         _require(_is_int(f) and f >= 1, "prefilter", f, "a whole number of at least 1")
+        d, h = self.decay, self.threshold
+        _require(d is None or (_is_number(d) and 0 < d <= 1), "decay", d, "above 0 and at most 1")
+        _require(h is None or (_is_number(h) and abs(h) < float("inf")), "threshold", h, "a number")
         if (self.name == "single") != (self.expert is not None):
             raise ValueError(
                 f"router {self.name!r} has expert {self.expert!r}; only 'single' names an expert, "

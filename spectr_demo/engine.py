@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from spectr_demo.calibration import calibrate
 from spectr_demo.config import (
     GenerationSettings,
     RouterConfig,
@@ -35,12 +36,11 @@ from spectr_demo.config import (
 from spectr_demo.experts import ExpertLibrary, load_experts
 from spectr_demo.layers import attach_, detach_, record_hidden_states, routed
 from spectr_demo.loading import LoadedBase, load_base
+from spectr_demo.prompts import Message, encode, shared_length, template_opening
 from spectr_demo.recorder import Recorder
-from spectr_demo.routing import RoutingPlan, parse_router
+from spectr_demo.routing import Calibration, RoutingPlan, parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.tracing import build_trace, library_versions
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,10 @@ class SpectrModel:
         self.model = base.model
         self.tokenizer = base.tokenizer
         attach_(self.model, library)
+        self.template_opening = template_opening(base.tokenizer)
         self._hook = record_hidden_states(self.model.get_decoder())
+        self._calibration: Calibration | None = None
+        self._calibration_lock = threading.Lock()
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""
@@ -149,18 +152,37 @@ class SpectrModel:
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a prompt in the base's chat template. Raises ValueError if it is empty."""
-        messages = (
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return encode(self.tokenizer, prompt)
+
+    def plan(
+        self,
+        routers: Sequence[RouterConfig],
+        texts: Sequence[Sequence[int]],
+        recorder: Recorder | None = None,
+    ) -> RoutingPlan:
+        """A plan for one batch. texts: token ids of each row, which are padded on the left."""
+        is_evidence = None
+        if any(router.decay is not None for router in routers):
+            width = max(map(len, texts))
+            is_evidence = torch.zeros(len(texts), width, dtype=torch.bool)
+            for row, ids in zip(is_evidence, texts, strict=True):
+                row[width - len(ids) + shared_length(self.template_opening, ids) :] = True
+            is_evidence = is_evidence.to(self.model.device)
+        return RoutingPlan(
+            routers,
+            self.library.names,
+            recorder,
+            calibration=self.calibration if any(r.calibrated for r in routers) else None,
+            is_evidence=is_evidence,
         )
-        if not any(message["content"].strip() for message in messages):
-            raise ValueError("the prompt is empty; write a question or an instruction")
-        if self.tokenizer.chat_template is None:
-            text = "\n".join(message["content"] for message in messages)
-            return list(self.tokenizer(text)["input_ids"])
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )
-        return list(cast(dict[str, list[int]], encoded)["input_ids"])
+
+    @property
+    def calibration(self) -> Calibration:
+        """Of every expert, measured when it is first needed (on a ZeroGPU, where there is one)."""
+        with self._calibration_lock:
+            if self._calibration is None:
+                self._calibration = calibrate(self.base, self.library)
+            return self._calibration
 
 
 class _Run:
@@ -180,8 +202,8 @@ class _Run:
         self.prompt_ids = prompt_ids
         self.settings = settings
         self.trace_every = trace_every
-        names = engine.library.names
-        self.plan = RoutingPlan(routers, names, Recorder() if record else None)
+        self.routers = routers
+        self.recorder = Recorder() if record else None
         self.end_ids = _end_token_ids(engine)
         self.answers: list[list[int]] = [[] for _ in routers]
         self.is_finished = [False] * len(routers)
@@ -204,10 +226,12 @@ class _Run:
     def _work(self) -> None:
         """In the worker thread: transformers' own generation, under this run's plan."""
         try:
+            prompts = [self.prompt_ids] * len(self.routers)
+            self.plan = self.engine.plan(self.routers, prompts, self.recorder)
             with torch.inference_mode(), routed(self.plan):
                 self._generate()
                 if not self.is_cancelled.is_set():
-                    trace = self._trace(is_complete=True) if self.plan.recorder else None
+                    trace = self._trace(is_complete=True) if self.recorder else None
                     self.queue.put(replace(self._step(), is_last=True, trace=trace))
         except Exception as error:  # handed to the thread that reads the steps, and raised there
             self.queue.put(error)

@@ -54,7 +54,7 @@ class Recorder:
             chosen, weight, score = (part[: num_tokens - 1].cpu() for part in joined)
             T, K = chosen.shape
             place = np.s_[:T, bank.layer, library.projections.index(bank.projection), :K]
-            experts[place] = bank.expert_ids[chosen].numpy()
+            experts[place] = np.where(weight > 0, bank.expert_ids[chosen], NOT_ROUTED)
             weights[place] = weight.numpy()
             scores[place] = score.numpy()
         return experts, weights, scores

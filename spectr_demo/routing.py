@@ -4,7 +4,8 @@ Axes: R rows (columns of a comparison), T tokens, E experts, K selected, r rank.
 functions of `z = A* x`, the token in the experts' aligned bases, so one product serves them all.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from spectr_demo.config import RouterConfig, unknown_name
 from spectr_demo.experts import LayerBank
+from spectr_demo.pooling import EvidencePool
 from spectr_demo.recorder import Recorder
 
 Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
@@ -52,6 +54,10 @@ def norm_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Ten
     z: (R, T, E, r), singular_values: (E, r). Returns (R, T, E) float32 (SEQR, arXiv 2509.18093).
     """
     return torch.linalg.vector_norm(z.float() * singular_values, dim=-1)
+
+
+# The scores that can be calibrated. LAG's cannot: most experts have none.
+STANDARDISED: tuple[Score, ...] = (spectr_scores, arrow_scores, norm_scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,22 @@ _ROWS = (
         preset=RouterConfig(name="spectr-paper", composition="parameters"),
         score=spectr_scores,
         default_top_k=4,
+    ),
+    Router(
+        key="spectr-calibrated",
+        display_name="SpectR, calibrated",
+        equation="(||A*_e x|| - mean_e) / std_e",
+        paper="this project's; standardised scores as in SEQR, arXiv 2509.18093",
+        preset=RouterConfig(name="spectr-calibrated", calibrated=True),
+        score=spectr_scores,
+    ),
+    Router(
+        key="spectr-context",
+        display_name="SpectR in context",
+        equation="mean over text so far of (||A*_e x|| - mean_e) / std_e",
+        paper="this project's: calibrated and pooled",
+        preset=RouterConfig(name="spectr-context", calibrated=True, decay=0.97),
+        score=spectr_scores,
     ),
     Router(
         key="lag",
@@ -189,14 +211,34 @@ def select(scores: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor, Tensor
     """The K experts with the best scores, and their weights.
 
     scores: (..., E) float32. Returns expert indices (..., K) int64, weights (..., K) float32 that
-    are >= 0 and sum to 1, and the K scores. K is `top_k`, or E where a layer has fewer experts.
-    Weights are 1/K (SpectR), or the softmax of the K scores over `temperature` (Arrow).
+    are >= 0 and sum to 1 or 0, and the K scores. K is `top_k`, or E where a layer has fewer.
+    Weights are 1/K (SpectR), or the softmax of the K scores over `temperature` (Arrow). They are 0
+    where even the best score is not above `threshold`, or is -inf: there the base answers alone.
     """
     assert config.top_k is not None
     top, indices = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1)
     if config.weighting == "softmax":
-        return indices, torch.softmax(top / config.temperature, dim=-1), top
-    return indices, torch.full_like(top, 1 / top.shape[-1]), top
+        weights = torch.softmax(top / config.temperature, dim=-1)
+    else:
+        weights = torch.full_like(top, 1 / top.shape[-1])
+    if config.decay is not None or config.threshold is not None:
+        least = -torch.inf if config.threshold is None else config.threshold
+        weights = torch.where(top[..., :1] > least, weights, 0)
+    return indices, weights, top
+
+
+class Calibration:
+    """Mean and standard deviation of each score over text of no domain, by layer and expert."""
+
+    def __init__(self, statistics: Mapping[str, Tensor]) -> None:
+        """statistics: by layer path, (S, 2, E) float32: the scores in the order of `STANDARDISED`,
+        mean and standard deviation, the experts of the layer."""
+        self._statistics = statistics
+
+    def standardise(self, bank: LayerBank, score: Score, values: Tensor) -> Tensor:
+        """`(values - mean) / std`: values (R, T, E) of the bank, in standard deviations."""
+        mean, std = self._statistics[bank.path][STANDARDISED.index(score)]
+        return (values - mean) / std
 
 
 class RoutingPlan:
@@ -210,11 +252,23 @@ class RoutingPlan:
         routers: Sequence[RouterConfig],
         expert_names: Sequence[str],
         recorder: Recorder | None = None,
+        *,
+        calibration: Calibration | None = None,
+        is_evidence: Tensor | None = None,
     ) -> None:
+        """calibration: needed where a router is calibrated. is_evidence: (R, T) bool over the
+        prompt, False where routers that pool have nothing to learn: padding, template."""
         self.routers = tuple(routers)
         self.recorder = recorder
         self.is_base_only = all(router.name == "base" for router in routers)
-        self._scored = [row for row, router in enumerate(routers) if ROUTERS[router.name].score]
+        rows_of: dict[RouterConfig, list[int]] = defaultdict(list)
+        for row, router in enumerate(routers):
+            if ROUTERS[router.name].score is not None:
+                rows_of[router].append(row)
+        self._groups = [
+            _Group(router, rows, len(routers), len(expert_names), calibration, is_evidence)
+            for router, rows in rows_of.items()
+        ]
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
         self._has_merged = any(is_merged)
@@ -237,22 +291,19 @@ class RoutingPlan:
     def weights(self, bank: LayerBank, z: Tensor) -> Tensor:
         """Weight of each expert for each token: (R, T, E) float32 from z (R, T, E, r)."""
         weights = self.constant_weights(bank).expand(z.shape[:3])
-        if not self._scored:
-            return weights
-        if len(self.routers) > 1:
+        is_shared = len(self._groups) > 1 or any(not group.is_whole for group in self._groups)
+        if is_shared:
             weights = weights.clone()
-        for row in self._scored:
-            router, tokens = self.routers[row], z[row : row + 1]
-            score = ROUTERS[router.name].score
-            assert score is not None
-            scores = score(tokens, bank.singular_values, router)
-            experts, chosen, top = select(scores, router)
+        for group in self._groups:
+            scores = group.scores(bank, z if group.is_whole else z[group.rows])
+            experts, chosen, top = select(scores, group.router)
             if self.recorder is not None:
-                self.recorder.add_choice(bank, row, experts[0], chosen[0], top[0])
-            row_weights = torch.zeros_like(scores).scatter_(-1, experts, chosen)
-            if len(self.routers) == 1:
-                return row_weights
-            weights[row] = row_weights[0]
+                for i, row in enumerate(group.rows):
+                    self.recorder.add_choice(bank, row, experts[i], chosen[i], top[i])
+            group_weights = torch.zeros_like(scores).scatter_(-1, experts, chosen)
+            if not is_shared:
+                return group_weights
+            weights[group.rows] = group_weights
         return weights
 
     def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
@@ -268,6 +319,40 @@ class RoutingPlan:
             merged = weights * mixed.sum(dim=-2, keepdim=True)
             mixed = torch.where(self._is_merged.to(z.device), merged, mixed)
         return bank.expand(mixed).to(x.dtype)
+
+
+class _Group:
+    """The rows of a run that share one router."""
+
+    def __init__(
+        self,
+        router: RouterConfig,
+        rows: list[int],
+        num_rows: int,
+        num_experts: int,
+        calibration: Calibration | None,
+        is_evidence: Tensor | None,
+    ) -> None:
+        self.router = router
+        self.rows = rows
+        self.is_whole = len(rows) == num_rows
+        score = ROUTERS[router.name].score
+        assert score is not None
+        self._score = score
+        if router.calibrated and calibration is None:
+            raise ValueError(f"router {router.name!r} is calibrated; its plan needs a calibration")
+        self._calibration = calibration if router.calibrated else None
+        self._pool: EvidencePool | None = None
+        if router.decay is not None:
+            own = None if is_evidence is None else is_evidence[rows]
+            self._pool = EvidencePool(router.decay, num_experts, own)
+
+    def scores(self, bank: LayerBank, z: Tensor) -> Tensor:
+        """(R, T, E) float32 from z (R, T, E, r): the score, standardised, pooled, as asked."""
+        scores = self._score(z, bank.singular_values, self.router)
+        if self._calibration is not None:
+            scores = self._calibration.standardise(bank, self._score, scores)
+        return scores if self._pool is None else self._pool.add(bank, scores)
 
 
 def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:

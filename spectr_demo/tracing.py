@@ -197,13 +197,13 @@ def _compare(
     is_base = hidden.data_ptr() == base_hidden.data_ptr()
     for start in range(0, len(token_ids) - 1, _POSITIONS_AT_ONCE):
         end = min(start + _POSITIONS_AT_ONCE, len(token_ids) - 1)
-        logprobs = _logits(model, hidden[start:end]).log_softmax(-1)
+        logprobs = output_logits(model, hidden[start:end]).log_softmax(-1)
         probs = logprobs.exp()
         drawn = logprobs.gather(-1, token_ids[start + 1 : end + 1, None])[:, 0]
         entropy = -torch.where(probs > 0, probs * logprobs, 0).sum(-1)
         kl = torch.zeros_like(entropy)
         if not is_base:
-            base = _logits(model, base_hidden[start:end]).log_softmax(-1)
+            base = output_logits(model, base_hidden[start:end]).log_softmax(-1)
             kl = torch.where(probs > 0, probs * (logprobs - base), 0).sum(-1).clamp(min=0)
         parts.append(torch.stack([drawn, entropy, kl]))
     columns = np.full((3, len(token_ids)), np.nan, np.float32)
@@ -212,7 +212,7 @@ def _compare(
     return columns[0], columns[1], columns[2]
 
 
-def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(T, V) float32 logits of hidden states (T, D), as the model's own head computes them."""
     head = model.get_output_embeddings()
     logits = head(hidden).float()

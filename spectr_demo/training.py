@@ -218,6 +218,7 @@ def train(
 
 def expert_folder(name: str, base: str | None = None) -> Path:
     """Where an expert goes by default: to the shipped ones, or `experts/<base>/<name>` here."""
+    base = base or base_from_environment()
     if base in (None, EMBEDDED_ID):
         return ASSETS / "experts" / name
     return Path("experts") / Path(base).name / name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 # Bytes of a 4-bit weight with its double-quantised scale, and of the 16-bit ones beside it.
 NF4_BYTES = 0.52

@@ -11,18 +11,40 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spectr_demo import training
+from spectr_demo import training, training_cost
+from spectr_demo.config import ASSETS
 from spectr_demo.evaluation.tasks import TASKS, Example, Split, Task
-from spectr_demo.training import IGNORED, AnswerTrainer, Recipe, collate, encode, train
+from spectr_demo.evaluation.tasks.baselines import copy_input
+from spectr_demo.loading import EMBEDDED_ID
+from spectr_demo.training import (
+    IGNORED,
+    AnswerTrainer,
+    Recipe,
+    collate,
+    encode,
+    expert_folder,
+    is_finished,
+    train,
+)
 from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
 def few_questions() -> Task:
-    """The sql task with 20 training and 8 held-out examples."""
+    """The sql task with 20 training and 8 held-out examples, and two baselines.
+
+    One baseline is right about the first example, the other is never right.
+    """
     split = TASKS["sql"].build(0)
     few = Split(train=split.train[:20], heldout=split.heldout[:8])
-    return replace(TASKS["sql"], build=lambda seed: few)
+    return replace(
+        TASKS["sql"],
+        build=lambda seed: few,
+        baselines={
+            "first answer": lambda train, heldout: [heldout[0].answer] * len(heldout),
+            "copy of the input": copy_input,
+        },
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +62,8 @@ def tiny_base(
         return SimpleNamespace(model=model, tokenizer=tokenizer, fingerprint="tiny")
 
     monkeypatch.setattr(training, "load_base", load_base)
+    monkeypatch.setattr(training_cost, "PROBE_SECONDS", 0.01)
+    monkeypatch.delenv("SPECTR_BASE_MODEL", raising=False)
     monkeypatch.setitem(TASKS, "sql", few_questions)
     monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
 
@@ -123,6 +147,61 @@ def test_two_steps_make_an_ordinary_peft_folder(
     assert all(wording in card for wording in TASKS["sql"].wordings)
 
 
+def test_the_baselines_of_the_task_are_scored_and_said_to_be_better(tmp_path: Path) -> None:
+    folder = train("sql", output_dir=tmp_path, recipe=Recipe(steps=1, batch_size=2), num_eval=4)
+    scores = json.loads((folder / "scores.json").read_text())["scores"]
+    assert list(scores) == ["base", "first answer", "copy of the input", "expert"]
+    assert scores["first answer"]["all"]["mean"] >= 0.25
+    assert scores["copy of the input"]["all"]["mean"] == 0
+    assert [scores["first answer"][group]["num"] for group in scores["base"]] == [4, 2, 2]
+    # After one step the expert answers nothing right.
+    card = (folder / "README.md").read_text()
+    assert f"| first answer | {scores['first answer']['all']['mean']:.3f} (" in card
+    assert "does not beat: base, first answer, copy of the input." in card
+
+
+def test_a_hub_base_is_estimated_before_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(base: str | None) -> SimpleNamespace:
+        raise OSError(f"{base} cannot be fetched")
+
+    monkeypatch.setattr(training, "read_base_config", lambda base: tiny_llama(300).config)
+    monkeypatch.setattr(training, "load_base", unreachable)
+    with pytest.raises(OSError, match="big/llama cannot be fetched"):
+        train("sql", base="big/llama", output_dir=tmp_path)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Training needs: 0M parameters; about ")
+    assert captured.out == ""
+
+
+def test_the_default_base_is_estimated_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("sql", output_dir=tmp_path, recipe=Recipe(steps=1, batch_size=2), num_eval=2)
+    assert capsys.readouterr().err.count("Training needs: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "folder"),
+    [
+        (None, ASSETS / "experts" / "sql"),
+        (EMBEDDED_ID, ASSETS / "experts" / "sql"),
+        ("meta-llama/Llama-3.2-1B", Path("experts/Llama-3.2-1B/sql")),
+        ("/models/llama/", Path("experts/llama/sql")),
+    ],
+)
+def test_only_experts_of_the_default_base_go_to_the_shipped_ones(
+    base: str | None, folder: Path
+) -> None:
+    assert expert_folder("sql", base) == folder
+
+
+def test_the_base_of_the_environment_decides_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECTR_BASE_MODEL", "meta-llama/Llama-3.2-1B")
+    assert expert_folder("sql") == Path("experts/Llama-3.2-1B/sql")
+
+
 def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(steps=2, batch_size=2)
 
@@ -138,7 +217,7 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
             run()
     checkpoints = tmp_path / "cache" / "training"
     (checkpoint,) = checkpoints.glob("sql-*/checkpoint-2")
-    assert not (tmp_path / "sql" / "adapter_model.safetensors").exists()
+    assert not is_finished(tmp_path / "sql")
     learned = load_file(checkpoint / "adapter_model.safetensors")
 
     saved = load_file(run() / "adapter_model.safetensors")
@@ -146,6 +225,7 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
     for key, weight in saved.items():
         torch.testing.assert_close(weight, learned[key].half())
     assert json.loads((tmp_path / "sql" / "scores.json").read_text())["train_seconds"] is None
+    assert is_finished(tmp_path / "sql")
     assert not any(checkpoints.iterdir())
 
 

@@ -3,7 +3,9 @@
 import json
 import re
 import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -12,13 +14,25 @@ from spectr_demo.evaluation.tasks import (
     Example,
     Item,
     Split,
+    arpabet,
+    category,
+    color,
     cron,
     get_task,
+    icd10,
     kjv,
     make_split,
+    sentiment,
     smart_home,
     sql,
+    to_es,
 )
+from tests.evaluation.test_arpabet import made_up_words
+from tests.evaluation.test_category import GLOSSES
+from tests.evaluation.test_color import colors
+from tests.evaluation.test_icd10 import FAR
+from tests.evaluation.test_sentiment import snippets
+from tests.evaluation.test_to_es import PAIRS
 
 # (book, modern, archaic), made for the tests: kjv's own texts would have to be fetched.
 VERSES = [
@@ -28,20 +42,41 @@ VERSES = [
         f"Thou art the {noun} of my father.",
     )
     for book in ("Genesis", "Ruth", "Acts", "Jonah")
-    for noun in ("servant", "stone", "lamp", "well")
+    for noun in ("servant", "stone", "lamp", "well", "door")
 ]
 
 
+# Every verse once, so that no pair stands in two books.
+UNIQUE_VERSES = [(book, f"{book}: {new}", f"{book}: {old}") for book, new, old in VERSES]
+# Two sentences each: any two of these texts are more than a word apart.
+TWO_SENTENCES = [
+    (f"{one} and {other}", f"{uno} y {otro}")
+    for (one, uno), (other, otro) in permutations(PAIRS[::2], 2)
+]
+# Splits of data made for the tests, where a task's own would have to be fetched.
+MADE_UP: dict[str, Callable[[int], Split]] = {
+    "kjv": lambda seed: kjv.split_verses(iter(UNIQUE_VERSES), seed),
+    "to_es": lambda seed: to_es.split_pairs(TWO_SENTENCES, seed),
+    "sentiment": lambda seed: sentiment.split_snippets(snippets(), seed),
+    "category": lambda seed: category.split_glosses(GLOSSES, seed),
+    "arpabet": lambda seed: arpabet.split_words(made_up_words(), seed),
+    "color": lambda seed: color.split_colors(colors(), seed),
+    "icd10": lambda seed: icd10.split_titles(FAR, seed),
+}
+
+
 def build(name: str, seed: int = 0) -> Split:
-    # Every verse once, so that no pair stands in two books.
-    verses = [(book, f"{book}: {modern}", f"{book}: {archaic}") for book, modern, archaic in VERSES]
-    if name == "kjv":
-        return kjv.split_verses(iter(verses), seed)
+    """The split of a task, without network."""
     with pytest.MonkeyPatch.context() as patch:
-        # A tenth of the data keeps the tests fast.
+        # A tenth of the data keeps the tests fast ...
         patch.setattr(cron, "NUM_EXPRESSIONS", 400)
         patch.setattr(smart_home, "SAMPLES_PER_TEMPLATE", 2)
-        return TASKS[name].build(seed)
+        # ... and of what little was made up, at least ten are held out.
+        patch.setattr(category, "TRAIN_PER_CLASS", 3)
+        patch.setattr(category, "HELDOUT_PER_CLASS", 2)
+        for module in (to_es, arpabet, color):
+            patch.setattr(module, "HELDOUT_FRACTION", 0.3)
+        return MADE_UP.get(name, TASKS[name].build)(seed)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +95,7 @@ class TestEveryTask:
     def test_nothing_heldout_was_trained_on(self, splits: dict[str, Split], name: str) -> None:
         train, heldout = splits[name].train, splits[name].heldout
         assert train
-        assert heldout
+        assert len(heldout) >= 10
         assert not {e.key for e in train} & {e.key for e in heldout}
         assert not {e.text for e in train} & {e.text for e in heldout}
 
@@ -100,6 +135,15 @@ class TestEveryTask:
         for e in splits[name].heldout:
             words, rest = re.findall(r"[A-Za-z]+", e.answer), re.findall(r"[^A-Za-z\s]", e.answer)
             assert len(words) + len(rest) / 2 < TASKS[name].max_new_tokens
+
+    def test_baselines_answer_every_heldout_example_without_its_answer(
+        self, splits: dict[str, Split], name: str
+    ) -> None:
+        train, heldout = splits[name].train, splits[name].heldout
+        for baseline in TASKS[name].baselines.values():
+            answers = baseline(train, heldout)
+            assert len(answers) == len(heldout)
+            assert answers == baseline(train, [replace(e, answer="") for e in heldout])
 
 
 def test_split_refuses_a_key_on_both_sides() -> None:

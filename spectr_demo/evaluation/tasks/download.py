@@ -44,7 +44,7 @@ def fetch(archive: Archive) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(
             f"{archive.name} could not be fetched ({reason}); it was needed with SHA-256 "
             f"{archive.sha256}; download {archive.url} on a machine with a network and put it into "

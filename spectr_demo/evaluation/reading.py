@@ -1,0 +1,140 @@
+"""Teacher-forced reading: how likely the reference answer is under a router, and whom it chose.
+
+All rows of a batch share one router, and every layer sees the activations that this router made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from spectr_demo.config import RouterConfig
+from spectr_demo.engine import SpectrModel
+from spectr_demo.experts import LayerBank
+from spectr_demo.layers import routed
+from spectr_demo.prompts import shared_length
+from spectr_demo.recorder import Recorder
+from spectr_demo.routing import ROUTERS
+from spectr_demo.trace import NOT_ROUTED
+from spectr_demo.tracing import output_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Token ids of a prompt and of the answer that is read after it, the end token included."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One text under one router.
+
+    logprob: (A,) of the answer's tokens, in nats. kl: (A,) KL(router || base) of the distribution
+    each was drawn from, in nats. choices: (T, L, P, K) int16 expert ids, best first, `NOT_ROUTED`
+    where the base answered alone; T are the tokens read (the last answer token is not). None for a
+    router that does not choose. num_prompt, num_opening: tokens of the prompt, and of those the
+    ones with which every prompt opens.
+    """
+
+    logprob: NDArray[np.float32]
+    kl: NDArray[np.float32]
+    choices: NDArray[np.int16] | None
+    num_prompt: int
+    num_opening: int
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of an answer token, in nats."""
+        return -float(self.logprob.mean())
+
+
+class _Choices(Recorder):
+    """Keeps the experts that were chosen, for all rows and tokens of one pass."""
+
+    def __init__(self, engine: SpectrModel, shape: tuple[int, int], top_k: int) -> None:
+        super().__init__()
+        library = engine.library
+        self._projections = library.projections
+        places = (library.num_layers, len(library.projections))
+        self.experts = np.full((*shape, *places, top_k), NOT_ROUTED, np.int16)
+
+    def add_choice(
+        self, bank: LayerBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
+    ) -> None:
+        chosen = bank.expert_ids[experts.cpu()].to(torch.int16)
+        chosen = torch.where(weights.cpu() > 0, chosen, NOT_ROUTED)
+        place = (bank.layer, self._projections.index(bank.projection))
+        self.experts[row, :, *place, : chosen.shape[-1]] = chosen.numpy()
+
+    def add_hidden(self, hidden: Tensor) -> None:
+        """The caller has them already."""
+
+
+@torch.inference_mode()
+def read(
+    engine: SpectrModel,
+    router: RouterConfig,
+    texts: Sequence[Text],
+    *,
+    batch_size: int = 16,
+    record: bool = True,
+    description: str = "reading",
+) -> list[Reading]:
+    """Read the texts, in batches of similar length, padded on the left."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt_ids + texts[i].answer_ids))
+    readings: dict[int, Reading] = {}
+    with tqdm(total=len(texts), desc=description, unit="text", leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = _read_batch(engine, router, [texts[i] for i in rows], record)
+            readings.update(zip(rows, batch, strict=True))
+            bar.update(len(rows))
+    return [readings[i] for i in range(len(texts))]
+
+
+def _read_batch(
+    engine: SpectrModel, router: RouterConfig, texts: Sequence[Text], record: bool
+) -> Iterator[Reading]:
+    ids = [[*text.prompt_ids, *text.answer_ids[:-1]] for text in texts]
+    width = max(map(len, ids))
+    input_ids = torch.tensor([[0] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    device = engine.model.device
+    inputs: Any = {
+        "input_ids": input_ids.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device),
+        "use_cache": False,
+    }
+    decoder = engine.model.get_decoder()
+    recorder = None
+    if record and ROUTERS[router.name].score is not None:
+        assert router.top_k is not None
+        recorder = _Choices(engine, (len(texts), width), router.top_k)
+    with routed(engine.plan([router] * len(texts), ids, recorder)):
+        hidden = decoder(**inputs).last_hidden_state
+    with routed(None):
+        base_hidden = hidden if router.name == "base" else decoder(**inputs).last_hidden_state
+    opening = engine.template_opening
+    for row, text in enumerate(texts):
+        answer = torch.tensor(text.answer_ids, device=device)
+        num = len(answer)
+        logprobs = output_logits(engine.model, hidden[row, -num:]).log_softmax(-1)
+        base = output_logits(engine.model, base_hidden[row, -num:]).log_softmax(-1)
+        kl = (logprobs.exp() * (logprobs - base)).sum(-1).clamp(min=0)
+        yield Reading(
+            logprob=logprobs.gather(-1, answer[:, None])[:, 0].cpu().numpy(),
+            kl=kl.cpu().numpy(),
+            choices=None if recorder is None else recorder.experts[row, width - len(ids[row]) :],
+            num_prompt=len(text.prompt_ids),
+            num_opening=shared_length(opening, text.prompt_ids),
+        )

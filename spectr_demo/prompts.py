@@ -1,0 +1,45 @@
+"""From what a person writes to token ids, and which of those ids every prompt opens with."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    """Token ids of a prompt in the base's chat template, ready for an answer.
+
+    A base without a chat template reads plain text. Raises ValueError if the prompt is empty.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not any(message["content"].strip() for message in messages):
+        raise ValueError("the prompt is empty; write a question or an instruction")
+    if tokenizer.chat_template is None:
+        text = "\n".join(message["content"] for message in messages)
+        return list(tokenizer(text)["input_ids"])
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(cast(dict[str, list[int]], encoded)["input_ids"])
+
+
+def encode_answered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
+    """Token ids of a prompt and its answer, the end token included where the base has one."""
+    answer_ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return [*encode(tokenizer, prompt), *answer_ids, *end]
+
+
+def template_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids with which every prompt opens: the chat template's, before what is asked.
+
+    They say nothing about the request, so routers that pool evidence leave them out.
+    """
+    one, other = (encode(tokenizer, word) for word in ("A", "b"))
+    return one[: shared_length(one, other)]
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common from their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,88 @@
+"""Pooled evidence: causal, the same in prefill and in decoding, blind to padding."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectr_demo.experts import LayerBank
+from spectr_demo.pooling import EvidencePool
+
+
+def bank(path: str, expert_ids: list[int]) -> LayerBank:
+    nothing = torch.zeros(0)
+    return LayerBank(
+        path=path,
+        layer=0,
+        projection=path,
+        expert_ids=torch.tensor(expert_ids),
+        A=nothing,
+        B=nothing,
+        singular_values=nothing,
+    )
+
+
+FIRST, SECOND = bank("first", [0, 1, 2]), bank("second", [2, 0])
+
+
+def scores(num_rows: int, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(num_rows, num_tokens, 3, generator=generator),
+        torch.randn(num_rows, num_tokens, 2, generator=generator),
+    )
+
+
+def read(pool: EvidencePool, *parts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """The pooled scores of both layers over all parts, each part one pass."""
+    passes = [(pool.add(FIRST, first), pool.add(SECOND, second)) for first, second in parts]
+    return [torch.cat(layer, dim=1) for layer in zip(*passes, strict=True)]
+
+
+def test_it_is_the_decayed_mean_over_tokens_and_layers() -> None:
+    first, second = scores(1, 3)
+    pooled_first, pooled_second = read(EvidencePool(0.5, 3, None), (first, second))
+    weights = torch.tensor([0.25, 0.5, 1])
+    over_first = (weights[:, None] * first[0]).sum(0) / weights.sum()
+    over_second = (weights[:, None] * second[0]).sum(0) / weights.sum()
+    torch.testing.assert_close(pooled_first[0, 2], over_first)
+    torch.testing.assert_close(pooled_second[0, 2], (over_first[[2, 0]] + over_second) / 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cut=st.integers(1, 699), decay=st.sampled_from([1.0, 0.97, 0.5]), seed=st.integers(0, 99))
+def test_prefill_and_decoding_pool_alike(cut: int, decay: float, seed: int) -> None:
+    first, second = scores(2, 700, seed)  # longer than the pool reads at once
+    at_once = read(EvidencePool(decay, 3, None), (first, second))
+    parts = [(first[:, :cut], second[:, :cut])]
+    parts += [(first[:, t : t + 1], second[:, t : t + 1]) for t in range(cut, 700)]
+    for one, other in zip(at_once, read(EvidencePool(decay, 3, None), *parts), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_it_is_causal() -> None:
+    first, second = scores(1, 6)
+    before = read(EvidencePool(0.9, 3, None), (first, second))
+    first, second = first.clone(), second.clone()
+    first[:, 4:], second[:, 4:] = 99, 99
+    after = read(EvidencePool(0.9, 3, None), (first, second))
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one[:, :4], other[:, :4])
+
+
+def test_padding_and_template_change_nothing() -> None:
+    first, second = scores(1, 5)
+    alone = read(EvidencePool(0.9, 3, None), (first, second))
+    padded = [torch.cat([torch.full_like(part[:, :2], 7), part], dim=1) for part in (first, second)]
+    is_evidence = torch.tensor([[False, False, True, True]])  # the prompt; the rest is decoded
+    with_padding = read(EvidencePool(0.9, 3, is_evidence), (padded[0], padded[1]))
+    for one, other in zip(alone, with_padding, strict=True):
+        torch.testing.assert_close(one, other[:, 2:])
+        assert (other[:, :2] == -torch.inf).all()
+
+
+def test_rows_do_not_mix() -> None:
+    first, second = scores(3, 4)
+    together = read(EvidencePool(0.9, 3, None), (first, second))
+    alone = read(EvidencePool(0.9, 3, None), (first[1:2], second[1:2]))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one[1:2], other)
