@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from spectr_demo.evaluation.tasks import Example, Task
+from spectr_demo.prompts import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +53,6 @@ def summarize(scores: Sequence[float]) -> Score:
     return Score(mean=mean, low=low, high=high, num=n)
 
 
-@torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,36 +62,56 @@ def generate_answers(
     batch_size: int = 64,
     description: str = "generating",
 ) -> list[str]:
-    """Answer each prompt greedily, in batches of similar length, padded on the left."""
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
-        )
-        for p in prompts
-    ]
+    """Answer each prompt greedily with the model as it is."""
+    return continue_texts(
+        model,
+        tokenizer,
+        [encode(tokenizer, prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        description=description,
+    )
+
+
+@torch.inference_mode()
+def continue_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    around: Callable[[list[list[int]]], AbstractContextManager[None]] = lambda rows: nullcontext(),
+    batch_size: int = 32,
+    description: str = "generating",
+) -> list[str]:
+    """Continue token ids greedily to the end token, in batches of similar length.
+
+    around: given the rows of a batch (unpadded; they are padded on the left), the context in which
+    it is generated: a routing plan needs the rows.
+    """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers = [""] * len(texts)
-    for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch"):
-        rows = order[start : start + batch_size]
-        batch: Any = tokenizer(
-            [texts[i] for i in rows],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device)
-        generate: Any = model.generate
-        output = generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        decoded = tokenizer.batch_decode(
-            output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for i, answer in zip(rows, decoded, strict=True):
-            answers[i] = answer.strip()
+    pad = tokenizer.pad_token_id or 0
+    with tqdm(total=len(texts), desc=description, unit="text", leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            rows = [list(texts[i]) for i in numbers]
+            width = max(map(len, rows))
+            padded = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            generate: Any = model.generate
+            with around(rows):
+                output = generate(
+                    padded.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=pad,
+                )
+            decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            for i, answer in zip(numbers, decoded, strict=True):
+                answers[i] = answer.strip()
+            bar.update(len(rows))
     return answers
 
 
