@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from spectr_demo.config import (
+    DOCS,
     Composition,
     GenerationSettings,
     Weighting,
@@ -224,6 +226,30 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every router on held-out prompts of every domain; writes a JSON file and its report."""
+    from spectr_demo.evaluation.evaluate import Evaluation, Settings
+    from spectr_demo.evaluation.report import RESULTS, accuracy_table, scores_table, to_markdown
+
+    settings = Settings.quick() if arguments.quick else Settings()
+    if arguments.num_examples is not None:
+        settings = replace(settings, num_examples=arguments.num_examples)
+    if arguments.routers:
+        settings = replace(settings, labels=tuple(arguments.routers))
+    results = Evaluation(_load(arguments), settings).run()
+    # The shipped results are the full run's; a quick one leaves them alone.
+    output = arguments.output or (Path("quick.json") if arguments.quick else RESULTS)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    report = DOCS / "results.md" if output == RESULTS else output.with_suffix(".md")
+    report.write_text(to_markdown(results), encoding="utf-8")
+    if not arguments.json:
+        _out.print(Markdown(scores_table(results)))
+        _out.print(Markdown(accuracy_table(results)))
+        _out.print(f"Wrote {output} and {report}", highlight=False)
+    return results
+
+
 def _load(arguments: argparse.Namespace, sources: list[str] | None = None) -> Any:
     from spectr_demo.engine import load  # torch and transformers: not needed for --help
 
@@ -274,6 +300,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", parents=[common], help=inspect.__doc__)
     command.set_defaults(run=inspect)
+
+    command = commands.add_parser("evaluate", parents=[common], help=evaluate.__doc__)
+    command.add_argument("--quick", action="store_true", help="about five minutes on two cores")
+    command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 32)")
+    command.add_argument("--routers", nargs="+", metavar="ROW", help="rows of the tables, by label")
+    command.add_argument("--output", type=Path, help="JSON file (default: the shipped results)")
+    command.set_defaults(run=evaluate)
 
     command = commands.add_parser("train", parents=[common], help=train.__doc__)
     command.add_argument("names", nargs="*", metavar="NAME", help="tasks, such as sql")

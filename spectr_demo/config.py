@@ -13,6 +13,7 @@ Weighting = Literal["equal", "softmax"]
 Composition = Literal["parameters", "outputs"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DOCS = ASSETS.parent / "docs"
 
 
 def cache_dir() -> Path:

@@ -38,8 +38,9 @@ class Text:
 class Reading:
     """One text under one router.
 
-    logprob: (A,) of the answer's tokens, in nats. kl: (A,) KL(router || base) of the distribution
-    each was drawn from, in nats. choices: (T, L, P, K) int16 expert ids, best first, `NOT_ROUTED`
+    logprob: (A,) of the answer's tokens, in nats. kl: (A,) KL(router || base) of the distributions
+    they were read from, in nats; agrees: (A,) whether the likeliest token is the base's; both empty
+    where the base was not read. choices: (T, L, P, K) int16 expert ids, best first, `NOT_ROUTED`
     where the base answered alone; T are the tokens read (the last answer token is not). None for a
     router that does not choose. num_prompt, num_opening: tokens of the prompt, and of those the
     ones with which every prompt opens.
@@ -47,6 +48,7 @@ class Reading:
 
     logprob: NDArray[np.float32]
     kl: NDArray[np.float32]
+    agrees: NDArray[np.bool_]
     choices: NDArray[np.int16] | None
     num_prompt: int
     num_opening: int
@@ -86,23 +88,26 @@ def read(
     texts: Sequence[Text],
     *,
     batch_size: int = 16,
-    record: bool = True,
+    with_base: bool = False,
     description: str = "reading",
 ) -> list[Reading]:
-    """Read the texts, in batches of similar length, padded on the left."""
+    """Read the texts, in batches of similar length, padded on the left.
+
+    with_base: also read them without experts, and compare.
+    """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt_ids + texts[i].answer_ids))
     readings: dict[int, Reading] = {}
     with tqdm(total=len(texts), desc=description, unit="text", leave=False) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = _read_batch(engine, router, [texts[i] for i in rows], record)
+            batch = _read_batch(engine, router, [texts[i] for i in rows], with_base)
             readings.update(zip(rows, batch, strict=True))
             bar.update(len(rows))
     return [readings[i] for i in range(len(texts))]
 
 
 def _read_batch(
-    engine: SpectrModel, router: RouterConfig, texts: Sequence[Text], record: bool
+    engine: SpectrModel, router: RouterConfig, texts: Sequence[Text], with_base: bool
 ) -> Iterator[Reading]:
     ids = [[*text.prompt_ids, *text.answer_ids[:-1]] for text in texts]
     width = max(map(len, ids))
@@ -117,23 +122,29 @@ def _read_batch(
     }
     decoder = engine.model.get_decoder()
     recorder = None
-    if record and ROUTERS[router.name].score is not None:
+    if ROUTERS[router.name].score is not None:
         assert router.top_k is not None
         recorder = _Choices(engine, (len(texts), width), router.top_k)
     with routed(engine.plan([router] * len(texts), ids, recorder)):
         hidden = decoder(**inputs).last_hidden_state
-    with routed(None):
-        base_hidden = hidden if router.name == "base" else decoder(**inputs).last_hidden_state
+    base_hidden = None
+    if with_base:
+        with routed(None):
+            base_hidden = decoder(**inputs).last_hidden_state
     opening = engine.template_opening
     for row, text in enumerate(texts):
         answer = torch.tensor(text.answer_ids, device=device)
         num = len(answer)
         logprobs = output_logits(engine.model, hidden[row, -num:]).log_softmax(-1)
-        base = output_logits(engine.model, base_hidden[row, -num:]).log_softmax(-1)
-        kl = (logprobs.exp() * (logprobs - base)).sum(-1).clamp(min=0)
+        kl, agrees = logprobs.new_zeros(0), logprobs.new_zeros(0, dtype=torch.bool)
+        if base_hidden is not None:
+            base = output_logits(engine.model, base_hidden[row, -num:]).log_softmax(-1)
+            kl = (logprobs.exp() * (logprobs - base)).sum(-1).clamp(min=0)
+            agrees = logprobs.argmax(-1) == base.argmax(-1)
         yield Reading(
             logprob=logprobs.gather(-1, answer[:, None])[:, 0].cpu().numpy(),
             kl=kl.cpu().numpy(),
+            agrees=agrees.cpu().numpy(),
             choices=None if recorder is None else recorder.experts[row, width - len(ids[row]) :],
             num_prompt=len(text.prompt_ids),
             num_opening=shared_length(opening, text.prompt_ids),

@@ -16,7 +16,6 @@ from spectr_demo.evaluation.tasks import (
     Split,
     arpabet,
     category,
-    color,
     cron,
     get_task,
     icd10,
@@ -29,7 +28,6 @@ from spectr_demo.evaluation.tasks import (
 )
 from tests.evaluation.test_arpabet import made_up_words
 from tests.evaluation.test_category import GLOSSES
-from tests.evaluation.test_color import colors
 from tests.evaluation.test_icd10 import FAR
 from tests.evaluation.test_sentiment import snippets
 from tests.evaluation.test_to_es import PAIRS
@@ -60,7 +58,6 @@ MADE_UP: dict[str, Callable[[int], Split]] = {
     "sentiment": lambda seed: sentiment.split_snippets(snippets(), seed),
     "category": lambda seed: category.split_glosses(GLOSSES, seed),
     "arpabet": lambda seed: arpabet.split_words(made_up_words(), seed),
-    "color": lambda seed: color.split_colors(colors(), seed),
     "icd10": lambda seed: icd10.split_titles(FAR, seed),
 }
 
@@ -74,7 +71,7 @@ def build(name: str, seed: int = 0) -> Split:
         # ... and of what little was made up, at least ten are held out.
         patch.setattr(category, "TRAIN_PER_CLASS", 3)
         patch.setattr(category, "HELDOUT_PER_CLASS", 2)
-        for module in (to_es, arpabet, color):
+        for module in (to_es, arpabet):
             patch.setattr(module, "HELDOUT_FRACTION", 0.3)
         return MADE_UP.get(name, TASKS[name].build)(seed)
 

@@ -3,7 +3,7 @@
 from spectr_demo.config import unknown_name
 from spectr_demo.evaluation.tasks.arpabet import ARPABET
 from spectr_demo.evaluation.tasks.category import CATEGORY
-from spectr_demo.evaluation.tasks.color import COLOR
+from spectr_demo.evaluation.tasks.chords import CHORDS
 from spectr_demo.evaluation.tasks.cron import CRON
 from spectr_demo.evaluation.tasks.icd10 import ICD10
 from spectr_demo.evaluation.tasks.kjv import KJV
@@ -24,7 +24,7 @@ TASKS: dict[str, Task] = {
         CATEGORY,
         SQL,
         ARPABET,
-        COLOR,
+        CHORDS,
         ICD10,
     )
 }

@@ -1,0 +1,416 @@
+"""The evaluation: every router on held-out prompts of every expert's domain, and beyond them.
+
+Everything is measured on the model as it is served. Results of parts are kept in the cache, so an
+interrupted evaluation goes on where it was; a change of base, experts or routing code starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from spectr_demo import calibration, experts, layers, pooling, recorder, routing, spectral
+from spectr_demo.calibration import GENERIC_TEXT
+from spectr_demo.config import RouterConfig, cache_dir
+from spectr_demo.engine import SpectrModel
+from spectr_demo.evaluation import accuracy, compositional, heldout, merging, reading
+from spectr_demo.evaluation.accuracy import routing_accuracy
+from spectr_demo.evaluation.compositional import LAYOUTS, Layout, compositional_scores, make_pairs
+from spectr_demo.evaluation.heldout import continue_texts, summarize
+from spectr_demo.evaluation.merging import dare_merge, ties_merge
+from spectr_demo.evaluation.reading import Reading, Text, read
+from spectr_demo.evaluation.stress import stress
+from spectr_demo.evaluation.tasks import TASKS, Example
+from spectr_demo.experts import ExpertLibrary
+from spectr_demo.layers import routed
+from spectr_demo.prompts import encode, encode_answered
+from spectr_demo.routing import ROUTERS, parse_router
+from spectr_demo.trace import NOT_ROUTED
+from spectr_demo.tracing import library_versions
+
+SEED = 0  # of the splits: the shipped experts never saw these held-out examples
+MERGE_SEEDS = (0, 1, 2)
+NUM_RESAMPLES = 2000
+CHAT_TOKENS = 40
+_CODE = (
+    *(calibration, experts, layers, pooling, recorder, routing, spectral),
+    *(accuracy, compositional, heldout, merging, reading),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row of the tables. router: a spec of `parse_router`, or a config; `{own}` in a spec is
+    the expert of the prompt's own domain. is_merge: a static merge instead of the experts."""
+
+    label: str
+    router: str | RouterConfig
+    is_merge: bool = False
+
+    def config(self, own: str, names: Sequence[str]) -> RouterConfig:
+        router = self.router
+        return parse_router(router.format(own=own) if isinstance(router, str) else router, names)
+
+
+_UNIFORM_PARAMETERS = RouterConfig(name="uniform", composition="parameters")
+_POOLED_RAW = RouterConfig(name="spectr-context", decay=ROUTERS["spectr-context"].preset.decay)
+CONTENDERS = (
+    Contender(label="base", router="base"),
+    Contender(label="oracle", router="single:{own}"),
+    Contender(label="uniform (outputs)", router="uniform"),
+    Contender(label="uniform (parameters)", router=_UNIFORM_PARAMETERS),
+    Contender(label="TIES", router="single:ties", is_merge=True),
+    *(
+        Contender(label=f"DARE, seed {seed}", router=f"single:dare-{seed}", is_merge=True)
+        for seed in MERGE_SEEDS
+    ),
+    Contender(label="arrow", router="arrow"),
+    Contender(label="lag", router="lag"),
+    Contender(label="norm", router="norm"),
+    Contender(label="spectr-paper", router="spectr-paper"),
+    Contender(label="spectr", router="spectr"),
+    Contender(label="spectr-calibrated", router="spectr-calibrated"),
+    Contender(label="spectr, pooled only", router=_POOLED_RAW),
+    Contender(label="spectr-context", router="spectr-context"),
+)
+QUICK = ("base", "oracle", "uniform (outputs)", "arrow", "spectr-paper", "spectr", "spectr-context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured. num_examples: per domain, half of them with held-out wordings.
+    num_pairs: of compositional prompts. num_offdomain: of ordinary chat. stress_texts: per domain,
+    0 leaves those tests out. labels: contenders."""
+
+    num_examples: int = 32
+    num_pairs: int = 30
+    num_offdomain: int = 24
+    labels: tuple[str, ...] = tuple(contender.label for contender in CONTENDERS)
+    stress_texts: int = 4
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """What two cores do in about five minutes."""
+        return cls(num_examples=4, num_pairs=4, num_offdomain=4, labels=QUICK, stress_texts=0)
+
+
+class Evaluation:
+    """One evaluation of one engine. Experts whose name is no task's are routed to, not asked."""
+
+    def __init__(self, engine: SpectrModel, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.names = [name for name in engine.library.names if name in TASKS]
+        if len(self.names) < 2:
+            raise ValueError(
+                f"evaluate: the experts are {', '.join(engine.library.names) or 'none'}; at least "
+                f"two named after tasks ({', '.join(TASKS)}) were needed; rename one as NAME=SOURCE"
+            )
+        held = {name: TASKS[name].build(SEED).heldout for name in self.names}
+        self.examples = {name: list(held[name][: settings.num_examples]) for name in self.names}
+        self.pairs = make_pairs(held, settings.num_pairs)
+        chosen = [c for c in CONTENDERS if c.label in settings.labels]
+        self.contenders = [c for c in chosen if not c.is_merge]
+        self.merges = [c for c in chosen if c.is_merge]
+        generic = json.loads(GENERIC_TEXT.read_text(encoding="utf-8"))
+        self.offdomain: list[str] = generic["offdomain"][: settings.num_offdomain]
+        self.exchanges: list[dict[str, str]] = generic["calibration"]
+        self.folder = cache_dir() / "evaluation" / self._fingerprint()
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything; the content of the results' JSON file.
+
+        The engine's experts are taken off for the static merges: it is not to be used afterwards.
+        """
+        started = time.monotonic()
+        answers: dict[str, dict[str, list[float]]] = {}
+        readings: dict[str, dict[str, Any]] = {}
+        offdomain: dict[str, Any] = {}
+        compositional: dict[str, Any] = {}
+        parts = len(self.contenders) * (2 * len(self.names) + 1 + len(LAYOUTS))
+        with tqdm(total=parts + len(self.merges) * 2 * len(self.names), unit="part") as bar:
+            self._bar = bar
+            for contender in self.contenders:
+                answers[contender.label], readings[contender.label] = self._domains(contender)
+                if contender.label == "oracle":
+                    bar.update(1 + len(LAYOUTS))  # no single expert is right for these
+                    continue
+                config = contender.config("", self.engine.library.names)
+                offdomain[contender.label] = self._part("off-domain", config, self._offdomain)
+                compositional[contender.label] = {
+                    layout: self._part(
+                        f"compositional, {layout}", config, partial(self._pairs, layout=layout)
+                    )
+                    for layout in LAYOUTS
+                }
+            stressed = self._stress() if self.settings.stress_texts else None
+            if self.merges:
+                self.engine = self._merged()
+            for contender in self.merges:
+                answers[contender.label], readings[contender.label] = self._domains(contender)
+        return {
+            "meta": {**self._meta(), "seconds": round(time.monotonic() - started)},
+            "scores": summarise(answers),
+            "likelihood": _likelihood(readings),
+            "accuracy": {
+                label: {name: row[name]["accuracy"] for name in row}
+                for label, row in readings.items()
+                if all("accuracy" in part for part in row.values())
+            },
+            "offdomain": offdomain,
+            "compositional": compositional,
+            "stress": stressed,
+        }
+
+    def _domains(self, contender: Contender) -> tuple[dict[str, list[float]], dict[str, Any]]:
+        """Scores of the generated answers, and readings of the reference ones, by domain."""
+        answers, readings = {}, {}
+        for name in self.names:
+            config = contender.config(name, self.engine.library.names)
+            answers[name] = self._part("answers", config, partial(self._answers, name=name), name)
+            readings[name] = self._part("reading", config, partial(self._reading, name=name), name)
+        return answers, readings
+
+    def _answers(self, config: RouterConfig, name: str) -> list[float]:
+        task, examples = TASKS[name], self.examples[name]
+        answers = continue_texts(
+            self.engine.model,
+            self.engine.tokenizer,
+            [self.engine.encode(example.prompt) for example in examples],
+            max_new_tokens=task.max_new_tokens,
+            around=lambda rows: routed(self.engine.plan([config] * len(rows), rows)),
+            description=f"{config.name}: {name}",
+        )
+        return [task.score(a, e) for a, e in zip(answers, examples, strict=True)]
+
+    def _reading(self, config: RouterConfig, name: str) -> dict[str, Any]:
+        examples = self.examples[name]
+        texts = [make_text(self.engine, e.prompt, e.answer) for e in examples]
+        rows = read(self.engine, config, texts, description=f"{config.name}: {name}")
+        result: dict[str, Any] = {"nll": [row.nll for row in rows]}
+        if ROUTERS[config.name].score is not None:
+            expert = self.engine.library.index(name)
+            groups = {
+                "all": rows,
+                "seen wording": _where(rows, examples, is_heldout=False),
+                "held-out wording": _where(rows, examples, is_heldout=True),
+            }
+            result["accuracy"] = {
+                group: routing_accuracy(of_group, expert)
+                for group, of_group in groups.items()
+                if of_group
+            }
+        return result
+
+    def _offdomain(self, config: RouterConfig) -> dict[str, float]:
+        """How far the base's own answers to ordinary chat are moved: KL in nats a token, share of
+        tokens whose likeliest choice stays, and the rise of the answers' NLL."""
+        texts = [make_text(self.engine, prompt, answer) for prompt, answer in self._chat()]
+        rows = read(self.engine, config, texts, with_base=True, description=config.name)
+        base = read(self.engine, RouterConfig(name="base"), texts, description="base")
+        unrouted = [(row.choices == NOT_ROUTED).mean() for row in rows if row.choices is not None]
+        return {
+            "kl": float(np.mean([row.kl.mean() for row in rows])),
+            "agreement": float(np.mean([row.agrees.mean() for row in rows])),
+            "nll_rise": float(np.mean([a.nll - b.nll for a, b in zip(rows, base, strict=True)])),
+            **({"unrouted": float(np.mean(unrouted))} if unrouted else {}),
+        }
+
+    def _chat(self) -> list[tuple[str, str]]:
+        """Ordinary prompts and the base's greedy answers."""
+
+        def answers(config: RouterConfig) -> list[str]:
+            return continue_texts(
+                self.engine.model,
+                self.engine.tokenizer,
+                [self.engine.encode(prompt) for prompt in self.offdomain],
+                max_new_tokens=CHAT_TOKENS,
+                around=lambda rows: routed(None),
+                description="chat",
+            )
+
+        return list(
+            zip(self.offdomain, self._part("chat", RouterConfig(name="base"), answers), strict=True)
+        )
+
+    def _pairs(self, config: RouterConfig, layout: Layout) -> dict[str, Any]:
+        return compositional_scores(self.engine, config, self.pairs, layout)
+
+    def _stress(self) -> dict[str, Any]:
+        num = self.settings.stress_texts
+        texts = {
+            name: [make_text(self.engine, e.prompt, e.answer) for e in self.examples[name][:num]]
+            for name in self.names
+        }
+        return self._part(
+            "stress",
+            RouterConfig(name="base"),
+            lambda config: stress(self.engine, texts, self.exchanges),
+        )
+
+    def _merged(self) -> SpectrModel:
+        """The same base with the static merges as its experts."""
+        adapters = self.engine.library.adapters
+        merged = [ties_merge(adapters), *(dare_merge(adapters, seed) for seed in MERGE_SEEDS)]
+        self.engine.detach()
+        model = self.engine.model
+        return SpectrModel(self.engine.base, ExpertLibrary.from_adapters(merged, model))
+
+    def _part(
+        self, kind: str, config: RouterConfig, compute: Callable[[RouterConfig], Any], of: str = ""
+    ) -> Any:
+        """What `compute(config)` gives, from the cache where this very part was measured before."""
+        key = json.dumps([kind, of, config.to_json(), asdict(self.settings)], sort_keys=True)
+        file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            result = compute(config)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(result), encoding="utf-8")
+            unfinished.replace(file)
+        if kind != "chat":
+            self._bar.update()
+        return result
+
+    def _fingerprint(self) -> str:
+        """Of everything that the results depend on but the settings."""
+        base = self.engine.base
+        parts = [base.fingerprint, base.quantization, str(base.compute_dtype)]
+        parts += [f"{a.name} {a.sha256}" for a in self.engine.library.adapters]
+        files = [Path(str(module.__file__)) for module in _CODE] + [GENERIC_TEXT]
+        parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def _meta(self) -> dict[str, Any]:
+        base = self.engine.base
+        device = base.device
+        return {
+            "commit": _commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "seed": SEED,
+            "base": base.source,
+            "base_fingerprint": base.fingerprint,
+            "quantization": base.quantization,
+            "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+            "versions": library_versions(),
+            "projections": list(self.engine.library.projections),
+            "experts": {a.name: a.sha256 for a in self.engine.library.adapters},
+            "settings": asdict(self.settings),
+            "routers": {
+                c.label: c.router if isinstance(c.router, str) else c.router.to_json()
+                for c in (*self.contenders, *self.merges)
+            },
+        }
+
+
+def make_text(engine: SpectrModel, prompt: str, answer: str) -> Text:
+    """A prompt in the base's template and the answer to it, its end token included."""
+    prompt_ids = encode(engine.tokenizer, prompt)
+    whole = encode_answered(engine.tokenizer, prompt, answer)
+    return Text(prompt_ids=tuple(prompt_ids), answer_ids=tuple(whole[len(prompt_ids) :]))
+
+
+def summarise(answers: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """By label and domain: mean and 95% interval. `macro` is the mean over the domains, and
+    `of_oracle` the mean over the domains of the score divided by the oracle's (domains in which
+    the oracle never scores are left out). Intervals of both are percentile bootstraps in which all
+    labels share the resampled prompts.
+    """
+    names = list(next(iter(answers.values())))
+    rng = np.random.default_rng(SEED)
+    draws = {
+        name: rng.integers(0, num, size=(NUM_RESAMPLES, num))
+        for name, num in ((name, len(next(iter(answers.values()))[name])) for name in names)
+    }
+    means = {
+        label: np.array([np.mean(row[name]) for name in names]) for label, row in answers.items()
+    }
+    resampled = {
+        label: np.stack([np.asarray(row[name])[draws[name]].mean(1) for name in names])
+        for label, row in answers.items()
+    }  # (domains, resamples)
+    result: dict[str, Any] = {}
+    for label, row in answers.items():
+        result[label] = {
+            "domains": {name: summarize(row[name]).to_dict() for name in names},
+            "macro": _interval(means[label].mean(), resampled[label].mean(0)),
+        }
+        if "oracle" in answers:
+            oracle = resampled["oracle"]
+            scores = means["oracle"] > 0
+            ratios = np.divide(
+                resampled[label], oracle, out=np.full_like(oracle, np.nan), where=oracle > 0
+            )
+            result[label]["of_oracle"] = _interval(
+                (means[label][scores] / means["oracle"][scores]).mean(),
+                np.nanmean(ratios[scores], axis=0),
+            )
+    return result
+
+
+def _interval(mean: float, resampled: NDArray[np.float64]) -> dict[str, float]:
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return {
+        "mean": round(float(mean), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+    }
+
+
+def _likelihood(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By label: mean NLL of an answer token in nats by domain and over them, and `way`, the share
+    of the way from the base's to the oracle's."""
+    nll = {
+        label: {name: float(np.mean(part["nll"])) for name, part in row.items()}
+        for label, row in readings.items()
+    }
+    macro = {label: float(np.mean(list(row.values()))) for label, row in nll.items()}
+    result: dict[str, Any] = {}
+    for label, row in nll.items():
+        result[label] = {"domains": row, "macro": macro[label]}
+        if {"base", "oracle"} <= macro.keys():
+            way = (macro["base"] - macro[label]) / (macro["base"] - macro["oracle"])
+            result[label]["way"] = round(way, 4)
+    return result
+
+
+def _where(
+    rows: Sequence[Reading], examples: Sequence[Example], *, is_heldout: bool
+) -> list[Reading]:
+    pairs = zip(rows, examples, strict=True)
+    return [row for row, example in pairs if example.is_heldout_wording == is_heldout]
+
+
+def _commit() -> str | None:
+    """The commit that is measured, `-dirty` where files differ from it; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,216 @@
+"""Variants of a library of experts, and the scores of all of them from one reading of a text.
+
+Axes: T tokens, E experts of the library, C columns of a layer, V candidates, r rank. A *column* is
+one set of factors at one layer; a *candidate* is one thing that can be chosen, an expert or a
+variant of it, with a column at each layer that it touches. Candidates are numbered in blocks of E:
+the library, its experts cut to each rank, its experts with noise of each size; after these come the
+distractors of each seed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from spectr_demo.config import RouterConfig
+from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.routing import arrow_scores, norm_scores, spectr_scores
+from spectr_demo.spectral import Aligned, align
+
+Experts = tuple[Mapping[str, Aligned], ...]  # by layer path, in the library's order
+
+_SCORES = (arrow_scores, spectr_scores, norm_scores)
+SPECTR = 1  # its place among them
+
+
+def cut(library: ExpertLibrary, rank: int) -> Experts:
+    """The experts' truncated SVD: the first `rank` directions. Nothing is trained again."""
+    return tuple(
+        {path: Aligned(layer.A[:rank], layer.B[:, :rank]) for path, layer in expert.items()}
+        for expert in library.aligned
+    )
+
+
+def with_noise(library: ExpertLibrary, sigmas: Sequence[float], seed: int) -> list[Experts]:
+    """For each sigma, the experts with Gaussian noise on both raw LoRA factors, aligned again.
+
+    sigma: Frobenius norm of the noise over the factor's own. All sigmas share one draw, so that
+    they differ in size alone. Of B* only the singular values are kept: no score needs more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor(sigmas, dtype=torch.float32)[:, None, None]
+    result: list[tuple[dict[str, Aligned], ...]] = [
+        tuple({} for _ in library.adapters) for _ in sigmas
+    ]
+    for e, adapter in enumerate(library.adapters):
+        for path, layer in adapter.factors.items():
+            factors = []
+            for factor in (layer.lora_A.float(), layer.lora_B.float()):
+                noise = torch.randn(factor.shape, generator=generator)
+                factors.append(factor + sizes * (factor.norm() / noise.norm()) * noise)
+            aligned = _without_outputs(align(factors[0], factors[1], layer.scaling))
+            for experts, A, B in zip(result, aligned.A, aligned.B, strict=True):
+                experts[e][path] = Aligned(A, B)
+    return [tuple(experts) for experts in result]
+
+
+def _without_outputs(layer: Aligned) -> Aligned:
+    """The same A* and singular values without U: B is (..., 1, r), whatever D_out was."""
+    return Aligned(layer.A, layer.singular_values.unsqueeze(-2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """pairs: the experts of all layers with this projection and D_in, shared by those layers; own:
+    this layer's among them. noisy: sigma by sigma. candidates, columns: (V,) those that touch the
+    layer and where their scores are. bank: numbers the columns, as the pool wants it."""
+
+    pairs: LayerBank
+    own: slice
+    noisy: LayerBank
+    candidates: Tensor
+    columns: Tensor
+    bank: LayerBank
+
+
+class Variants:
+    """Every candidate's factors, and their statistics over generic text."""
+
+    def __init__(
+        self,
+        library: ExpertLibrary,
+        ranks: Sequence[int],
+        noisy: Sequence[Experts],
+        seeds: Sequence[int],
+        num_distractors: int,
+    ) -> None:
+        """noisy: as `with_noise` gives them. num_distractors: for each seed."""
+        self.ranks = tuple(ranks)
+        self.num_experts = len(library.names)
+        self.num_blocks = 1 + len(ranks) + len(noisy)
+        self.num_distractors = num_distractors
+        self.num_candidates = self.num_blocks * self.num_experts + len(seeds) * num_distractors
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        groups: dict[tuple[str, int], list[LayerBank]] = defaultdict(list)
+        for bank in library.banks.values():
+            groups[bank.projection, bank.A.shape[1]].append(bank)
+        self.layers: dict[str, _Layer] = {}
+        for banks in groups.values():
+            experts = [library.aligned[e][b.path] for b in banks for e in b.expert_ids.tolist()]
+            pairs = _stack(banks[0], experts)
+            start = 0
+            for bank in banks:
+                own = slice(start, start := start + len(bank.expert_ids))
+                self.layers[bank.path] = self._layer(bank, pairs, own, noisy, generators)
+        self.statistics: dict[str, Tensor] = {}  # by layer path: (2, C), mean and std
+        self.margins = torch.empty(0)  # (blocks, E)
+
+    def _layer(
+        self,
+        bank: LayerBank,
+        pairs: LayerBank,
+        own: slice,
+        noisy: Sequence[Experts],
+        generators: Sequence[torch.Generator],
+    ) -> _Layer:
+        num_own, num_pairs, E = len(bank.expert_ids), len(pairs.expert_ids), self.num_experts
+        ids = bank.expert_ids.tolist()
+        columns = [torch.arange(num_pairs)[own]]
+        columns.append(num_pairs + torch.arange((self.num_blocks - 1) * num_own))
+        candidates = [block * E + bank.expert_ids for block in range(self.num_blocks)]
+        if num_own < num_pairs:  # else no other layer has factors that fit here
+            for s, generator in enumerate(generators):
+                drawn = torch.randint(
+                    num_pairs - num_own, (self.num_distractors,), generator=generator
+                )
+                columns.append(torch.where(drawn < own.start, drawn, drawn + num_own))
+                first = self.num_blocks * E + s * self.num_distractors
+                candidates.append(first + torch.arange(self.num_distractors))
+        num_columns = num_pairs + (self.num_blocks - 1) * num_own
+        return _Layer(
+            pairs=pairs,
+            own=own,
+            noisy=_stack(bank, [experts[e][bank.path] for experts in noisy for e in ids]),
+            candidates=torch.cat(candidates).to(bank.A.device),
+            columns=torch.cat(columns).to(bank.A.device),
+            bank=replace(bank, expert_ids=torch.arange(num_columns)),
+        )
+
+    def scores(self, path: str, x: Tensor) -> Tensor:
+        """Scores of a layer's columns: (3, T, C) float32 (arrow, spectr, norm) from x (T, D_in).
+
+        An expert cut to rank k scores with the first k rows of its A*, so with the same z.
+        """
+        layer = self.layers[path]
+        z = layer.pairs.project(x)
+        own, S = z[:, layer.own], layer.pairs.singular_values
+        parts = [(z, S), *((own[..., :k], S[layer.own, :k]) for k in self.ranks)]
+        parts.append((layer.noisy.project(x), layer.noisy.singular_values))
+        config = RouterConfig(name="spectr")
+        return torch.stack(
+            [torch.cat([score(z, S, config) for z, S in parts], dim=-1) for score in _SCORES]
+        )
+
+    def standardise(self, path: str, scores: Tensor) -> Tensor:
+        """SpectR's scores (T, C) of a layer, in standard deviations over generic text."""
+        mean, std = self.statistics[path]
+        return (scores - mean) / std
+
+
+def _stack(like: LayerBank, experts: Sequence[Aligned]) -> LayerBank:
+    """A bank of any experts with the D_in of `like`, on its device and in its dtype."""
+    return LayerBank.from_aligned(
+        like.path,
+        dict(enumerate(map(_without_outputs, experts))),
+        device=like.A.device,
+        dtype=like.A.dtype,
+    )
+
+
+class GenericText:
+    """Sums over the tokens of generic text, from which the statistics come."""
+
+    def __init__(self, variants: Variants) -> None:
+        self._variants = variants
+        self._sums: dict[str, Tensor] = {}
+        shape = variants.num_blocks, variants.num_experts
+        self._margins, self._counts = torch.zeros(shape).double(), torch.zeros(shape).double()
+
+    def add(self, path: str, x: Tensor) -> None:
+        """x: (T, D_in) the tokens that count."""
+        scores = self._variants.scores(path, x)[SPECTR].double()
+        sums = torch.stack([torch.ones_like(scores), scores, scores.square()]).sum(1)  # (3, C)
+        self._sums[path] = self._sums.get(path, 0) + sums
+        self._add_margins(path, scores)
+
+    def _add_margins(self, path: str, scores: Tensor) -> None:
+        """How far an expert leads the best other one, `(s - s') / (s + s')`, for every token."""
+        variants, layer = self._variants, self._variants.layers[path]
+        num_own = layer.own.stop - layer.own.start
+        if num_own < 2:
+            return
+        columns = layer.columns[: variants.num_blocks * num_own]
+        own = scores[:, columns].unflatten(-1, (-1, num_own))  # (T, blocks, E)
+        library = own.clone()  # what an expert stands against: its like, or the clean experts
+        library[:, 1 + len(variants.ranks) :] = own[:, :1]
+        best, indices = library.topk(2, dim=-1)
+        is_best = indices[..., :1] == torch.arange(num_own, device=own.device)
+        other = torch.where(is_best, best[..., 1:], best[..., :1])
+        margins = ((own - other) / (own + other).clamp(min=1e-12)).sum(0).cpu()
+        ids = layer.candidates[:num_own].cpu()  # of the first block: the library's own numbers
+        self._margins[:, ids] += margins
+        self._counts[:, ids] += len(own)
+
+    def finish(self) -> None:
+        """Give the variants their statistics (as `calibration` does) and their margins."""
+        for path, (num, first, second) in self._sums.items():
+            mean = first / num
+            std = (second / num - mean.square()).clamp(min=0).sqrt()
+            # An expert that never responds has no spread, and its scores stay 0.
+            std = torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
+            self._variants.statistics[path] = torch.stack([mean, std]).float()
+        self._variants.margins = self._margins / self._counts
