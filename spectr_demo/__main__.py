@@ -20,6 +20,7 @@ from spectr_demo.config import (
     Composition,
     GenerationSettings,
     Weighting,
+    base_from_environment,
     experts_from_environment,
 )
 
@@ -182,42 +183,50 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train experts of the project's tasks, then show how they sit among the others."""
     from spectr_demo import inspection
     from spectr_demo.evaluation.tasks import TASKS
-    from spectr_demo.training import Recipe, expert_folder, is_finished
+    from spectr_demo.training import Recipe, check, expert_folder, is_finished
     from spectr_demo.training import train as train_expert
 
     if arguments.all == bool(arguments.names):
-        raise ValueError("train: name at least one task, or pass --all and no name")
-    names = list(TASKS) if arguments.all else arguments.names
+        raise ValueError("name at least one task, or pass --all and no name")
+    base = arguments.base or base_from_environment()
+    parent = arguments.output
+    folders = {
+        name: parent / name if parent else expert_folder(name, base)
+        for name in (TASKS if arguments.all else arguments.names)
+    }
+    is_kept = {
+        name: arguments.all and is_finished(folder) and not arguments.overwrite
+        for name, folder in folders.items()
+    }
+    for name, folder in folders.items():  # all of them before the first is trained
+        if not is_kept[name]:
+            check(name, folder, arguments.overwrite)
     given = {key: getattr(arguments, key) for key in ("steps", "batch_size", "seed")}
     recipe = replace(Recipe(), **{k: v for k, v in given.items() if v is not None})
-    folders = {}
-    for name in names:
-        parent = arguments.output
-        folders[name] = folder = parent / name if parent else expert_folder(name, arguments.base)
-        if arguments.all and is_finished(folder) and not arguments.overwrite:
+    for name, folder in folders.items():
+        if is_kept[name]:
             print(f"{name}: {folder} is finished; --overwrite trains it again", file=sys.stderr)
             continue
         with redirect_stdout(sys.stderr):  # transformers' Trainer prints its losses
             train_expert(
                 name,
-                base=arguments.base,
+                base=base,
                 output_dir=folder,
                 recipe=recipe,
                 num_eval=arguments.num_eval,
                 overwrite=arguments.overwrite,
             )
-    scores = {
-        name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()
-    }
-    others = arguments.experts or experts_from_environment()
+    records = {name: folder / "scores.json" for name, folder in folders.items()}
+    scores = {name: json.loads(file.read_text()) for name, file in records.items() if file.exists()}
+    # The shipped experts fit the default base only.
+    others = arguments.experts or ([] if base else experts_from_environment())
     sources = [f"{name}={folder}" for name, folder in folders.items()]
-    if arguments.base is None:
-        sources += [source for source in others if Path(source).name not in folders]
+    sources += [source for source in others if Path(source).name not in folders]
     library = inspection.to_json(_load(arguments, sources).library)
     if not arguments.json:
         for name, folder in folders.items():
             _out.print(f"{name}: {folder}")
-            _out.print_json(data=scores[name]["scores"])
+            _out.print_json(data=scores.get(name, {}).get("scores"))
         _print_library(library)
     return {
         "folders": {name: str(folder) for name, folder in folders.items()},
@@ -248,6 +257,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         _out.print(Markdown(accuracy_table(results)))
         _out.print(f"Wrote {output} and {report}", highlight=False)
     return results
+
+
+def lm_eval(arguments: argparse.Namespace) -> None:
+    """lm-evaluation-harness, with `--model spectr`; all arguments are its own."""
+    from spectr_demo.evaluation import harness
+
+    harness.run(arguments.arguments)
 
 
 def _load(arguments: argparse.Namespace, sources: list[str] | None = None) -> Any:
@@ -322,6 +338,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")
     command.add_argument("--overwrite", action="store_true", help="replace a finished expert")
     command.set_defaults(run=train)
+
+    # No prefix marks an option here, so that every argument is handed on as it is.
+    command = commands.add_parser(
+        "lm-eval", prefix_chars="\0", add_help=False, help=lm_eval.__doc__
+    )
+    command.add_argument("arguments", nargs="*")
+    command.set_defaults(run=lm_eval, json=False)
     return parser
 
 

@@ -46,7 +46,7 @@ Instructions held out, to see whether the expert (or a router) only spots the in
     {command}
 
 LoRA of rank {rank} with alpha {alpha} on all linear layers of the decoder, trained on the base's
-NF4 weights (QLoRA). AdamW, learning rate {learning_rate}, {warmup:.0%} warm-up, linear decay to 0;
+4-bit weights (QLoRA). AdamW, learning rate {learning_rate}, {warmup:.0%} warm-up, linear decay;
 {steps} steps of {batch_size} examples; loss on the answer only; seed {seed}.
 Trained on: {device}{duration}.
 Versions: {versions}.
@@ -62,7 +62,7 @@ Greedy decoding; mean with a 95% interval (Wilson's, or a bootstrap for graded s
 
 It makes routing between experts visible in a demo.
 {limits}
-A 135M model that was trained for minutes makes mistakes: check its answers before using them.
+It was trained for minutes and makes mistakes: check its answers before using them.
 """
 
 

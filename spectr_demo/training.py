@@ -167,11 +167,9 @@ def train(
     `overwrite` is false), ModuleNotFoundError (the task's packages) or OSError (unwritable folder),
     all before any training.
     """
-    task = get_task(name)
     recipe = recipe or Recipe()
     output_dir = output_dir or expert_folder(name, base)
-    _check_packages(task)
-    _check_output(output_dir, overwrite)
+    task = check(name, output_dir, overwrite)
     split = task.build(recipe.seed)
     base = base or base_from_environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -245,6 +243,14 @@ def _say_cost(config: PreTrainedConfig, split: Split, recipe: Recipe, device: to
         device=device,
     )
     print(f"Training needs: {cost}", file=sys.stderr)
+
+
+def check(name: str, output_dir: Path, overwrite: bool) -> Task:
+    """The task, once everything it needs is there; raises what `train` raises before training."""
+    task = get_task(name)
+    _check_packages(task)
+    _check_output(output_dir, overwrite)
+    return task
 
 
 def _device_name(device: torch.device) -> str:

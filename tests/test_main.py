@@ -159,7 +159,6 @@ def test_train_takes_several_names_and_shows_how_they_overlap(
     assert captured.err.count("Training needs: ") == 2
 
 
-@pytest.mark.xfail(strict=True, reason="--experts is not looked at where --base is given")
 def test_train_shows_the_new_expert_among_the_given_ones(
     train: list[str],
     expert_folders: list[str],

@@ -31,7 +31,7 @@ def spell() -> dict[str, tuple[str, str]]:
     from pychord.constants.qualities import DEFAULT_QUALITIES
 
     return {
-        root + quality: (root, " ".join(map(str, Chord(root + quality).components())))
+        root + quality: (root, " ".join(map(str, Chord(root + quality).components(visible=True))))
         for root in ROOTS
         for quality, *_ in DEFAULT_QUALITIES
     }

@@ -1,0 +1,92 @@
+"""The routed model in EleutherAI's lm-evaluation-harness, under the name `spectr`.
+
+The harness pads prompts on the left where it generates, and on the right where it reads likelihoods
+(without a mask: under causal attention, and in evidence pooled over the text so far, nothing that
+follows a token changes it).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from spectr_demo.config import RouterConfig
+from spectr_demo.engine import SpectrModel, load
+from spectr_demo.layers import routed
+from spectr_demo.routing import parse_router
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError(
+        f"lm-evaluation-harness cannot be imported ({error}); "
+        "run: pip install -r requirements-eval.txt"
+    ) from error
+
+
+@register_model("spectr")
+class SpectrLM(HFLM):
+    """The harness's model of transformers, with every forward pass routed by one router."""
+
+    def __init__(
+        self,
+        base: str | SpectrModel | None = None,
+        experts: str | None = None,
+        router: str | RouterConfig = "spectr",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        """base: Hub id or folder, None as in `load`, or a loaded engine, which has its experts.
+
+        experts: Hub ids or folders, separated by semicolons; None as in `load`.
+        router: as `parse_router` takes it, such as `spectr-context` or `single:sql`.
+        device: the harness always names one; the base stays where `load` puts it.
+        options: those of `HFLM` that apply to a loaded model, such as batch_size and max_length.
+        Raises ValueError for an unknown router, and what `load` raises.
+        """
+        if isinstance(base, SpectrModel):
+            self.engine = base
+        else:
+            self.engine = load(base, experts.split(";") if experts else None)
+        self.router = parse_router(router, self.engine.library.names)
+        engine = self.engine
+        super().__init__(pretrained=engine.model, tokenizer=engine.tokenizer, **options)
+
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits (R, T, V) of token ids (R, T), which are padded on the right."""
+        # To the plan, padding is text: what it says comes after all that is read.
+        plan = self.engine.plan([self.router] * len(inps), inps.tolist())
+        with routed(plan):
+            return super()._model_call(inps, attn_mask, labels)
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """Token ids (R, T + N) from prompts (R, T), which are padded on the left.
+
+        Raises ValueError for beams and several answers a prompt: a row keeps its own evidence.
+        """
+        rows_of = {key: options.get(key) or 1 for key in ("num_beams", "num_return_sequences")}
+        if any(number != 1 for number in rows_of.values()):
+            raise ValueError(
+                f"gen_kwargs {rows_of}: a routed model answers each prompt once; leave both at 1"
+            )
+        mask = options["attention_mask"].bool()
+        prompts = [row[is_text].tolist() for row, is_text in zip(context, mask, strict=True)]
+        plan = self.engine.plan([self.router] * len(prompts), prompts)
+        with routed(plan):
+            return super()._model_generate(context, max_length, stop, **options)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """lm_eval's own command line, to which `--model spectr` is then known."""
+    with patch.object(sys, "argv", ["lm-eval", *arguments]):  # the one place it reads
+        cli_evaluate()
