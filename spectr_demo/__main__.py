@@ -183,7 +183,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train experts of the project's tasks, then show how they sit among the others."""
     from spectr_demo import inspection
     from spectr_demo.evaluation.tasks import TASKS
-    from spectr_demo.training import Recipe, check, expert_folder, is_finished
+    from spectr_demo.training import RECIPES, check, expert_folder, is_finished
     from spectr_demo.training import train as train_expert
 
     if arguments.all == bool(arguments.names):
@@ -202,7 +202,10 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         if not is_kept[name]:
             check(name, folder, arguments.overwrite)
     given = {key: getattr(arguments, key) for key in ("steps", "batch_size", "seed")}
-    recipe = replace(Recipe(), **{k: v for k, v in given.items() if v is not None})
+    recipe = RECIPES[arguments.recipe]
+    if arguments.steps is not None:
+        recipe = replace(recipe, epochs=None)
+    recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
     for name, folder in folders.items():
         if is_kept[name]:
             print(f"{name}: {folder} is finished; --overwrite trains it again", file=sys.stderr)
@@ -332,7 +335,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="where NAME goes (default: assets/experts, or experts/BASE with --base)",
     )
-    command.add_argument("--steps", type=int, help="optimiser steps (default: 300)")
+    command.add_argument(
+        "--recipe",
+        choices=["default", "paper"],
+        default="default",
+        help="paper: SpectR's, one epoch at a learning rate of 1e-4",
+    )
+    command.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     command.add_argument("--batch-size", type=int, help="examples per step (default: 8)")
     command.add_argument("--seed", type=int, help="of data, initialisation and order")
     command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")

@@ -47,7 +47,7 @@ Instructions held out, to see whether the expert (or a router) only spots the in
 
 LoRA of rank {rank} with alpha {alpha} on all linear layers of the decoder, trained on the base's
 4-bit weights (QLoRA). AdamW, learning rate {learning_rate}, {warmup:.0%} warm-up, linear decay;
-{steps} steps of {batch_size} examples; loss on the answer only; seed {seed}.
+{length} of {batch_size} examples; loss on the answer only; seed {seed}.
 Trained on: {device}{duration}.
 Versions: {versions}.
 
@@ -69,7 +69,8 @@ It was trained for minutes and makes mistakes: check its answers before using th
 def model_card(task: Task, record: dict[str, Any]) -> str:
     """The card in Markdown; every number comes from `record`, the content of `scores.json`."""
     recipe = record["recipe"]
-    groups = ["all", "seen wording", "held-out wording"]
+    epochs = recipe.get("epochs")
+    groups = list(record["scores"]["expert"])
     rows = [
         f"| | {' | '.join(groups)} |",
         f"|---|{'---|' * len(groups)}",
@@ -92,13 +93,13 @@ def model_card(task: Task, record: dict[str, Any]) -> str:
         num_heldout=record["num_heldout"],
         split_unit=task.split_unit,
         wordings="\n".join(f"- `{w}`" for w in task.wordings),
-        heldout_wordings="\n".join(f"- `{w}`" for w in task.heldout_wordings),
-        example_prompt=record["example"]["prompt"],
+        heldout_wordings="\n".join(f"- `{w}`" for w in task.heldout_wordings) or "- none",
+        example_prompt=record["example"]["prompt"].replace("\n", "\n" + 15 * " "),
         example_answer=record["example"]["answer"],
         command=record["command"],
         learning_rate=recipe["learning_rate"],
         warmup=recipe["warmup_fraction"],
-        steps=recipe["steps"],
+        length=f"epochs: {epochs}, batches" if epochs else f"{recipe['steps']} steps",
         batch_size=recipe["batch_size"],
         seed=recipe["seed"],
         duration=f", {seconds / 60:.0f} minutes" if (seconds := record["train_seconds"]) else "",

@@ -41,7 +41,7 @@ class EvidencePool:
         if self._counts is not None:
             scores = scores * self._counts
         sums = self._over_tokens(scores, self._layer_sums.get(bank))
-        self._layer_sums[bank] = sums[:, -1:]
+        self._layer_sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
         ids = bank.expert_ids.to(scores.device)
         assert self._token_weight is not None
         if len(ids) == self._num_experts:

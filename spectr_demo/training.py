@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -49,11 +50,13 @@ CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS = 3.0, 30
 class Recipe:
     """Settings of one training run.
 
-    steps: optimiser steps. warmup_fraction: share of the steps in which the learning rate rises;
+    steps: optimiser steps. epochs: passes over the training examples; given, they replace the
+    steps. warmup_fraction: share of the steps in which the learning rate rises;
     then it decays linearly to 0.
     """
 
     steps: int = 300
+    epochs: int | None = None
     batch_size: int = 8
     learning_rate: float = 5e-4
     warmup_fraction: float = 0.06
@@ -65,12 +68,28 @@ class Recipe:
         offenders = [
             f"{name}={value}"
             for name, value in asdict(self).items()
-            if name not in ("seed", "warmup_fraction") and value <= 0
+            if name not in ("seed", "warmup_fraction") and value is not None and value <= 0
         ]
         if offenders:
             raise ValueError(
                 f"recipe: {', '.join(offenders)}; these must be positive; pass larger values"
             )
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps on so many training examples."""
+        if self.epochs is None:
+            return self.steps
+        return math.ceil(self.epochs * num_examples / self.batch_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that count: steps or epochs, not both."""
+        unused = "epochs" if self.epochs is None else "steps"
+        return {name: value for name, value in asdict(self).items() if name != unused}
+
+
+# Rank 8, alpha 16 and batches of 8 are the default's too (SpectR, arXiv 2504.03454).
+PAPER_RECIPE = Recipe(epochs=1, learning_rate=1e-4)
+RECIPES = {"default": Recipe(), "paper": PAPER_RECIPE}
 
 
 class AnswerDataset(Dataset[dict[str, list[int]]]):
@@ -159,7 +178,7 @@ def train(
 ) -> Path:
     """Train, score and save the expert `name`; return its folder.
 
-    name: a task of `evaluation.tasks.TASKS`. base: Hub id or folder, default the embedded base.
+    name: a task that `get_task` finds. base: Hub id or folder, default the embedded base.
     output_dir: default `assets/experts/<name>`. num_eval: held-out examples to answer, half of them
     with wordings never seen in training. A run that was interrupted continues from its last
     checkpoint in the cache folder.
@@ -195,7 +214,7 @@ def train(
         ),
     )
     # The folder of a run with exactly these settings.
-    settings = json.dumps([task.name, loaded.fingerprint, asdict(recipe)])
+    settings = json.dumps([task.name, loaded.fingerprint, recipe.to_json()])
     run = f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
     checkpoint_dir = cache_dir() / "training" / run
     train_seconds = _fit(model, tokenizer, split, recipe, checkpoint_dir)
@@ -239,7 +258,7 @@ def _say_cost(config: PreTrainedConfig, split: Split, recipe: Recipe, device: to
         rank=recipe.rank,
         tokens_per_step=round(recipe.batch_size * (sum(prompts) + sum(answers)) / num),
         answer_tokens_per_step=round(recipe.batch_size * sum(answers) / num),
-        num_steps=recipe.steps,
+        num_steps=recipe.num_steps(num),
         device=device,
     )
     print(f"Training needs: {cost}", file=sys.stderr)
@@ -296,15 +315,16 @@ def _fit(
 ) -> float | None:
     """Train `model` in place; return the seconds, or None for a run that was interrupted."""
     on_cpu = model.device.type == "cpu"
+    num_steps = recipe.num_steps(len(split.train))
     trainer = AnswerTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(checkpoint_dir),
-            max_steps=recipe.steps,
+            max_steps=num_steps,
             per_device_train_batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=max(1, round(recipe.warmup_fraction * recipe.steps)),
+            warmup_steps=max(1, round(recipe.warmup_fraction * num_steps)),
             train_sampling_strategy="group_by_length",
             max_grad_norm=1.0,
             seed=recipe.seed,
@@ -357,19 +377,15 @@ def _record(
 ) -> dict[str, Any]:
     """What `scores.json` holds: enough to write the card again."""
     example = split.heldout[0]
-    default = asdict(Recipe())
-    options = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in asdict(recipe).items()
-        if value != default[name]
-    ]
     base_option = [] if base_id == EMBEDDED_ID else [f"--base {base_id}"]
     return {
         "task": task.name,
         "base": base_id,
         "metric": task.metric,
-        "command": " ".join(["python -m spectr_demo train", task.name, *base_option, *options]),
-        "recipe": asdict(recipe),
+        "command": " ".join(
+            ["python -m spectr_demo train", task.name, *base_option, *_options(recipe)]
+        ),
+        "recipe": recipe.to_json(),
         "num_train": len(split.train),
         "num_heldout": len(split.heldout),
         "example": {"prompt": example.prompt, "answer": example.answer},
@@ -384,6 +400,22 @@ def _record(
             for who, groups in scores.items()
         },
     }
+
+
+def _options(recipe: Recipe) -> list[str]:
+    """The options of `train` that give this recipe."""
+    # No option changes the learning rate: it tells which preset this was.
+    rates = {preset.learning_rate: name for name, preset in RECIPES.items()}
+    name = rates.get(recipe.learning_rate, "default")
+    preset = RECIPES[name].to_json()
+    return [
+        *([] if name == "default" else [f"--recipe {name}"]),
+        *(
+            f"--{key.replace('_', '-')} {value}"
+            for key, value in recipe.to_json().items()
+            if preset.get(key) != value
+        ),
+    ]
 
 
 def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> None:

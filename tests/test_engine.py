@@ -22,7 +22,8 @@ from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
 from tests.conftest import BuildModel, SaveExpert
 
 PROMPT = "What is the capital of France?"
-ALL = ["base", "single:red", "uniform", "arrow", "spectr", "spectr-paper", "lag", "norm"]
+CONTEXT = ["spectr-calibrated", "spectr-context"]
+ALL = ["base", "single:red", "uniform", "arrow", "spectr", "spectr-paper", "lag", "norm", *CONTEXT]
 
 
 def run(model: SpectrModel, columns: Sequence[str | RouterConfig], **options: object) -> Step:
@@ -53,14 +54,17 @@ def test_weights_are_distributions_over_at_most_k(routed_model: SpectrModel) -> 
     for column in trace.columns:
         read = column.weights[:-1]  # the last token was written and never read
         assert (read >= 0).all()
-        total = 0 if column.label == "base" else 1
-        assert np.allclose(read.sum(-1), total, atol=1e-6)
+        total = np.full(len(read), 0 if column.label == "base" else 1)
+        if column.router["decay"] is not None:  # the template's opening says nothing
+            total[: len(routed_model.template_opening)] = 0
+        assert np.allclose(read.sum(-1), total[:, None, None], atol=1e-6)
         top_k = column.router["top_k"]
         if top_k is not None:
             assert ((read > 0).sum(-1) <= top_k).all()
             assert (column.experts[-1] == NOT_ROUTED).all()
-            assert np.isfinite(column.scores[:-1]).all()
-    assert [c.num_selected for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1]
+            is_routed = column.experts[:-1] != NOT_ROUTED
+            assert (np.isfinite(column.scores[:-1]) == is_routed).all()
+    assert [c.num_selected for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1, 1, 1]
 
 
 def test_lag_is_spectr_with_a_full_filter_and_arrow_with_a_filter_of_one(
@@ -83,14 +87,15 @@ def test_permuting_experts_permutes_the_trace_and_changes_no_text(
     build_model: BuildModel, expert_folders: list[str]
 ) -> None:
     order = [2, 0, 1]
-    columns = ["uniform", "arrow", "spectr", "spectr-paper", "norm"]
+    columns = ["uniform", "arrow", "spectr", "spectr-paper", "norm", *CONTEXT]
     first = run(build_model(expert_folders), columns)
     second = run(build_model([expert_folders[i] for i in order]), columns)
     assert texts(first) == texts(second)
     names = trace_of(first).expert_names
-    for label in ("spectr", "norm"):
+    others = trace_of(second).expert_names
+    permuted = np.vectorize(lambda e: e if e == NOT_ROUTED else names.index(others[e]))
+    for label in ("spectr", "norm", *CONTEXT):
         expected = trace_of(first).column(label).experts
-        permuted = np.vectorize(lambda e: names.index(trace_of(second).expert_names[e]))
         actual = trace_of(second).column(label).experts
         assert np.array_equal(permuted(actual[:-1]), expected[:-1])
 
@@ -106,7 +111,7 @@ def test_zero_padding_a_rank_changes_nothing(
 
 
 def test_cached_decoding_equals_the_full_forward_pass(routed_model: SpectrModel) -> None:
-    columns = ["base", "uniform", "arrow", "spectr", "spectr-paper"]
+    columns = ["base", "uniform", "arrow", "spectr", "spectr-paper", *CONTEXT]
     trace = trace_of(run(routed_model, columns))
     for column in trace.columns:
         logits = _forward(routed_model, column, _plan(routed_model, column))
@@ -117,7 +122,7 @@ def test_cached_decoding_equals_the_full_forward_pass(routed_model: SpectrModel)
 
 
 def test_replaying_the_traces_weights_gives_the_same_logits(routed_model: SpectrModel) -> None:
-    columns = ["single:blue", "uniform", "arrow", "spectr", "spectr-paper", "lag", "norm"]
+    columns = ["single:blue", "uniform", "arrow", "spectr", "spectr-paper", "lag", "norm", *CONTEXT]
     trace = trace_of(run(routed_model, columns))
     for column in trace.columns:
         plan = _plan(routed_model, column)
@@ -397,8 +402,8 @@ def _ids(column: ColumnTrace) -> Tensor:
 
 
 def _plan(model: SpectrModel, column: ColumnTrace) -> RoutingPlan:
-    names = model.library.names
-    return RoutingPlan([parse_router(RouterConfig(**column.router), names)], names)
+    router = parse_router(RouterConfig(**column.router), model.library.names)
+    return model.plan([router], [column.token_ids[:-1].tolist()])
 
 
 def _forward(model: SpectrModel, column: ColumnTrace, plan: RoutingPlan | None) -> Tensor:
@@ -412,7 +417,8 @@ class _Replay(RoutingPlan):
 
     def __init__(self, model: SpectrModel, trace: RoutingTrace, column: ColumnTrace) -> None:
         names = model.library.names
-        super().__init__([parse_router(RouterConfig(**column.router), names)], names)
+        router = parse_router(RouterConfig(**column.router), names)
+        super().__init__([router], names, calibration=model.calibration)
         self.trace, self.column = trace, column
 
     def weights(self, bank: LayerBank, z: Tensor) -> Tensor:
@@ -421,3 +427,31 @@ class _Replay(RoutingPlan):
         dense = np.zeros((*experts.shape[:1], self.trace.num_experts + 1), np.float32)
         np.put_along_axis(dense, experts.astype(np.int64), weights, axis=-1)  # -1: the spare place
         return torch.from_numpy(dense[None, :, bank.expert_ids.numpy()])
+
+
+def test_a_longer_memory_changes_its_mind_less(routed_model: SpectrModel) -> None:
+    routers = [
+        RouterConfig(name="spectr-context", calibrated=True, decay=decay) for decay in (0.01, 1.0)
+    ]
+    trace = trace_of(run(routed_model, routers))
+    first = len(routed_model.template_opening)
+    changes = [
+        (np.diff(column.experts[first:-1, ..., 0], axis=0) != 0).mean() for column in trace.columns
+    ]
+    assert changes[1] < changes[0] / 2
+
+
+def test_below_the_threshold_the_base_answers_alone(routed_model: SpectrModel) -> None:
+    never = RouterConfig(name="spectr-calibrated", calibrated=True, threshold=1e9)
+    always = RouterConfig(name="spectr-calibrated", calibrated=True, threshold=-1e9)
+    step = run(routed_model, ["base", never, always, "spectr-calibrated"])
+    base, silent, same, expected = texts(step)
+    assert silent == base
+    assert same == expected
+    assert (trace_of(step).columns[1].experts == NOT_ROUTED).all()
+
+
+def test_a_calibrated_router_needs_a_calibration(routed_model: SpectrModel) -> None:
+    router = parse_router("spectr-calibrated", routed_model.library.names)
+    with pytest.raises(ValueError, match="needs a calibration"):
+        RoutingPlan([router], routed_model.library.names)

@@ -137,7 +137,7 @@ class Evaluation:
 
         The engine's experts are taken off for the static merges: it is not to be used afterwards.
         """
-        started = time.monotonic()
+        started, meta = time.monotonic(), self._meta()
         answers: dict[str, dict[str, list[float]]] = {}
         readings: dict[str, dict[str, Any]] = {}
         offdomain: dict[str, Any] = {}
@@ -164,7 +164,7 @@ class Evaluation:
             for contender in self.merges:
                 answers[contender.label], readings[contender.label] = self._domains(contender)
         return {
-            "meta": {**self._meta(), "seconds": round(time.monotonic() - started)},
+            "meta": {**meta, "seconds": round(time.monotonic() - started)},
             "scores": summarise(answers),
             "likelihood": _likelihood(readings),
             "accuracy": {
@@ -332,9 +332,9 @@ def make_text(engine: SpectrModel, prompt: str, answer: str) -> Text:
 
 def summarise(answers: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
     """By label and domain: mean and 95% interval. `macro` is the mean over the domains, and
-    `of_oracle` the mean over the domains of the score divided by the oracle's (domains in which
-    the oracle never scores are left out). Intervals of both are percentile bootstraps in which all
-    labels share the resampled prompts.
+    `of_oracle` the mean over the domains of the score divided by the oracle's; domains in which
+    the oracle never scores are left out of it. Intervals of both are percentile bootstraps in which
+    all labels share the resampled prompts.
     """
     names = list(next(iter(answers.values())))
     rng = np.random.default_rng(SEED)
@@ -355,9 +355,9 @@ def summarise(answers: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
             "domains": {name: summarize(row[name]).to_dict() for name in names},
             "macro": _interval(means[label].mean(), resampled[label].mean(0)),
         }
-        if "oracle" in answers:
+        scores = means["oracle"] > 0 if "oracle" in answers else np.zeros(len(names), np.bool_)
+        if scores.any():
             oracle = resampled["oracle"]
-            scores = means["oracle"] > 0
             ratios = np.divide(
                 resampled[label], oracle, out=np.full_like(oracle, np.nan), where=oracle > 0
             )

@@ -120,20 +120,20 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
 
 
 def depth_table(results: Mapping[str, Any]) -> str:
-    """Accuracy on answer tokens by fifths of the layers and by projection."""
-    projections = results["meta"]["projections"]
-    rows, num_fifths = [], 5
+    """Accuracy on answer tokens by depth, in up to five parts, and by projection."""
+    rows: list[list[str]] = []
+    edges: list[int] = []
     for label, row in results["accuracy"].items():
         parts = [part["all"] for part in row.values()]
-        by_layer = [
-            sum(values) / len(values)
-            for values in zip(*(p["by_layer"] for p in parts), strict=True)
-        ]
-        edges = [round(i * len(by_layer) / num_fifths) for i in range(num_fifths + 1)]
-        fifths = [by_layer[a:b] for a, b in pairwise(edges)]
+        layers = zip(*(part["by_layer"] for part in parts), strict=True)
+        by_layer = [sum(values) / len(values) for values in layers]
+        num_parts = min(5, len(by_layer))
+        edges = [round(i * len(by_layer) / num_parts) for i in range(num_parts + 1)]
+        by_depth = [by_layer[a:b] for a, b in pairwise(edges)]
         by_projection = zip(*(part["by_projection"] for part in parts), strict=True)
-        rows.append([label, *map(_mean, fifths), *map(_mean, by_projection)])
-    header = ["router", *(f"{i + 1}. fifth" for i in range(num_fifths)), *projections]
+        rows.append([label, *map(_mean, by_depth), *map(_mean, by_projection)])
+    depths = [f"layers {a}-{b - 1}" for a, b in pairwise(edges)]
+    header = ["router", *depths, *results["meta"]["projections"]]
     return _table(header, rows) + "\nRouting accuracy on answer tokens by depth and projection.\n"
 
 

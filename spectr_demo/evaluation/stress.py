@@ -63,15 +63,19 @@ def stress(
 
     Accuracy is given as `decisions` and `majority`. A decision is one token in one linear layer
     that the text's expert touches, those that make the answer (as in `routing_accuracy`); scores
-    that are equal to float32 precision share it. The majority is over prompt and answer, without
+    closer than rounding can tell share it. The majority is over prompt and answer, without
     the template's opening. Both are means over an expert's texts, then over the experts.
 
-    rank: experts cut to their truncated SVD, with nothing trained again. alike: each expert with a
-    noisy twin; `own` is the share of decisions for it rather than its twin, `either` the accuracy
-    in the library with all twins where both are right. undertrained: noise on the text's expert
-    alone. number: distractors are the factors of a random expert at another layer with the same
-    projection, so real weights that belong to no domain. diagnostics: of each cut or noisy expert,
-    and the Spearman correlation with its accuracy over all of them.
+    rank: experts cut to their truncated SVD, with nothing trained again.
+    alike: each expert with a noisy twin; `own` is the share of decisions for it rather than its
+        twin, `either` the accuracy in the library with all twins, where both are right.
+    undertrained: noise on the text's expert alone. It makes the update longer, which `norm` likes.
+    number: distractors are the factors of a random expert at another layer with the same
+        projection, so real weights that belong to no domain. They are drawn anew at each layer,
+        which is kinder than real experts to whatever sums over layers; and there are only as many
+        as experts times layers, so far beyond that more of them change little.
+    diagnostics: of each cut or noisy expert, and the Spearman correlation of each with the
+        accuracy over all of them, null where one is constant.
     """
     library = engine.library
     experts = {name: library.index(name) for name in texts}

@@ -31,10 +31,20 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """Look a task up by name. Raises ValueError that lists the names and the nearest one."""
+    """A task of `TASKS`, or one of the SpectR paper's nine.
+
+    Raises ValueError that lists the names and the nearest one.
+    """
     if name in TASKS:
         return TASKS[name]
-    raise unknown_name("task", name, TASKS)
+    from spectr_demo.evaluation.paper_tasks import (
+        PAPER_TASKS,
+        paper_task,
+    )  # it imports this package
+
+    if name in PAPER_TASKS:
+        return paper_task(name)
+    raise unknown_name("task", name, [*TASKS, *PAPER_TASKS])
 
 
 __all__ = ["TASKS", "Example", "Item", "Split", "Task", "get_task", "make_split"]

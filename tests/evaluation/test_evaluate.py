@@ -1,0 +1,124 @@
+"""The evaluation on a tiny model: complete, resumable, and its report is made of its numbers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spectr_demo.engine import SpectrModel
+from spectr_demo.evaluation import evaluate
+from spectr_demo.evaluation.compositional import LAYOUTS, make_pairs
+from spectr_demo.evaluation.evaluate import CONTENDERS, QUICK, Evaluation, Settings, summarise
+from spectr_demo.evaluation.report import scores_table, to_markdown
+from spectr_demo.evaluation.tasks import TASKS, Split
+from tests.conftest import BuildModel, SaveExpert
+
+SETTINGS = Settings(num_examples=2, num_pairs=2, num_offdomain=2, stress_texts=0)
+
+
+@pytest.fixture
+def build_engine(
+    build_model: BuildModel, save_expert: SaveExpert, monkeypatch: pytest.MonkeyPatch
+) -> BuildModel:
+    """Random experts under the names of two tasks, of which few examples are left."""
+    for name in ("sql", "chords"):
+        split = TASKS[name].build(0)
+        few = Split(train=split.train[:4], heldout=split.heldout[:12])
+        task = replace(TASKS[name], build=lambda seed, few=few: few, max_new_tokens=4)
+        monkeypatch.setitem(TASKS, name, task)
+    folders = [save_expert(name, seed=seed) for seed, name in enumerate(["sql", "chords", "other"])]
+    return lambda: build_model(folders)
+
+
+def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> None:
+    results = Evaluation(build_engine(), SETTINGS).run()
+    json.dumps(results, allow_nan=False)
+    labels = {contender.label for contender in CONTENDERS}
+    assert results["scores"].keys() == results["likelihood"].keys() == labels
+    routing = {"arrow", "lag", "norm", *(label for label in labels if label.startswith("spectr"))}
+    assert results["accuracy"].keys() == routing
+    assert results["offdomain"].keys() == results["compositional"].keys()
+    assert results["offdomain"]["base"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert results["offdomain"]["base"]["agreement"] == 1.0
+    assert results["offdomain"]["spectr"]["kl"] > 0
+    assert set(results["compositional"]["spectr"]) == set(LAYOUTS)
+    assert results["likelihood"]["base"]["way"] == 0
+    assert results["likelihood"]["oracle"]["way"] == 1
+    assert set(results["meta"]["experts"]) == {"sql", "chords", "other"}
+
+    report = to_markdown(results)
+    assert "spectr-context" in report
+    assert f"{results['likelihood']['spectr']['macro']:.3f}" in report
+
+
+def test_an_interrupted_evaluation_goes_on(
+    build_engine: BuildModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, labels=("base", "oracle", "spectr"))
+    read, calls = evaluate.read, 0
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return read(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Evaluation(build_engine(), settings).run()
+        calls = 100
+        results = Evaluation(build_engine(), settings).run()
+        measured = calls - 100
+        again = Evaluation(build_engine(), settings).run()
+        assert calls - 100 == measured, "a finished evaluation measures nothing again"
+    assert {**again, "meta": 0} == {**results, "meta": 0}
+
+
+def test_experts_without_tasks_are_refused(routed_model: SpectrModel) -> None:
+    with pytest.raises(ValueError, match=r"red, green, blue.*NAME=SOURCE"):
+        Evaluation(routed_model, SETTINGS)
+
+
+def test_quick_takes_known_labels() -> None:
+    assert set(QUICK) <= {contender.label for contender in CONTENDERS}
+
+
+def test_scores_are_divided_by_the_oracles_of_each_domain() -> None:
+    answers = {
+        "oracle": {"a": [1.0] * 10, "b": [0.5] * 10, "c": [0.0] * 10},
+        "other": {"a": [0.5] * 10, "b": [0.5] * 10, "c": [0.0] * 10},
+    }
+    summary = summarise(answers)
+    assert summary["other"]["macro"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
+    assert summary["other"]["of_oracle"]["mean"] == 0.75
+    assert summary["oracle"]["of_oracle"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_an_interval_holds_its_mean_and_narrows_with_more_prompts() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for num in (10, 100):
+        scores = rng.integers(0, 2, num).astype(float).tolist()
+        interval = summarise({"x": {"a": scores}})["x"]["macro"]
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+        widths.append(interval["high"] - interval["low"])
+    assert widths[1] < widths[0] / 2
+
+
+def test_pairs_are_of_two_domains_and_use_other_examples_than_the_single_requests() -> None:
+    held = {name: [object() for _ in range(100)] for name in "abc"}
+    pairs = make_pairs(held, 12)  # type: ignore[arg-type]
+    assert all(pair.names[0] != pair.names[1] for pair in pairs)
+    assert {pair.names[0] for pair in pairs} == {pair.names[1] for pair in pairs} == set("abc")
+    used = {id(example) for pair in pairs for example in pair.examples}
+    assert len(used) == 24
+    assert not used & {id(example) for row in held.values() for example in row[:32]}
+
+
+def test_a_table_has_one_row_for_each_router(build_engine: BuildModel) -> None:
+    settings = replace(SETTINGS, labels=("base", "oracle"))
+    table = scores_table(Evaluation(build_engine(), settings).run())
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 4

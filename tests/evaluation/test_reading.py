@@ -1,0 +1,88 @@
+"""Reading: padding changes nothing, choices are those of the trace, accuracy counts them."""
+
+import numpy as np
+import pytest
+
+from spectr_demo.engine import SpectrModel
+from spectr_demo.evaluation.accuracy import routing_accuracy
+from spectr_demo.evaluation.reading import Reading, Text, read
+from spectr_demo.prompts import encode
+from spectr_demo.routing import parse_router
+from spectr_demo.trace import NOT_ROUTED
+
+CONSTANT = ["base", "single:red", "uniform"]
+ROUTERS = [*CONSTANT, "arrow", "spectr", "spectr-calibrated", "spectr-context"]
+
+
+def texts(engine: SpectrModel) -> list[Text]:
+    pairs = [("Hi", "yes"), ("A much longer question than the other", "no"), ("Why?", "who knows")]
+    return [
+        Text(
+            prompt_ids=tuple(encode(engine.tokenizer, prompt)),
+            answer_ids=tuple(engine.tokenizer(answer)["input_ids"]),
+        )
+        for prompt, answer in pairs
+    ]
+
+
+@pytest.mark.parametrize("spec", ROUTERS)
+def test_a_batch_reads_as_its_texts_alone(routed_model: SpectrModel, spec: str) -> None:
+    router = parse_router(spec, routed_model.library.names)
+    together = read(routed_model, router, texts(routed_model), with_base=True)
+    alone = read(routed_model, router, texts(routed_model), with_base=True, batch_size=1)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.logprob, other.logprob, atol=1e-4)
+        np.testing.assert_allclose(one.kl, other.kl, atol=1e-4)
+        if one.choices is not None and other.choices is not None:
+            np.testing.assert_array_equal(one.choices, other.choices)
+        assert (one.choices is None) == (spec in CONSTANT)
+        assert (one.kl.max() == 0) == (spec == "base")
+        assert one.agrees.shape == one.logprob.shape
+
+
+@pytest.mark.parametrize("spec", ["spectr", "arrow", "spectr-context"])
+def test_reading_an_answer_repeats_the_run_that_wrote_it(
+    routed_model: SpectrModel, spec: str
+) -> None:
+    step = routed_model.compare("What is it?", [spec], max_new_tokens=8)
+    assert step.trace is not None
+    (column,) = step.trace.columns
+    ids = tuple(column.token_ids.tolist())
+    text = Text(prompt_ids=ids[: column.num_prompt], answer_ids=ids[column.num_prompt :])
+    router = parse_router(spec, routed_model.library.names)
+    (reading,) = read(routed_model, router, [text], with_base=True)
+    assert reading.choices is not None
+    np.testing.assert_array_equal(reading.choices, column.experts[:-1])
+    np.testing.assert_allclose(reading.logprob, column.logprob[column.num_prompt :], atol=1e-4)
+    np.testing.assert_allclose(reading.kl, column.kl[column.num_prompt :], atol=1e-4)
+
+
+def reading(choices: list[list[int]], num_prompt: int) -> Reading:
+    """One layer and one projection; choices by token, best first."""
+    return Reading(
+        logprob=np.zeros(2, np.float32),
+        kl=np.zeros(0, np.float32),
+        agrees=np.zeros(0, np.bool_),
+        choices=np.array(choices, np.int16)[:, None, None],
+        num_prompt=num_prompt,
+        num_opening=1,
+    )
+
+
+def test_accuracy_counts_prompt_and_answer_apart() -> None:
+    # Opening, three prompt tokens of which the last makes the first answer token, one answer token.
+    result = routing_accuracy([reading([[9, 9], [0, 1], [1, 0], [1, 0], [0, 1]], 4)], expert=0)
+    assert result["prompt"] == 0.5
+    assert result["answer"] == 0.5
+    assert result["among_top_k"] == 1.0
+    assert result["by_layer"] == [0.5]
+    assert result["by_projection"] == [0.5]
+
+
+def test_deciding_for_no_expert_is_not_right() -> None:
+    none = NOT_ROUTED
+    result = routing_accuracy([reading([[none]] * 4 + [[0]], 3)], expert=0)
+    assert result["answer"] == pytest.approx(1 / 3)
+    assert result["unrouted"] == pytest.approx(2 / 3)
+    assert result["majority"] == 1.0
+    assert routing_accuracy([reading([[none]] * 5, 3)], expert=0)["majority"] == 0.0
