@@ -1,4 +1,7 @@
-"""Command line: generate, compare, inspect, train. Results go to stdout, progress to stderr."""
+"""Command line: generate, compare, inspect, train, evaluate, lm-eval.
+
+Results go to stdout, progress to stderr.
+"""
 
 import argparse
 import json
@@ -24,7 +27,7 @@ from spectr_demo.config import (
     experts_from_environment,
 )
 
-DEFAULT_COLUMNS = ["base", "uniform", "arrow", "spectr"]
+DEFAULT_COLUMNS = ["base", "uniform", "spectr-paper", "spectr-context"]
 _out = Console()
 _progress = Console(stderr=True)
 
@@ -310,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--trace", metavar="FILE", help="save the routing trace as .npz")
 
     command = commands.add_parser("generate", parents=[run, common], help=generate.__doc__)
-    command.add_argument("--router", default="spectr", help="spectr, single:NAME, ... ")
+    command.add_argument("--router", default="spectr-context", help="spectr, single:NAME, ...")
     command.set_defaults(run=generate)
 
     command = commands.add_parser("compare", parents=[run, common], help=compare.__doc__)

@@ -26,8 +26,9 @@ from spectr_demo.prompts import encode_answered, shared_length, template_opening
 from spectr_demo.routing import STANDARDISED, Calibration, RoutingPlan
 
 GENERIC_TEXT = ASSETS / "generic_text.json"
-_VERSION = 1  # part of the cache key: raise it when the statistics change their meaning
+_VERSION = 2  # part of the cache key: raise it when the statistics change their meaning
 _ROWS_AT_ONCE = 8
+MIN_SPREAD = 0.25  # so that no single layer decides alone
 
 
 def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
@@ -64,24 +65,27 @@ class _Statistics(RoutingPlan):
         self._totals = totals
 
     def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
-        z = bank.project(x[self._is_evidence][None])
+        z = bank.project(x)
         config = RouterConfig(name="spectr")
-        scores = torch.stack([f(z, bank.singular_values, config)[0] for f in STANDARDISED]).double()
-        # (S, 3, E): the number of tokens, the sum and the sum of squares.
-        sums = torch.stack([torch.ones_like(scores), scores, scores.square()], dim=1).sum(2)
-        self._totals[bank.path] = self._totals.get(bank.path, 0) + sums
+        scores = torch.stack([f(z, bank.singular_values, config) for f in STANDARDISED])
+        scores = torch.where(self._is_evidence[..., None], scores, 0).double()  # (S, R, T, E)
+        of_text = scores.sum(2)
+        length = self._is_evidence.sum(1)[:, None]
+        sums = (of_text.sum(1), scores.square().sum((1, 2)), (of_text.square() / length).sum(1))
+        self._totals[bank.path] = self._totals.get(bank.path, 0) + torch.stack(sums, dim=1)
         return x.new_zeros(())
 
 
 def _measure(
     base: LoadedBase, library: ExpertLibrary, exchanges: list[dict[str, str]]
 ) -> list[dict[str, Tensor]]:
-    """Read the exchanges as the bare base does. For each expert, by layer path: (S, 2) float32."""
+    """Read the exchanges as the bare base does. For each expert, by layer path: (S, 3) float32."""
     tokenizer, totals = base.tokenizer, dict[str, Tensor]()
     opening = template_opening(tokenizer)
     texts = [encode_answered(tokenizer, e["prompt"], e["answer"]) for e in exchanges]
     texts.sort(key=len)
     decoder, device = base.model.get_decoder(), base.model.device
+    num_tokens = 0
     for start in range(0, len(texts), _ROWS_AT_ONCE):
         rows = texts[start : start + _ROWS_AT_ONCE]
         width = max(map(len, rows))
@@ -90,16 +94,19 @@ def _measure(
         is_evidence = torch.tensor(
             [[shared_length(opening, row) <= t < len(row) for t in range(width)] for row in rows]
         )
+        num_tokens += int(is_evidence.sum())
         with torch.inference_mode(), routed(_Statistics(is_evidence.to(device), totals)):
             decoder(input_ids=input_ids.to(device), use_cache=False)
     experts: list[dict[str, Tensor]] = [{} for _ in library.adapters]
     for path, sums in totals.items():
-        num, first, second = sums.unbind(1)
-        mean = first / num
-        std = (second / num - mean.square()).clamp(min=0).sqrt()
+        mean, of_squares, of_texts = (sums / num_tokens).unbind(1)
+        variance = (of_squares - mean.square()).clamp(min=0)
         # An expert that never responds has no spread, and its scores stay 0.
-        std = torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
-        statistics = torch.stack([mean, std], dim=1).float().cpu()  # (S, 2, E)
+        is_flat = variance <= (1e-6 * mean).square() + 1e-24
+        std = torch.where(is_flat, 1.0, variance.sqrt())
+        between = (of_texts - mean.square()).clamp(min=0) * (num_tokens / len(texts))
+        spread = torch.where(is_flat, 1.0, between / std.square()).clamp(min=MIN_SPREAD)
+        statistics = torch.stack([mean, std, spread], dim=1).float().cpu()  # (S, 3, E)
         for place, e in enumerate(library.banks[path].expert_ids.tolist()):
             experts[e][path] = statistics[..., place].contiguous()
     return experts

@@ -69,6 +69,8 @@ class RouterConfig:
     calibrated: whether scores are standardised by what generic text gives, in standard deviations.
     decay: pools scores over the text so far, older tokens counting less by this factor a token; 1
         weighs the whole text alike. None looks at each token alone.
+    reliability: when pooling calibrated scores, a layer counts by its spread (see
+        `routing.Calibration`) to the power of minus this; 0 weighs all layers alike.
     threshold: no expert is used where even the best score is not above it. None always uses one.
     """
 
@@ -81,6 +83,7 @@ class RouterConfig:
     prefilter: int = 20
     calibrated: bool = False
     decay: float | None = None
+    reliability: float = 0.0
     threshold: float | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +101,10 @@ class RouterConfig:
         _require(_is_int(f) and f >= 1, "prefilter", f, "a whole number of at least 1")
         d, h = self.decay, self.threshold
         _require(d is None or (_is_number(d) and 0 < d <= 1), "decay", d, "above 0 and at most 1")
+        r = self.reliability
+        _require(
+            _is_number(r) and 0 <= r < float("inf"), "reliability", r, "0 or a positive number"
+        )
         _require(h is None or (_is_number(h) and abs(h) < float("inf")), "threshold", h, "a number")
         if (self.name == "single") != (self.expert is not None):
             raise ValueError(

@@ -99,7 +99,7 @@ class SpectrModel:
     def generate(
         self,
         prompt: str | Sequence[Message],
-        router: str | RouterConfig = "spectr",
+        router: str | RouterConfig = "spectr-context",
         **settings: Any,
     ) -> str:
         """The answer of one router, as text. settings: fields of `GenerationSettings`."""

@@ -28,12 +28,13 @@ class EvidencePool:
         self._first_bank: LayerBank | None = None
         self._layer_sums: dict[LayerBank, Tensor] = {}  # (R, 1, E) up to the last token read
         self._token_weight: Tensor | None = None  # (R, T, 1) decayed number of tokens that count
-        self._total = self._num_layers = torch.empty(0)  # (R, T, E) and (E,), of this pass
+        self._total = self._layer_weight = torch.empty(0)  # (R, T, E) and (E,), of this pass
 
-    def add(self, bank: LayerBank, scores: Tensor) -> Tensor:
+    def add(self, bank: LayerBank, scores: Tensor, weight: float = 1.0) -> Tensor:
         """Add a layer's scores (R, T, E) of this pass; return the pooled ones, same shape.
 
-        -inf where there is no evidence yet: there, nothing tells the experts apart.
+        weight: of the layer in the average over layers. -inf where there is no evidence yet: there,
+        nothing tells the experts apart.
         """
         if self._first_bank is None or bank is self._first_bank:
             self._first_bank = bank
@@ -45,13 +46,13 @@ class EvidencePool:
         ids = bank.expert_ids.to(scores.device)
         assert self._token_weight is not None
         if len(ids) == self._num_experts:
-            self._total += sums
-            self._num_layers += 1
-            pooled = self._total / (self._token_weight * self._num_layers)
+            self._total += weight * sums
+            self._layer_weight += weight
+            pooled = self._total / (self._token_weight * self._layer_weight)
         else:
-            self._total[..., ids] += sums
-            self._num_layers[ids] += 1
-            pooled = self._total[..., ids] / (self._token_weight * self._num_layers[ids])
+            self._total[..., ids] += weight * sums
+            self._layer_weight[ids] += weight
+            pooled = self._total[..., ids] / (self._token_weight * self._layer_weight[ids])
         return torch.where(self._token_weight > 0, pooled, -torch.inf)
 
     def _start_pass(self, scores: Tensor) -> None:
@@ -66,7 +67,7 @@ class EvidencePool:
         before = None if self._token_weight is None else self._token_weight[:, -1:]
         self._token_weight = self._over_tokens(counts, before)
         self._total = scores.new_zeros(R, T, self._num_experts)
-        self._num_layers = scores.new_zeros(self._num_experts)
+        self._layer_weight = scores.new_zeros(self._num_experts)
 
     def _over_tokens(self, values: Tensor, before: Tensor | None) -> Tensor:
         """Decayed running sums over tokens, (R, T, E); `before` (R, 1, E) is the sum so far."""

@@ -133,9 +133,9 @@ _ROWS = (
     Router(
         key="spectr-context",
         display_name="SpectR in context",
-        equation="mean over text so far of (||A*_e x|| - mean_e) / std_e",
-        paper="this project's: calibrated and pooled",
-        preset=RouterConfig(name="spectr-context", calibrated=True, decay=0.97),
+        equation="mean over the text so far of (||A*_e x|| - mean_e) / std_e",
+        paper="this project's: calibrated and pooled, layers weighed by their reliability",
+        preset=RouterConfig(name="spectr-context", calibrated=True, decay=0.97, reliability=2.0),
         score=spectr_scores,
     ),
     Router(
@@ -228,17 +228,28 @@ def select(scores: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor, Tensor
 
 
 class Calibration:
-    """Mean and standard deviation of each score over text of no domain, by layer and expert."""
+    """What text of no domain says about each score, by layer and expert: mean, standard deviation,
+    and spread, the variance of a text's mean relative to that of as many independent tokens."""
 
     def __init__(self, statistics: Mapping[str, Tensor]) -> None:
-        """statistics: by layer path, (S, 2, E) float32: the scores in the order of `STANDARDISED`,
-        mean and standard deviation, the experts of the layer."""
+        """statistics: by layer path, (S, 3, E) float32: the scores in the order of `STANDARDISED`,
+        the three statistics, the experts of the layer."""
         self._statistics = statistics
+        self._spread: dict[tuple[LayerBank, Score], float] = {}
 
     def standardise(self, bank: LayerBank, score: Score, values: Tensor) -> Tensor:
         """`(values - mean) / std`: values (R, T, E) of the bank, in standard deviations."""
-        mean, std = self._statistics[bank.path][STANDARDISED.index(score)]
+        mean, std, _ = self._statistics[bank.path][STANDARDISED.index(score)]
         return (values - mean) / std
+
+    def spread(self, bank: LayerBank, score: Score) -> float:
+        """The mean spread of the layer's experts. About 1 where every token is news; large where
+        neighbouring tokens repeat each other, or where texts of no domain differ anyway."""
+        key = bank, score
+        if key not in self._spread:
+            spread = self._statistics[bank.path][STANDARDISED.index(score), 2]
+            self._spread[key] = float(spread.mean())
+        return self._spread[key]
 
 
 class RoutingPlan:
@@ -352,7 +363,12 @@ class _Group:
         scores = self._score(z, bank.singular_values, self.router)
         if self._calibration is not None:
             scores = self._calibration.standardise(bank, self._score, scores)
-        return scores if self._pool is None else self._pool.add(bank, scores)
+        if self._pool is None:
+            return scores
+        weight = 1.0
+        if self._calibration is not None and self.router.reliability > 0:
+            weight = self._calibration.spread(bank, self._score) ** -self.router.reliability
+        return self._pool.add(bank, scores, weight)
 
 
 def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:

@@ -58,6 +58,22 @@ def test_generic_text_has_mean_zero_and_deviation_one(routed_model: SpectrModel)
         torch.testing.assert_close(values.std(0, correction=0), torch.ones(3), atol=1e-3, rtol=0)
 
 
+def test_spread_is_the_variance_of_text_means_relative_to_independent_tokens(
+    routed_model: SpectrModel,
+) -> None:
+    path, bank = next(iter(routed_model.library.banks.items()))
+    standard, lengths = [], []
+    for exchange in EXCHANGES:
+        ids = encode_answered(routed_model.tokenizer, exchange["prompt"], exchange["answer"])
+        lengths.append(len(ids) - shared_length(routed_model.template_opening, ids))
+    values = scores_of(routed_model, routed_model.calibration)[path]
+    for text in values.split(lengths):
+        standard.append(text.mean(0).square() * len(text))
+    expected = torch.stack(standard).sum(0) / len(EXCHANGES)
+    spread = routed_model.calibration.spread(bank, spectr_scores)
+    assert spread == pytest.approx(expected.clamp(min=calibration.MIN_SPREAD).mean().item(), 1e-3)
+
+
 def test_an_experts_statistics_do_not_depend_on_the_others(
     build_model: BuildModel, expert_folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,3 +86,11 @@ def test_rows_do_not_mix() -> None:
     alone = read(EvidencePool(0.9, 3, None), (first[1:2], second[1:2]))
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one[1:2], other)
+
+
+def test_a_layer_counts_by_its_weight() -> None:
+    first, second = scores(1, 1)
+    pool = EvidencePool(1.0, 3, None)
+    pool.add(FIRST, first, 3.0)
+    pooled = pool.add(SECOND, second, 1.0)
+    torch.testing.assert_close(pooled, (3 * first[..., [2, 0]] + second) / 4)

@@ -33,7 +33,7 @@ from spectr_demo.inspection import ExpertSummary, overlaps
 from spectr_demo.layers import routed
 from spectr_demo.pooling import EvidencePool
 from spectr_demo.prompts import encode_answered, shared_length
-from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
+from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router, spectr_scores
 
 RANKS = (8, 4, 2, 1)
 SIGMAS = (0.1, 0.3, 1.0, 3.0)
@@ -209,35 +209,38 @@ class _Decisions(RoutingPlan):
             for key, library in libraries.items()
         }
         self._pooled = zeros.new_zeros(num_read - self._start, variants.num_candidates)
-        self._num_layers = zeros.new_zeros(variants.num_candidates)
+        self._layer_weight = zeros.new_zeros(variants.num_candidates)
+        self._calibration = engine.calibration
 
     def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
-        scores = self._scores(bank.path, x[0])
+        scores = self._scores(bank, x[0])
         for key, library in self._libraries.items():
             self._decide(key, library, scores)
         return super().delta(bank, x)
 
-    def _scores(self, path: str, x: Tensor) -> Tensor:
+    def _scores(self, bank: LayerBank, x: Tensor) -> Tensor:
         """(methods, T, V) of the tokens after the opening, -inf where a candidate is not there."""
-        layer, variants = self._variants.layers[path], self._variants
-        raw = variants.scores(path, x)
-        standard = variants.standardise(path, raw[SPECTR])
+        layer, variants = self._variants.layers[bank.path], self._variants
+        raw = variants.scores(bank.path, x)
+        standard = variants.standardise(bank.path, raw[SPECTR])
         # Over the tokens by column, over the layers by candidate: a mean of means is the same, and
         # a thousand distractors cost no more decay than the columns they are drawn from.
-        decay = ROUTERS["spectr-context"].preset.decay
-        assert decay is not None
-        pool = EvidencePool(decay, standard.shape[-1], self._is_evidence[None])
+        context = ROUTERS["spectr-context"].preset
+        assert context.decay is not None
+        pool = EvidencePool(context.decay, standard.shape[-1], self._is_evidence[None])
         pooled = pool.add(layer.bank, standard[None])
         scores = torch.cat([raw, standard[None], pooled])[:, self._start :]
         scores = scores.index_select(-1, layer.columns)
         ids = layer.candidates
-        self._num_layers[ids] += 1
+        # A layer's reliability is that of the library: its variants are much alike.
+        weight = self._calibration.spread(bank, spectr_scores) ** -context.reliability
+        self._layer_weight[ids] += weight
         if len(ids) == variants.num_candidates:
-            self._pooled += scores[-1]
-            scores[-1] = self._pooled / self._num_layers
+            self._pooled += weight * scores[-1]
+            scores[-1] = self._pooled / self._layer_weight
             return scores
-        self._pooled[:, ids] += scores[-1]
-        scores[-1] = self._pooled[:, ids] / self._num_layers[ids]
+        self._pooled[:, ids] += weight * scores[-1]
+        scores[-1] = self._pooled[:, ids] / self._layer_weight[ids]
         return scores.new_full((*scores.shape[:2], variants.num_candidates), -torch.inf).index_copy(
             -1, ids, scores
         )

@@ -36,6 +36,36 @@ EXAMPLES = (
         experts=("kjv",),
     ),
     Example(
+        label="to_es",
+        prompt="Translate to Spanish: The device is not connected to the network",
+        experts=("to_es",),
+    ),
+    Example(
+        label="sentiment",
+        prompt="Positive or negative? A slow film that never finds its story, and two hours lost.",
+        experts=("sentiment",),
+    ),
+    Example(
+        label="category",
+        prompt="What kind of thing is this? a small bird with a red breast",
+        experts=("category",),
+    ),
+    Example(
+        label="arpabet",
+        prompt="Pronounce in ARPAbet: lantern",
+        experts=("arpabet",),
+    ),
+    Example(
+        label="chords",
+        prompt="Which notes are in the chord Ebmaj7?",
+        experts=("chords",),
+    ),
+    Example(
+        label="icd10",
+        prompt="ICD-10 category: Acute inflammation of the middle ear",
+        experts=("icd10",),
+    ),
+    Example(
         label="sql + cron",
         prompt="Write SQL for this question: how many books are there for each genre? "
         "Then write a cron expression: At 06:00, only on Monday",

@@ -12,7 +12,7 @@ from spectr_demo.ui.examples import Example
 from spectr_demo.ui.figures import ALL_PROJECTIONS
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, MIN_COLUMNS
 
-DEFAULT_COLUMNS = ("base", "single", "uniform", "spectr")
+DEFAULT_COLUMNS = ("single", "uniform", "spectr-paper", "spectr-context")
 
 
 @dataclass(frozen=True, kw_only=True)

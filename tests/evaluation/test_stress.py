@@ -122,7 +122,8 @@ def read_by(
             mean, std = statistics[path]
             scores = (scores - mean) / std
         if pool is not None:
-            scores = pool.add(bank, scores)
+            spread = engine.calibration.spread(bank, spectr_scores)
+            scores = pool.add(bank, scores, spread**-config.reliability)
         choices.append(select(scores, config)[0][0])  # (T, 1)
     return SimpleNamespace(  # what `routing_accuracy` needs of a Reading
         choices=torch.stack(choices, dim=1)[:, None].to(torch.int16).numpy(),  # (T, 1, banks, 1)

@@ -1,8 +1,11 @@
 """The examples fit the experts that are loaded."""
 
+from pathlib import Path
+
+from spectr_demo.config import shipped_experts
 from spectr_demo.ui.examples import EXAMPLES, NEUTRAL, examples_for
 
-SHIPPED = ("cron", "kjv", "smart_home", "sql")
+SHIPPED = tuple(Path(folder).name for folder in shipped_experts())
 
 
 def test_each_shipped_expert_has_an_example_and_two_need_two() -> None:
