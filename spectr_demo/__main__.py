@@ -174,6 +174,8 @@ def _print_library(result: dict[str, Any]) -> None:
             f"{expert['num_bytes'] / 1e6:.1f}",
         )
     _out.print(table)
+    for warning in result["warnings"]:
+        _out.print(f"Warning: {warning}", style="yellow", markup=False)
     overlap = result["subspace_overlap"]
     table = Table("subspace overlap", *overlap)
     for name, row in overlap.items():
@@ -325,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", parents=[common], help=evaluate.__doc__)
     command.add_argument("--quick", action="store_true", help="about five minutes on two cores")
-    command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 32)")
+    command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 24)")
     command.add_argument("--routers", nargs="+", metavar="ROW", help="rows of the tables, by label")
     command.add_argument("--output", type=Path, help="JSON file (default: the shipped results)")
     command.set_defaults(run=evaluate)

@@ -1,14 +1,20 @@
 """What a library of experts is made of: ranks, spectra, and how far the experts' inputs overlap."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from spectr_demo.experts import Adapter, ExpertLibrary
-from spectr_demo.spectral import Aligned, subspace_overlap
+from spectr_demo.spectral import Aligned
+
+# Mean subspace overlap from which two experts cannot be told apart, and the share of the median
+# update below which one is called weak: docs/results.md, "Weak and alike experts".
+ALIKE, WEAK = 0.95, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +74,52 @@ def summarise(library: ExpertLibrary) -> list[ExpertSummary]:
 def overlaps(library: ExpertLibrary) -> NDArray[np.float64]:
     """(E, E) mean subspace overlap over the layers that both touch; NaN where there is none.
 
-    0 is orthogonal, 1 the same subspace; two random ones of rank r overlap by r / D_in.
+    0 is orthogonal, 1 the same subspace; two random ones of rank r overlap by r / D_in. For two
+    experts at one layer it is `spectral.subspace_overlap`; here all pairs are one product.
     """
-    return np.array([[_overlap(a, b) for b in library.aligned] for a in library.aligned])
+    E = len(library.adapters)
+    total, count = np.zeros((E, E)), np.zeros((E, E))
+    for path in dict.fromkeys(path for expert in library.aligned for path in expert):
+        ids = [e for e, expert in enumerate(library.aligned) if path in expert]
+        factors = [library.aligned[e][path].A for e in ids]
+        rank = max(A.shape[0] for A in factors)
+        stacked = torch.cat([nn.functional.pad(A, (0, 0, 0, rank - A.shape[0])) for A in factors])
+        shared = (stacked @ stacked.mT).square().unflatten(0, (-1, rank)).unflatten(2, (-1, rank))
+        ranks = (stacked.abs().amax(-1) > 0).unflatten(0, (-1, rank)).sum(1)
+        least = torch.minimum(ranks[:, None], ranks)
+        where = np.ix_(ids, ids)
+        total[where] += (shared.sum((1, 3)) / least.clamp(min=1)).double().numpy()
+        count[where] += 1
+    return np.divide(total, count, out=np.full((E, E), np.nan), where=count > 0)
 
 
-def _overlap(first: Mapping[str, Aligned], second: Mapping[str, Aligned]) -> float:
-    shared: Sequence[str] = [path for path in first if path in second]
-    if not shared:
-        return float("nan")
-    return float(np.mean([subspace_overlap(first[p].A, second[p].A) for p in shared]))
+def warnings(library: ExpertLibrary) -> list[str]:
+    """What to know before routing between these experts: pairs too alike, and weak ones."""
+    found = []
+    matrix, names = overlaps(library), library.names
+    for i, j in zip(*np.triu_indices(len(names), k=1), strict=True):
+        if matrix[i, j] >= ALIKE:
+            found.append(
+                f"experts {names[i]!r} and {names[j]!r} respond to the same inputs (subspace "
+                f"overlap {matrix[i, j]:.2f}): no router here can tell them apart; keep one, or "
+                "merge them"
+            )
+    norms = {summary.name: summary.update_norm for summary in summarise(library)}
+    median = float(np.median(list(norms.values()))) if norms else 0.0
+    for name, norm in norms.items():
+        if norm < WEAK * median:
+            found.append(
+                f"expert {name!r} changes the base little: its update's norm is {norm:.2g}, the "
+                f"median is {median:.2g}; it may be undertrained"
+            )
+    return found
 
 
 def to_json(library: ExpertLibrary) -> dict[str, Any]:
-    """Summaries and overlaps as plain values; null where two experts share no layer."""
+    """Summaries, overlaps and warnings as plain values; null where two share no layer."""
     matrix = overlaps(library)
     return {
+        "warnings": warnings(library),
         "experts": [vars(summary) for summary in summarise(library)],
         "subspace_overlap": {
             name: {

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ class Contender:
 
 
 _UNIFORM_PARAMETERS = RouterConfig(name="uniform", composition="parameters")
+_LAYERS_ALIKE = replace(ROUTERS["spectr-context"].preset, reliability=0.0)
 _POOLED_RAW = RouterConfig(name="spectr-context", decay=ROUTERS["spectr-context"].preset.decay)
 CONTENDERS = (
     Contender(label="base", router="base"),
@@ -86,6 +87,7 @@ CONTENDERS = (
     Contender(label="spectr", router="spectr"),
     Contender(label="spectr-calibrated", router="spectr-calibrated"),
     Contender(label="spectr, pooled only", router=_POOLED_RAW),
+    Contender(label="spectr-context, layers alike", router=_LAYERS_ALIKE),
     Contender(label="spectr-context", router="spectr-context"),
 )
 QUICK = ("base", "oracle", "uniform (outputs)", "arrow", "spectr-paper", "spectr", "spectr-context")
@@ -97,8 +99,8 @@ class Settings:
     num_pairs: of compositional prompts. num_offdomain: of ordinary chat. stress_texts: per domain,
     0 leaves those tests out. labels: contenders."""
 
-    num_examples: int = 32
-    num_pairs: int = 30
+    num_examples: int = 24
+    num_pairs: int = 20
     num_offdomain: int = 24
     labels: tuple[str, ...] = tuple(contender.label for contender in CONTENDERS)
     stress_texts: int = 4
@@ -275,7 +277,8 @@ class Evaluation:
         self, kind: str, config: RouterConfig, compute: Callable[[RouterConfig], Any], of: str = ""
     ) -> Any:
         """What `compute(config)` gives, from the cache where this very part was measured before."""
-        key = json.dumps([kind, of, config.to_json(), asdict(self.settings)], sort_keys=True)
+        amount = {**asdict(self.settings), "labels": None}  # rows may be measured at any time
+        key = json.dumps([kind, of, config.to_json(), amount], sort_keys=True)
         file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
@@ -284,7 +287,7 @@ class Evaluation:
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(f".{os.getpid()}")
             unfinished.write_text(json.dumps(result), encoding="utf-8")
-            unfinished.replace(file)
+            unfinished.replace(file)  # atomic: two processes may share the work
         if kind != "chat":
             self._bar.update()
         return result

@@ -37,7 +37,7 @@ def load_results(path: Path = RESULTS) -> dict[str, Any] | None:
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The whole report, headings included."""
     sections = [
-        HEAD.format(conditions=_conditions(results["meta"])),
+        HEAD.format(conditions=conditions(results["meta"])),
         "## Task scores\n\n" + scores_table(results),
         "## Likelihood of the reference answers\n\n" + likelihood_table(results),
         "## Routing accuracy\n\n" + accuracy_table(results),
@@ -183,7 +183,8 @@ def stress_tables(stress: Mapping[str, Any]) -> str:
     return "```json\n" + json.dumps(stress, indent=1) + "\n```\n"
 
 
-def _conditions(meta: Mapping[str, Any]) -> str:
+def conditions(meta: Mapping[str, Any]) -> str:
+    """When, at which commit and on what the results were measured."""
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     return (
         f"Measured on {meta['date']} at commit `{meta['commit']}`, split seed {meta['seed']}, on "

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from spectr_demo import inspection
 from spectr_demo.charts import expert_colors, trace_colors
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import ColumnOutput, SpectrModel
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.routing import ROUTERS
 from spectr_demo.trace import NOT_ROUTED, RoutingTrace
 from spectr_demo.ui.run import Frame
 
 MAX_CHIPS = 24
+MAX_CHECKED = 100  # experts whose pairs are compared when the page is made: a second's work
 # Colour behind an answer's token, in percent, by its expert's lead over the second.
 _WEAKEST, _STRONGEST, _STEP = 14, 44, 6
 
@@ -45,8 +48,16 @@ def header(model: SpectrModel) -> str:
         "SpectR sends each token to the experts whose own weights answer it most strongly. Run a "
         "prompt to see the answers side by side, and which expert served which token.</p>"
         f'<dl class="loaded"><dt>Base</dt><dd>{_escape(" · ".join(facts))}</dd>'
-        f"<dt>Experts</dt><dd>{experts}</dd></dl></header>"
+        f"<dt>Experts</dt><dd>{experts}</dd>{_warnings(library)}</dl></header>"
     )
+
+
+def _warnings(library: ExpertLibrary) -> str:
+    """Experts that cannot be told apart, or are weak; nothing for a library too large to say."""
+    if len(library.names) > MAX_CHECKED:
+        return ""
+    found = "".join(f"<li>{_escape(warning)}</li>" for warning in inspection.warnings(library))
+    return f'<dt>Warnings</dt><dd><ul class="warnings">{found}</ul></dd>' if found else ""
 
 
 def placeholder() -> str:
@@ -55,10 +66,10 @@ def placeholder() -> str:
         f'<article class="answer is-ghost"><header><h3>{title}</h3><p>{what}</p></header>'
         '<div class="line"></div><div class="line"></div><div class="line"></div></article>'
         for title, what in (
-            ("Base model", "without any expert"),
             ("Single expert", "always the same one"),
             ("Uniform merge", "all experts at once"),
-            ("SpectR", "each token its own"),
+            ("SpectR (paper)", "each token its own"),
+            ("SpectR in context", "each token its own, by the text so far"),
         )
     )
     return (

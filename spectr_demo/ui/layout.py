@@ -6,6 +6,13 @@ from typing import Any
 import gradio as gr
 
 from spectr_demo.engine import SpectrModel
+from spectr_demo.evaluation.report import (
+    accuracy_table,
+    conditions,
+    load_results,
+    offdomain_table,
+    scores_table,
+)
 from spectr_demo.routing import ROUTERS
 from spectr_demo.ui import cards
 from spectr_demo.ui.examples import Example
@@ -71,6 +78,8 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
         parts["answers"] = gr.HTML(cards.placeholder(), elem_id="answers")
     with gr.Column(visible=False, elem_id="charts") as charts:
         parts |= _charts(model.library.projections)
+    if results := load_results():
+        _measured(results)
     return Layout(form=form, charts=charts, **parts)
 
 
@@ -194,6 +203,18 @@ def _charts(projections: tuple[str, ...]) -> dict[str, Any]:
         parts["trace_file"] = gr.DownloadButton(elem_id="trace-file")
         parts["charts_file"] = gr.DownloadButton(elem_id="charts-file")
     return parts
+
+
+def _measured(results: dict[str, Any]) -> None:
+    """What `python -m spectr_demo evaluate` measured for the shipped experts."""
+    with gr.Accordion("How well each router does, measured", open=False, elem_id="measured"):
+        for heading, table in (
+            ("Task scores", scores_table),
+            ("Routing accuracy", accuracy_table),
+            ("Ordinary chat, where no expert fits", offdomain_table),
+        ):
+            gr.Markdown(f"### {heading}\n\n{table(results)}")
+        gr.Markdown(conditions(results["meta"]))
 
 
 def _chart(heading: str, about: str) -> gr.Column:
