@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -267,7 +266,7 @@ def _say_cost(config: PreTrainedConfig, split: Split, recipe: Recipe, device: to
 def check(name: str, output_dir: Path, overwrite: bool) -> Task:
     """The task, once everything it needs is there; raises what `train` raises before training."""
     task = get_task(name)
-    _check_packages(task)
+    task.check_packages()
     _check_output(output_dir, overwrite)
     return task
 
@@ -276,16 +275,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "CPU"
-
-
-def _check_packages(task: Task) -> None:
-    needed = ("peft", "accelerate", *task.packages)
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"task {task.name!r}: packages {', '.join(missing)} are not installed; its data and "
-            "scores need them; run: pip install -r requirements-train.txt"
-        )
 
 
 def _check_output(output_dir: Path, overwrite: bool) -> None:

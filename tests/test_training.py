@@ -1,5 +1,6 @@
 """The recipe on a tiny random model: what is masked, what is saved, what is refused."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -242,9 +243,9 @@ def test_an_unwritable_output_is_refused_before_training(tmp_path: Path) -> None
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    find_spec = training.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        training.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name: None if name == "cron_descriptor" else find_spec(name),
     )

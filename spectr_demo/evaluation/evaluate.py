@@ -123,6 +123,8 @@ class Evaluation:
                 f"evaluate: the experts are {', '.join(engine.library.names) or 'none'}; at least "
                 f"two named after tasks ({', '.join(TASKS)}) were needed; rename one as NAME=SOURCE"
             )
+        for name in self.names:
+            TASKS[name].check_packages()
         held = {name: TASKS[name].build(SEED).heldout for name in self.names}
         self.examples = {name: list(held[name][: settings.num_examples]) for name in self.names}
         self.pairs = make_pairs(held, settings.num_pairs)

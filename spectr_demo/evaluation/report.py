@@ -179,8 +179,47 @@ def compositional_table(results: Mapping[str, Any]) -> str:
 
 
 def stress_tables(stress: Mapping[str, Any]) -> str:
-    """The sections of the stress tests, each as nested lists of their numbers."""
-    return "```json\n" + json.dumps(stress, indent=1) + "\n```\n"
+    """Routing accuracy as the library gets worse, and what foretells it."""
+    methods = stress["methods"]
+    num_texts = sum(stress["num_texts"].values())
+
+    def table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+        return _table(
+            [name, *methods],
+            [
+                [key, *(f"{row[method]['decisions']:.1%}" for method in methods)]
+                for key, row in rows.items()
+            ],
+        )
+
+    alike = {
+        f"{sigma} ({row['overlap']:.2f})": row["own"] for sigma, row in stress["alike"].items()
+    }
+    number = {n: row["mean"] for n, row in stress["number"].items()}
+    spearman = [
+        [name, *("-" if row[m] is None else f"{row[m]:+.2f}" for m in methods)]
+        for name, row in stress["diagnostics"]["spearman"].items()
+    ]
+    return "\n".join(
+        (
+            f"Routing accuracy on the answer tokens of {num_texts} texts, scored on the "
+            "activations of each text's own expert. Nothing is trained again.\n",
+            "Experts cut to a lower rank (truncated SVD):\n",
+            table("rank", stress["rank"]),
+            "An expert against its noisy twin (noise relative to the LoRA factors, and the mean "
+            "subspace overlap of the two); 50% is guessing:\n",
+            table("noise (overlap)", alike),
+            "The text's own expert spoiled by noise. Noise makes its update longer, which `norm` "
+            "likes:\n",
+            table("noise", stress["undertrained"]),
+            "More experts: distractors made of the experts' own weights at other layers, mean of "
+            "three seeds. They are drawn anew at each layer, which is kinder to routers that sum "
+            "over layers than real experts would be:\n",
+            table("experts", number),
+            "Which diagnostic goes with accuracy (Spearman, over all cut and spoiled experts):\n",
+            _table(["diagnostic", *methods], spearman),
+        )
+    )
 
 
 def conditions(meta: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -346,6 +345,8 @@ def _rows(
 
 def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
     """None where either is constant: it then has no order."""
+    from scipy.stats import spearmanr  # comes with scikit-learn, which only data and scores need
+
     is_known = ~np.isnan(x)
     x, y = x[is_known], y[is_known]
     if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:

@@ -32,7 +32,7 @@ def build_engine(
 
 
 def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> None:
-    results = Evaluation(build_engine(), SETTINGS).run()
+    results = Evaluation(build_engine(), replace(SETTINGS, stress_texts=1)).run()
     json.dumps(results, allow_nan=False)
     labels = {contender.label for contender in CONTENDERS}
     assert results["scores"].keys() == results["likelihood"].keys() == labels
@@ -49,6 +49,8 @@ def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> Non
 
     report = to_markdown(results)
     assert "spectr-context" in report
+    accuracy = results["stress"]["number"]["1000"]["mean"]["spectr"]["decisions"]
+    assert f"{accuracy:.1%}" in report
     assert f"{results['likelihood']['spectr']['macro']:.3f}" in report
 
 

@@ -7,6 +7,7 @@ with one fixed prefix a router would only have to spot the prefix.
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,15 @@ class Task:
             raise ValueError(
                 f"task {self.name!r}: wordings {offenders} lack '{{text}}' or are on both sides; "
                 "a wording holds '{text}' once and is either trained on or held out"
+            )
+
+    def check_packages(self) -> None:
+        """Raise ModuleNotFoundError, which says what to install, where a package is missing."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"task {self.name!r}: packages {', '.join(missing)} are not installed; its data "
+                "and scores need them; run: pip install -r requirements-train.txt"
             )
 
 
