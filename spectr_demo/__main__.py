@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", parents=[common], help=evaluate.__doc__)
     command.add_argument("--quick", action="store_true", help="about five minutes on two cores")
-    command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 24)")
+    command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 16)")
     command.add_argument("--routers", nargs="+", metavar="ROW", help="rows of the tables, by label")
     command.add_argument("--output", type=Path, help="JSON file (default: the shipped results)")
     command.set_defaults(run=evaluate)

@@ -99,11 +99,11 @@ class Settings:
     num_pairs: of compositional prompts. num_offdomain: of ordinary chat. stress_texts: per domain,
     0 leaves those tests out. labels: contenders."""
 
-    num_examples: int = 24
-    num_pairs: int = 20
-    num_offdomain: int = 24
+    num_examples: int = 16
+    num_pairs: int = 12
+    num_offdomain: int = 16
     labels: tuple[str, ...] = tuple(contender.label for contender in CONTENDERS)
-    stress_texts: int = 4
+    stress_texts: int = 2
 
     @classmethod
     def quick(cls) -> Settings:
