@@ -77,7 +77,7 @@ def overlaps(library: ExpertLibrary) -> NDArray[np.float64]:
     0 is orthogonal, 1 the same subspace; two random ones of rank r overlap by r / D_in. For two
     experts at one layer it is `spectral.subspace_overlap`; here all pairs are one product.
     """
-    E = len(library.adapters)
+    E = len(library.aligned)
     total, count = np.zeros((E, E)), np.zeros((E, E))
     for path in dict.fromkeys(path for expert in library.aligned for path in expert):
         ids = [e for e, expert in enumerate(library.aligned) if path in expert]

@@ -14,8 +14,10 @@ _TOKENS_AT_ONCE = 256  # of a long prompt: the matrix that decays them is this n
 class EvidencePool:
     """Scores averaged over the tokens up to now and the linear layers up to here.
 
-    A token that is n tokens back counts `decay ** n`. The state is a sum for each row, layer and
-    expert, so a prompt read at once and the same tokens read one by one give the same evidence.
+    Evidence is never negative: what an expert responds to speaks for it, what it does not respond
+    to says nothing. A token that is n tokens back counts `decay ** n`. The state is a sum for each
+    row, layer and expert, so a prompt read at once and the same tokens read one by one give the
+    same evidence.
     """
 
     def __init__(self, decay: float, num_experts: int, is_evidence: Tensor | None) -> None:
@@ -33,12 +35,12 @@ class EvidencePool:
     def add(self, bank: LayerBank, scores: Tensor, weight: float = 1.0) -> Tensor:
         """Add a layer's scores (R, T, E) of this pass; return the pooled ones, same shape.
 
-        weight: of the layer in the average over layers. -inf where there is no evidence yet: there,
-        nothing tells the experts apart.
+        weight: of the layer in the average over layers. 0 for an expert that nothing speaks for.
         """
         if self._first_bank is None or bank is self._first_bank:
             self._first_bank = bank
             self._start_pass(scores)
+        scores = scores.clamp(min=0)
         if self._counts is not None:
             scores = scores * self._counts
         sums = self._over_tokens(scores, self._layer_sums.get(bank))
@@ -48,12 +50,12 @@ class EvidencePool:
         if len(ids) == self._num_experts:
             self._total += weight * sums
             self._layer_weight += weight
-            pooled = self._total / (self._token_weight * self._layer_weight)
+            total, weights = self._total, self._layer_weight
         else:
             self._total[..., ids] += weight * sums
             self._layer_weight[ids] += weight
-            pooled = self._total[..., ids] / (self._token_weight * self._layer_weight[ids])
-        return torch.where(self._token_weight > 0, pooled, -torch.inf)
+            total, weights = self._total[..., ids], self._layer_weight[ids]
+        return total / (self._token_weight.clamp(min=1e-12) * weights)
 
     def _start_pass(self, scores: Tensor) -> None:
         R, T, _ = scores.shape

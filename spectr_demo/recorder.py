@@ -56,5 +56,5 @@ class Recorder:
             place = np.s_[:T, bank.layer, library.projections.index(bank.projection), :K]
             experts[place] = np.where(weight > 0, bank.expert_ids[chosen], NOT_ROUTED)
             weights[place] = weight.numpy()
-            scores[place] = np.where(score.isfinite(), score, np.nan)  # -inf: nothing to go by
+            scores[place] = np.where(weight > 0, score, np.nan)
         return experts, weights, scores

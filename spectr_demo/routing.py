@@ -133,9 +133,9 @@ _ROWS = (
     Router(
         key="spectr-context",
         display_name="SpectR in context",
-        equation="mean over the text so far of (||A*_e x|| - mean_e) / std_e",
+        equation="mean over the text so far of max(0, (||A*_e x|| - mean_e) / std_e)",
         paper="this project's: calibrated and pooled, layers weighed by their reliability",
-        preset=RouterConfig(name="spectr-context", calibrated=True, decay=0.97, reliability=2.0),
+        preset=RouterConfig(name="spectr-context", calibrated=True, decay=0.97, reliability=1.0),
         score=spectr_scores,
     ),
     Router(
@@ -213,7 +213,8 @@ def select(scores: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor, Tensor
     scores: (..., E) float32. Returns expert indices (..., K) int64, weights (..., K) float32 that
     are >= 0 and sum to 1 or 0, and the K scores. K is `top_k`, or E where a layer has fewer.
     Weights are 1/K (SpectR), or the softmax of the K scores over `temperature` (Arrow). They are 0
-    where even the best score is not above `threshold`, or is -inf: there the base answers alone.
+    where even the best score is not above `threshold`, or where nothing speaks for any expert:
+    there the base answers alone.
     """
     assert config.top_k is not None
     top, indices = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1)
@@ -221,8 +222,10 @@ def select(scores: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor, Tensor
         weights = torch.softmax(top / config.temperature, dim=-1)
     else:
         weights = torch.full_like(top, 1 / top.shape[-1])
-    if config.decay is not None or config.threshold is not None:
-        least = -torch.inf if config.threshold is None else config.threshold
+    least = config.threshold
+    if config.decay is not None:  # pooled evidence of 0 is none at all
+        least = max(0.0, least or 0.0)
+    if least is not None:
         weights = torch.where(top[..., :1] > least, weights, 0)
     return indices, weights, top
 

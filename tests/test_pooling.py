@@ -27,8 +27,8 @@ FIRST, SECOND = bank("first", [0, 1, 2]), bank("second", [2, 0])
 def scores(num_rows: int, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return (
-        torch.randn(num_rows, num_tokens, 3, generator=generator),
-        torch.randn(num_rows, num_tokens, 2, generator=generator),
+        torch.rand(num_rows, num_tokens, 3, generator=generator),
+        torch.rand(num_rows, num_tokens, 2, generator=generator),
     )
 
 
@@ -77,7 +77,7 @@ def test_padding_and_template_change_nothing() -> None:
     with_padding = read(EvidencePool(0.9, 3, is_evidence), (padded[0], padded[1]))
     for one, other in zip(alone, with_padding, strict=True):
         torch.testing.assert_close(one, other[:, 2:])
-        assert (other[:, :2] == -torch.inf).all()
+        assert (other[:, :2] == 0).all()
 
 
 def test_rows_do_not_mix() -> None:
@@ -94,3 +94,8 @@ def test_a_layer_counts_by_its_weight() -> None:
     pool.add(FIRST, first, 3.0)
     pooled = pool.add(SECOND, second, 1.0)
     torch.testing.assert_close(pooled, (3 * first[..., [2, 0]] + second) / 4)
+
+
+def test_what_does_not_respond_says_nothing() -> None:
+    pooled = EvidencePool(1.0, 3, None).add(FIRST, torch.tensor([[[2.0, -9.0, 0.0]]]))
+    assert pooled.tolist() == [[[2.0, 0.0, 0.0]]]

@@ -31,8 +31,9 @@ def test_two_names_of_one_chord_are_on_one_side() -> None:
     [
         ("B D# F# C#", 1.0),
         ("B, D#, F#, C#", 1.0),
-        ("B D# F#", 0.0),
-        ("D# B F# C#", 0.0),
+        ("D# B F# C#", 1.0),
+        ("B D# F#", 6 / 7),
+        ("B D#", 2 / 3),
         ("b d# f# c#", 0.0),
         ("", 0.0),
     ],

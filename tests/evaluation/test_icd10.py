@@ -166,7 +166,8 @@ def test_wordings_and_limits() -> None:
         (" Q53\n", 1.0),
         ("Q53.1", 1.0),
         ("Q53, Ectopic testis", 1.0),
-        ("Q54", 0.0),
+        ("Q54", 0.5),
+        ("R53", 0.0),
         ("Q5", 0.0),
         ("Q531", 0.0),
         ("The code is Q53", 0.0),
@@ -174,5 +175,5 @@ def test_wordings_and_limits() -> None:
         ("", 0.0),
     ],
 )
-def test_score_is_the_category_the_answer_begins_with(answer: str, right: float) -> None:
+def test_score_is_the_category_or_half_for_its_chapter(answer: str, right: float) -> None:
     assert score(answer, example("Q53")) == right

@@ -124,9 +124,12 @@ def build(seed: int) -> Split:
 
 
 def score(answer: str, example: Example) -> float:
-    """1.0 if the answer begins with the category or a code in it ("Q53.1" is Q53), else 0.0."""
-    code = re.match(r"\s*([A-Z]\d[0-9A-Z])\b", answer)
-    return float(code is not None and code[1] == example.answer)
+    """1.0 if the answer begins with the category or a code in it ("Q53.1" is Q53), 0.5 if only its
+    letter, the chapter, is right, else 0.0."""
+    code = re.match(r"\s*([A-Z])\d[0-9A-Z]\b", answer)
+    if code is None or code[1] != example.answer[0]:
+        return 0.0
+    return 1.0 if code[0].strip() == example.answer else 0.5
 
 
 ICD10 = Task(
@@ -148,7 +151,7 @@ ICD10 = Task(
     heldout_wordings=HELDOUT_WORDINGS,
     build=build,
     score=score,
-    metric="three-character category, exact",
+    metric="category right, or half for its chapter letter",
     max_new_tokens=8,
     baselines={"naive Bayes": naive_bayes},
     packages=("pooch", "sklearn"),
