@@ -155,6 +155,10 @@ def test_no_experts_to_choose_from() -> None:
         {"weighting": "loud"},
         {"composition": "both"},
         {"prefilter": 0},
+        {"decay": 0.0},
+        {"decay": 1.1},
+        {"reliability": -1.0},
+        {"threshold": float("inf")},
     ],
 )
 def test_a_config_checks_itself(wrong: dict[str, object]) -> None:
