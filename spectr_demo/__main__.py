@@ -246,7 +246,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every router on held-out prompts of every domain; writes a JSON file and its report."""
     from spectr_demo.evaluation.evaluate import Evaluation, Settings
-    from spectr_demo.evaluation.report import RESULTS, accuracy_table, scores_table, to_markdown
+    from spectr_demo.evaluation.report import RESULTS, overview_table, to_markdown
 
     settings = Settings.quick() if arguments.quick else Settings()
     if arguments.num_examples is not None:
@@ -261,8 +261,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     report = DOCS / "results.md" if output == RESULTS else output.with_suffix(".md")
     report.write_text(to_markdown(results), encoding="utf-8")
     if not arguments.json:
-        _out.print(Markdown(scores_table(results)))
-        _out.print(Markdown(accuracy_table(results)))
+        _out.print(Markdown(overview_table(results)))
         _out.print(f"Wrote {output} and {report}", highlight=False)
     return results
 

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -141,7 +140,7 @@ class Evaluation:
 
         The engine's experts are taken off for the static merges: it is not to be used afterwards.
         """
-        started, meta = time.monotonic(), self._meta()
+        meta = self._meta()
         answers: dict[str, dict[str, list[float]]] = {}
         readings: dict[str, dict[str, Any]] = {}
         offdomain: dict[str, Any] = {}
@@ -168,7 +167,7 @@ class Evaluation:
             for contender in self.merges:
                 answers[contender.label], readings[contender.label] = self._domains(contender)
         return {
-            "meta": {**meta, "seconds": round(time.monotonic() - started)},
+            "meta": meta,
             "scores": summarise(answers),
             "likelihood": _likelihood(readings),
             "accuracy": {

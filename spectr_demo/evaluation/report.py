@@ -38,6 +38,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     """The whole report, headings included."""
     sections = [
         HEAD.format(conditions=conditions(results["meta"])),
+        "## Overview\n\n" + overview_table(results),
         "## Task scores\n\n" + scores_table(results),
         "## Likelihood of the reference answers\n\n" + likelihood_table(results),
         "## Routing accuracy\n\n" + accuracy_table(results),
@@ -50,6 +51,33 @@ def to_markdown(results: Mapping[str, Any]) -> str:
             "## Weak and alike experts, and many of them\n\n" + stress_tables(results["stress"])
         )
     return "\n".join(sections)
+
+
+def overview_table(results: Mapping[str, Any]) -> str:
+    """One line for each router: what it scores, where it sends tokens, what it does to chat."""
+    rows = []
+    for label, row in results["scores"].items():
+        accuracy = results["accuracy"].get(label)
+        chat = results["offdomain"].get(label)
+        likelihood = results["likelihood"][label]
+        rows.append(
+            [
+                label,
+                _interval(row["of_oracle"]) if "of_oracle" in row else "-",
+                f"{likelihood['way']:.1%}" if "way" in likelihood else "-",
+                _mean(part["all"]["answer"] for part in accuracy.values()) if accuracy else "-",
+                f"{chat['kl']:.2f}" if chat else "-",
+            ]
+        )
+    header = [
+        *("router", "of the oracle's task score", "of the way in likelihood"),
+        *("routing accuracy, answer", "KL to the base on ordinary chat"),
+    ]
+    return _table(header, rows) + (
+        f"\n{results['meta']['settings']['num_examples']} held-out prompts a domain. `oracle` answers "
+        "each with its own domain's expert, `base` with none; the likelihood is that of the "
+        "reference answers, on the way from the base's to the oracle's.\n"
+    )
 
 
 def scores_table(results: Mapping[str, Any]) -> str:

@@ -6,13 +6,7 @@ from typing import Any
 import gradio as gr
 
 from spectr_demo.engine import SpectrModel
-from spectr_demo.evaluation.report import (
-    accuracy_table,
-    conditions,
-    load_results,
-    offdomain_table,
-    scores_table,
-)
+from spectr_demo.evaluation.report import conditions, load_results, overview_table
 from spectr_demo.routing import ROUTERS
 from spectr_demo.ui import cards
 from spectr_demo.ui.examples import Example
@@ -67,6 +61,7 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
             components=[gr.Textbox(visible=False)],
             samples=[[example.prompt] for example in examples],
             sample_labels=[example.label for example in examples],
+            samples_per_page=len(examples),
             type="index",
             elem_id="examples",
         )
@@ -208,12 +203,7 @@ def _charts(projections: tuple[str, ...]) -> dict[str, Any]:
 def _measured(results: dict[str, Any]) -> None:
     """What `python -m spectr_demo evaluate` measured for the shipped experts."""
     with gr.Accordion("How well each router does, measured", open=False, elem_id="measured"):
-        for heading, table in (
-            ("Task scores", scores_table),
-            ("Routing accuracy", accuracy_table),
-            ("Ordinary chat, where no expert fits", offdomain_table),
-        ):
-            gr.Markdown(f"### {heading}\n\n{table(results)}")
+        gr.Markdown(overview_table(results))
         gr.Markdown(conditions(results["meta"]))
 
 
