@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from peft import ArrowConfig, PeftModel, create_arrow_model
@@ -16,6 +17,7 @@ from spectr_demo.engine import SpectrModel, load
 from spectr_demo.layers import routed
 from spectr_demo.loading import load_base
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
+from spectr_demo.trace import NOT_ROUTED
 from tests.conftest import BuildModel, tiny_llama
 
 TEXT = "List the names of all airports, then run the backup at 02:30 every Monday."
@@ -39,8 +41,8 @@ class Pair:
         return torch.tensor([self.model.encode(TEXT)])
 
     def logits(self, router: str | RouterConfig, **overrides: object) -> Tensor:
-        names = self.model.library.names
-        plan = RoutingPlan([parse_router(router, names, **overrides)], names)
+        config = parse_router(router, self.model.library.names, **overrides)
+        plan = self.model.plan([config], self.input_ids().tolist())
         with torch.no_grad(), routed(plan):
             return self.model.model(self.input_ids()).logits.float()
 
@@ -125,7 +127,11 @@ def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
     assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("router", [key for key in ROUTERS if key not in ("base", "single")])
+# A router that pools leaves tokens to the base where nothing speaks for any expert.
+ALWAYS_ROUTES = [key for key, row in ROUTERS.items() if row.score and row.preset.decay is None]
+
+
+@pytest.mark.parametrize("router", ["uniform", *ALWAYS_ROUTES])
 def test_one_expert_alone_is_that_expert_for_every_router(
     router: str, build_model: BuildModel, expert_folders: list[str]
 ) -> None:
@@ -135,3 +141,17 @@ def test_one_expert_alone_is_that_expert_for_every_router(
         theirs = in_peft(pair, pair.folders)(pair.input_ids()).logits
     for composition in ("parameters", "outputs"):
         pair.assert_same(pair.logits(router, composition=composition), theirs)
+
+
+def test_one_expert_alone_serves_context_wherever_the_text_speaks_for_it(
+    build_model: BuildModel, expert_folders: list[str]
+) -> None:
+    model = build_model(expert_folders[:1])
+    trace = model.compare(TEXT, ["spectr-context"], max_new_tokens=4).trace
+    assert trace is not None
+    (column,) = trace.columns
+    opening = len(model.template_opening)
+    read = column.experts[:-1, ..., 0]
+    assert (read[:opening] == NOT_ROUTED).all()
+    assert (read[opening + 5 :] == 0).mean() > 0.95
+    np.testing.assert_array_equal(column.weights[:-1, ..., 0], (read == 0).astype(np.float32))

@@ -73,10 +73,11 @@ def overview_table(results: Mapping[str, Any]) -> str:
         *("router", "of the oracle's task score", "of the way in likelihood"),
         *("routing accuracy, answer", "KL to the base on ordinary chat"),
     ]
+    num = results["meta"]["settings"]["num_examples"]
     return _table(header, rows) + (
-        f"\n{results['meta']['settings']['num_examples']} held-out prompts a domain. `oracle` answers "
-        "each with its own domain's expert, `base` with none; the likelihood is that of the "
-        "reference answers, on the way from the base's to the oracle's.\n"
+        f"\n{num} held-out prompts a domain. `oracle` answers each with its own domain's expert, "
+        "`base` with none; the likelihood is that of the reference answers, on the way from the "
+        "base's to the oracle's.\n"
     )
 
 
