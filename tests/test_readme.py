@@ -17,10 +17,10 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Arguments of every `python -m spectr_demo`, but of training, which takes many minutes."""
+    """Arguments of every `python -m spectr_demo`, but of those that take many minutes."""
     lines = "".join(blocks("console")).splitlines()
     found = [shlex.split(line)[3:] for line in lines if line.startswith("python -m spectr_demo ")]
-    return [command for command in found if command[0] != "train"]
+    return [command for command in found if command[0] not in ("train", "evaluate")]
 
 
 def test_python_blocks(
