@@ -45,13 +45,13 @@ class EvidencePool:
             scores = scores * self._counts
         sums = self._over_tokens(scores, self._layer_sums.get(bank))
         self._layer_sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
-        ids = bank.expert_ids.to(scores.device)
         assert self._token_weight is not None
-        if len(ids) == self._num_experts:
+        if len(bank.expert_ids) == self._num_experts:
             self._total += weight * sums
             self._layer_weight += weight
             total, weights = self._total, self._layer_weight
         else:
+            ids = bank.expert_ids.to(scores.device)
             self._total[..., ids] += weight * sums
             self._layer_weight[ids] += weight
             total, weights = self._total[..., ids], self._layer_weight[ids]

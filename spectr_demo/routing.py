@@ -184,6 +184,11 @@ def parse_router(
         raise unknown_name("expert", config.expert, expert_names)
     if row.score is None:
         return config
+    if config.calibrated and row.score not in STANDARDISED:
+        raise ValueError(
+            f"router {row.key!r} cannot be calibrated: it scores only some experts for a token; "
+            "calibrate 'spectr', 'arrow' or 'norm'"
+        )
     return replace(config, top_k=_checked_top_k(config, row, expert_names))
 
 

@@ -130,6 +130,7 @@ def test_overrides_reach_scoring_routers_only() -> None:
         ("spectr:sql", "only 'single' names an expert"),
         ("", "unknown router ''"),
         (RouterConfig(name="arow"), "Did you mean 'arrow'"),
+        (RouterConfig(name="lag", calibrated=True), "'lag' cannot be calibrated"),
     ],
 )
 def test_unknown_names_say_what_exists(spec: str | RouterConfig, message: str) -> None:
