@@ -25,9 +25,18 @@ from tqdm import tqdm
 
 from spectr_demo import calibration, experts, layers, pooling, recorder, routing, spectral
 from spectr_demo.calibration import GENERIC_TEXT
-from spectr_demo.config import RouterConfig, cache_dir
+from spectr_demo.config import RouterConfig, cache_dir, unknown_name
 from spectr_demo.engine import SpectrModel
-from spectr_demo.evaluation import accuracy, compositional, heldout, merging, reading
+from spectr_demo.evaluation import (
+    accuracy,
+    compositional,
+    heldout,
+    merging,
+    reading,
+    tasks,
+    variants,
+)
+from spectr_demo.evaluation import stress as stress_tests
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.compositional import LAYOUTS, Layout, compositional_scores, make_pairs
 from spectr_demo.evaluation.heldout import continue_texts, summarize
@@ -48,7 +57,7 @@ NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
     *(calibration, experts, layers, pooling, recorder, routing, spectral),
-    *(accuracy, compositional, heldout, merging, reading),
+    *(accuracy, compositional, heldout, merging, reading, stress_tests, variants),
 )
 
 
@@ -104,6 +113,13 @@ class Settings:
     labels: tuple[str, ...] = tuple(contender.label for contender in CONTENDERS)
     stress_texts: int = 2
 
+    def __post_init__(self) -> None:
+        if self.num_examples < 2:
+            raise ValueError(
+                f"num_examples is {self.num_examples}; at least 2 a domain were needed, one in a "
+                "trained wording and one in a held-out one"
+            )
+
     @classmethod
     def quick(cls) -> Settings:
         """What two cores do in about five minutes."""
@@ -114,6 +130,10 @@ class Evaluation:
     """One evaluation of one engine. Experts whose name is no task's are routed to, not asked."""
 
     def __init__(self, engine: SpectrModel, settings: Settings) -> None:
+        known = [contender.label for contender in CONTENDERS]
+        for label in settings.labels:
+            if label not in known:
+                raise unknown_name("row", label, known)
         self.engine = engine
         self.settings = settings
         self.names = [name for name in engine.library.names if name in TASKS]
@@ -299,6 +319,7 @@ class Evaluation:
         parts = [base.fingerprint, base.quantization, str(base.compute_dtype)]
         parts += [f"{a.name} {a.sha256}" for a in self.engine.library.adapters]
         files = [Path(str(module.__file__)) for module in _CODE] + [GENERIC_TEXT]
+        files += sorted(Path(str(tasks.__file__)).parent.glob("*.py"))
         parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

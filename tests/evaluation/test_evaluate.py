@@ -84,6 +84,17 @@ def test_experts_without_tasks_are_refused(routed_model: SpectrModel) -> None:
         Evaluation(routed_model, SETTINGS)
 
 
+def test_an_unknown_row_is_refused(build_engine: BuildModel) -> None:
+    settings = replace(SETTINGS, labels=("base", "spektr"))
+    with pytest.raises(ValueError, match=r"unknown row 'spektr'.*Did you mean 'spectr'"):
+        Evaluation(build_engine(), settings)
+
+
+def test_too_few_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_examples is 0; at least 2"):
+        Settings(num_examples=0)
+
+
 def test_quick_takes_known_labels() -> None:
     assert set(QUICK) <= {contender.label for contender in CONTENDERS}
 
