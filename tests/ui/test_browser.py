@@ -105,7 +105,7 @@ def test_an_example_runs_and_its_charts_follow_the_column(
     charts_are_drawn(page)
     expect(page.locator("#run")).to_be_enabled()
     expect(page.locator("#stop")).to_be_disabled()
-    expect(page.get_by_label("SpectR", exact=True).last).to_be_checked()
+    expect(page.locator("#column").get_by_label("SpectR in context")).to_be_checked()
 
     strip = page.locator("#strip")
     expect(strip).to_contain_text("green")
