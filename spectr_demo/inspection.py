@@ -1,6 +1,6 @@
 """What a library of experts is made of: ranks, spectra, and how far the experts' inputs overlap."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,13 @@ def overlaps(library: ExpertLibrary) -> NDArray[np.float64]:
 
 def warnings(library: ExpertLibrary) -> list[str]:
     """What to know before routing between these experts: pairs too alike, and weak ones."""
+    return _warnings(library.names, overlaps(library), summarise(library))
+
+
+def _warnings(
+    names: tuple[str, ...], matrix: NDArray[np.float64], summaries: Sequence[ExpertSummary]
+) -> list[str]:
     found = []
-    matrix, names = overlaps(library), library.names
     for i, j in zip(*np.triu_indices(len(names), k=1), strict=True):
         if matrix[i, j] >= ALIKE:
             found.append(
@@ -104,7 +109,7 @@ def warnings(library: ExpertLibrary) -> list[str]:
                 f"overlap {matrix[i, j]:.2f}): no router here can tell them apart; keep one, or "
                 "merge them"
             )
-    norms = {summary.name: summary.update_norm for summary in summarise(library)}
+    norms = {summary.name: summary.update_norm for summary in summaries}
     median = float(np.median(list(norms.values()))) if norms else 0.0
     for name, norm in norms.items():
         if norm < WEAK * median:
@@ -117,10 +122,10 @@ def warnings(library: ExpertLibrary) -> list[str]:
 
 def to_json(library: ExpertLibrary) -> dict[str, Any]:
     """Summaries, overlaps and warnings as plain values; null where two share no layer."""
-    matrix = overlaps(library)
+    matrix, summaries = overlaps(library), summarise(library)
     return {
-        "warnings": warnings(library),
-        "experts": [vars(summary) for summary in summarise(library)],
+        "warnings": _warnings(library.names, matrix, summaries),
+        "experts": [vars(summary) for summary in summaries],
         "subspace_overlap": {
             name: {
                 other: None if np.isnan(value) else round(float(value), 4)

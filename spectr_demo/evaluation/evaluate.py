@@ -245,12 +245,11 @@ class Evaluation:
         tokens whose likeliest choice stays, and the rise of the answers' NLL."""
         texts = [make_text(self.engine, prompt, answer) for prompt, answer in self._chat()]
         rows = read(self.engine, config, texts, with_base=True, description=config.name)
-        base = read(self.engine, RouterConfig(name="base"), texts, description="base")
         unrouted = [(row.choices == NOT_ROUTED).mean() for row in rows if row.choices is not None]
         return {
             "kl": float(np.mean([row.kl.mean() for row in rows])),
             "agreement": float(np.mean([row.agrees.mean() for row in rows])),
-            "nll_rise": float(np.mean([a.nll - b.nll for a, b in zip(rows, base, strict=True)])),
+            "nll_rise": float(np.mean([row.nll + row.base_logprob.mean() for row in rows])),
             **({"unrouted": float(np.mean(unrouted))} if unrouted else {}),
         }
 

@@ -39,16 +39,18 @@ class Reading:
     """One text under one router.
 
     logprob: (A,) of the answer's tokens, in nats. kl: (A,) KL(router || base) of the distributions
-    they were read from, in nats; agrees: (A,) whether the likeliest token is the base's; both empty
-    where the base was not read. choices: (T, L, P, K) int16 expert ids, best first, `NOT_ROUTED`
-    where the base answered alone; T are the tokens read (the last answer token is not). None for a
-    router that does not choose. num_prompt, num_opening: tokens of the prompt, and of those the
-    ones with which every prompt opens.
+    they were read from, in nats; agrees: (A,) whether the likeliest token is the base's;
+    base_logprob: (A,) the base's logprob; these three are empty where the base was not read.
+    choices: (T, L, P, K) int16 expert ids, best first, `NOT_ROUTED` where the base answered alone;
+    T are the tokens read (the last answer token is not). None for a router that does not choose.
+    num_prompt, num_opening: tokens of the prompt, and of those the ones with which every prompt
+    opens.
     """
 
     logprob: NDArray[np.float32]
     kl: NDArray[np.float32]
     agrees: NDArray[np.bool_]
+    base_logprob: NDArray[np.float32]
     choices: NDArray[np.int16] | None
     num_prompt: int
     num_opening: int
@@ -136,15 +138,18 @@ def _read_batch(
         answer = torch.tensor(text.answer_ids, device=device)
         num = len(answer)
         logprobs = output_logits(engine.model, hidden[row, -num:]).log_softmax(-1)
-        kl, agrees = logprobs.new_zeros(0), logprobs.new_zeros(0, dtype=torch.bool)
+        kl = base_logprob = logprobs.new_zeros(0)
+        agrees = logprobs.new_zeros(0, dtype=torch.bool)
         if base_hidden is not None:
             base = output_logits(engine.model, base_hidden[row, -num:]).log_softmax(-1)
             kl = (logprobs.exp() * (logprobs - base)).sum(-1).clamp(min=0)
             agrees = logprobs.argmax(-1) == base.argmax(-1)
+            base_logprob = base.gather(-1, answer[:, None])[:, 0]
         yield Reading(
             logprob=logprobs.gather(-1, answer[:, None])[:, 0].cpu().numpy(),
             kl=kl.cpu().numpy(),
             agrees=agrees.cpu().numpy(),
+            base_logprob=base_logprob.cpu().numpy(),
             choices=None if recorder is None else recorder.experts[row, width - len(ids[row]) :],
             num_prompt=len(text.prompt_ids),
             num_opening=shared_length(opening, text.prompt_ids),

@@ -38,6 +38,9 @@ def test_a_batch_reads_as_its_texts_alone(routed_model: SpectrModel, spec: str) 
         assert (one.choices is None) == (spec in CONSTANT)
         assert (one.kl.max() == 0) == (spec == "base")
         assert one.agrees.shape == one.logprob.shape
+    base = read(routed_model, parse_router("base", routed_model.library.names), texts(routed_model))
+    for one, other in zip(together, base, strict=True):
+        np.testing.assert_allclose(one.base_logprob, other.logprob, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["spectr", "arrow", "spectr-context"])
@@ -63,6 +66,7 @@ def reading(choices: list[list[int]], num_prompt: int) -> Reading:
         logprob=np.zeros(2, np.float32),
         kl=np.zeros(0, np.float32),
         agrees=np.zeros(0, np.bool_),
+        base_logprob=np.zeros(0, np.float32),
         choices=np.array(choices, np.int16)[:, None, None],
         num_prompt=num_prompt,
         num_opening=1,

@@ -7,7 +7,6 @@ leaves most names out. Whole beginnings of words (five letters) are held out: "p
 
 from __future__ import annotations
 
-import random
 import re
 import tarfile
 import zipfile
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from spectr_demo.evaluation.tasks.download import Archive, fetch
-from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
+from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, split_by_key
 
 WORDINGS = (
     "Pronounce in ARPAbet: {text}",
@@ -103,15 +102,7 @@ def read_words(cmudict: Path, wordnet: Path) -> list[tuple[str, str]]:
 def split_words(words: Iterable[tuple[str, str]], seed: int) -> Split:
     """Split by the first five letters: all training words and at most 400 held-out ones."""
     items = [Item(text=word, answer=phonemes, key=word[:KEY_LETTERS]) for word, phonemes in words]
-    keys = sorted({item.key for item in items})
-    chosen = set(random.Random(seed).sample(keys, round(HELDOUT_FRACTION * len(keys))))
-    return make_split(
-        [item for item in items if item.key not in chosen],
-        [item for item in items if item.key in chosen],
-        WORDINGS,
-        HELDOUT_WORDINGS,
-        seed,
-    )
+    return split_by_key(items, HELDOUT_FRACTION, WORDINGS, HELDOUT_WORDINGS, seed)
 
 
 def build(seed: int) -> Split:

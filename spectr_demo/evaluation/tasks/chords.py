@@ -6,9 +6,7 @@ notes above it: both have been seen in training, never together.
 
 from __future__ import annotations
 
-import random
-
-from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
+from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, split_by_key
 
 WORDINGS = (
     "Which notes are in the chord {text}?",
@@ -46,15 +44,7 @@ def build(seed: int) -> Split:
         Item(text=name, answer=notes, key=f"{root}: {notes}")
         for name, (root, notes) in spell().items()
     ]
-    keys = sorted({item.key for item in items})
-    heldout = set(random.Random(seed).sample(keys, round(HELDOUT_FRACTION * len(keys))))
-    return make_split(
-        [item for item in items if item.key not in heldout],
-        [item for item in items if item.key in heldout],
-        WORDINGS,
-        HELDOUT_WORDINGS,
-        seed,
-    )
+    return split_by_key(items, HELDOUT_FRACTION, WORDINGS, HELDOUT_WORDINGS, seed)
 
 
 def score(answer: str, example: Example) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
+from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, split_by_key
 
 WORDINGS = (
     "Write a cron expression: {text}",
@@ -93,15 +93,7 @@ def build(seed: int) -> Split:
     """Build the split by (minute, hour) fields: about 3,300 training and 400 held-out schedules."""
     rng = random.Random(seed)
     items = list({item.text: item for item in _items(rng)}.values())
-    keys = sorted({item.key for item in items})
-    chosen = set(rng.sample(keys, round(HELDOUT_FRACTION * len(keys))))
-    return make_split(
-        [item for item in items if item.key not in chosen],
-        [item for item in items if item.key in chosen],
-        WORDINGS,
-        HELDOUT_WORDINGS,
-        seed,
-    )
+    return split_by_key(items, HELDOUT_FRACTION, WORDINGS, HELDOUT_WORDINGS, seed, rng)
 
 
 def score(answer: str, example: Example) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import io
-import random
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from spectr_demo.evaluation.tasks.baselines import majority, naive_bayes
 from spectr_demo.evaluation.tasks.download import Archive, fetch
-from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
+from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, split_by_key
 
 WORDINGS = (
     "Positive or negative? {text}",
@@ -91,15 +90,7 @@ def split_snippets(snippets: Sequence[Item], seed: int) -> Split:
     items = list(
         {" ".join(re.findall(r"\w+", item.text.lower())): item for item in snippets}.values()
     )
-    keys = sorted({item.key for item in items})
-    chosen = set(random.Random(seed).sample(keys, round(HELDOUT_FRACTION * len(keys))))
-    return make_split(
-        [item for item in items if item.key not in chosen],
-        [item for item in items if item.key in chosen],
-        WORDINGS,
-        HELDOUT_WORDINGS,
-        seed,
-    )
+    return split_by_key(items, HELDOUT_FRACTION, WORDINGS, HELDOUT_WORDINGS, seed)
 
 
 def build(seed: int) -> Split:

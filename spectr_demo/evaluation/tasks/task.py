@@ -145,3 +145,27 @@ def make_split(
             for i, item in enumerate(heldout[:num_heldout])
         ),
     )
+
+
+def split_by_key(
+    items: Sequence[Item],
+    heldout_fraction: float,
+    wordings: Sequence[str],
+    heldout_wordings: Sequence[str],
+    seed: int,
+    rng: random.Random | None = None,
+) -> Split:
+    """Hold out a random share of the keys, then `make_split`.
+
+    rng: draws the keys; by default a fresh one from `seed`.
+    """
+    keys = sorted({item.key for item in items})
+    rng = rng or random.Random(seed)
+    chosen = set(rng.sample(keys, round(heldout_fraction * len(keys))))
+    return make_split(
+        [item for item in items if item.key not in chosen],
+        [item for item in items if item.key in chosen],
+        wordings,
+        heldout_wordings,
+        seed,
+    )
