@@ -5,54 +5,26 @@ standardised by their mean and standard deviation over ordinary chat (the idea i
 2509.18093; the text is in `assets/generic_text.json`). No domain data is seen, nothing is trained.
 """
 
-import hashlib
 import json
-import os
-import warnings
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spectr_demo.config import ASSETS, RouterConfig, cache_dir
-from spectr_demo.experts import Adapter, ExpertLibrary, LayerBank
+from spectr_demo.config import ASSETS, RouterConfig
+from spectr_demo.experts import ExpertLibrary, LayerBank
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase
-from spectr_demo.prompts import encode_answered, shared_length, template_opening
-from spectr_demo.routing import STANDARDISED, Calibration, RoutingPlan
+from spectr_demo.prompts import encode, shared_length, template_opening
+from spectr_demo.routing import STANDARDISED, Calibration, RoutingPlan, score_tokens
 
 GENERIC_TEXT = ASSETS / "generic_text.json"
-_VERSION = 2  # part of the cache key: raise it when the statistics change their meaning
 _ROWS_AT_ONCE = 8
 MIN_SPREAD = 0.25  # so that no single layer decides alone
 
 
-def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
-    """The statistics of every expert on this base: from the cache, or from one reading.
-
-    An expert's statistics depend on no other expert, so each is cached for itself. An unusable
-    cache costs time, not the run.
-    """
-    text = GENERIC_TEXT.read_bytes()
-    files = [_cache_file(base, adapter, text) for adapter in library.adapters]
-    known = [_read(file, a) for file, a in zip(files, library.adapters, strict=True)]
-    statistics = [expert for expert in known if expert is not None]
-    if len(statistics) < len(known):
-        statistics = _measure(base, library, json.loads(text)["calibration"])
-        for file, expert in zip(files, statistics, strict=True):
-            _write(file, expert)
-    return Calibration(
-        {
-            path: torch.stack([statistics[e][path] for e in bank.expert_ids.tolist()], dim=-1).to(
-                bank.A.device
-            )
-            for path, bank in library.banks.items()
-        }
-    )
+def generic_prompts() -> list[str]:
+    """Ordinary chat that belongs to no expert's domain."""
+    return list(json.loads(GENERIC_TEXT.read_bytes())["calibration"])
 
 
 class _Statistics(RoutingPlan):
@@ -67,7 +39,7 @@ class _Statistics(RoutingPlan):
     def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
         z = bank.project(x)
         config = RouterConfig(name="spectr")
-        scores = torch.stack([f(z, bank.singular_values, config) for f in STANDARDISED])
+        scores = torch.stack([score_tokens(f, bank, z, config) for f in STANDARDISED])
         scores = torch.where(self._is_evidence[..., None], scores, 0).double()  # (S, R, T, E)
         of_text = scores.sum(2)
         length = self._is_evidence.sum(1)[:, None]
@@ -76,13 +48,11 @@ class _Statistics(RoutingPlan):
         return x.new_zeros(())
 
 
-def _measure(
-    base: LoadedBase, library: ExpertLibrary, exchanges: list[dict[str, str]]
-) -> list[dict[str, Tensor]]:
-    """Read the exchanges as the bare base does. For each expert, by layer path: (S, 3) float32."""
+def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
+    """Read the generic prompts as the bare base does, and listen to every expert at every layer."""
     tokenizer, totals = base.tokenizer, dict[str, Tensor]()
     opening = template_opening(tokenizer)
-    texts = [encode_answered(tokenizer, e["prompt"], e["answer"]) for e in exchanges]
+    texts = [encode(tokenizer, prompt) for prompt in generic_prompts()]
     texts.sort(key=len)
     decoder, device = base.model.get_decoder(), base.model.device
     num_tokens = 0
@@ -97,7 +67,7 @@ def _measure(
         num_tokens += int(is_evidence.sum())
         with torch.inference_mode(), routed(_Statistics(is_evidence.to(device), totals)):
             decoder(input_ids=input_ids.to(device), use_cache=False)
-    experts: list[dict[str, Tensor]] = [{} for _ in library.adapters]
+    statistics = {}
     for path, sums in totals.items():
         mean, of_squares, of_texts = (sums / num_tokens).unbind(1)
         variance = (of_squares - mean.square()).clamp(min=0)
@@ -106,37 +76,5 @@ def _measure(
         std = torch.where(is_flat, 1.0, variance.sqrt())
         between = (of_texts - mean.square()).clamp(min=0) * (num_tokens / len(texts))
         spread = torch.where(is_flat, 1.0, between / std.square()).clamp(min=MIN_SPREAD)
-        statistics = torch.stack([mean, std, spread], dim=1).float().cpu()  # (S, 3, E)
-        for place, e in enumerate(library.banks[path].expert_ids.tolist()):
-            experts[e][path] = statistics[..., place].contiguous()
-    return experts
-
-
-def _cache_file(base: LoadedBase, adapter: Adapter, text: bytes) -> Path:
-    parts = [base.fingerprint, base.quantization, str(base.compute_dtype), adapter.sha256]
-    key = hashlib.sha256("\n".join([*parts, f"v{_VERSION}"]).encode() + text).hexdigest()
-    return cache_dir() / "calibration" / f"{key[:32]}.safetensors"
-
-
-def _read(file: Path, adapter: Adapter) -> dict[str, Tensor] | None:
-    try:
-        statistics = load_file(file)
-    except (OSError, SafetensorError):
-        return None  # never written, or cut short: measure again
-    return statistics if statistics.keys() == adapter.factors.keys() else None
-
-
-def _write(file: Path, statistics: Mapping[str, Tensor]) -> None:
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(statistics), unfinished)
-        unfinished.replace(file)  # atomic: another process sees the whole file or none
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        warnings.warn(
-            f"the calibration could not be cached in {file.parent} ({error}); it is measured at "
-            "each start. Set SPECTR_CACHE to a writable folder",
-            stacklevel=2,
-        )
+        statistics[path] = torch.stack([mean, std, spread], dim=1).float()  # (S, 3, E)
+    return Calibration(statistics)

@@ -71,7 +71,11 @@ class RouterConfig:
         weighs the whole text alike. None looks at each token alone.
     reliability: when pooling calibrated scores, a layer counts by its spread (see
         `routing.Calibration`) to the power of minus this; 0 weighs all layers alike.
-    threshold: no expert is used where even the best score is not above it. None always uses one.
+    reads_first: the bare base reads the prompt before the experts do; what all its layers tell is
+        the evidence that a router which pools starts from.
+    confidence: no expert is used where the best one stands out from the mean of all no more than
+        it does in this share of generic prompts; for routers that read first. None always uses
+        one.
     """
 
     name: str
@@ -84,7 +88,8 @@ class RouterConfig:
     calibrated: bool = False
     decay: float | None = None
     reliability: float = 0.0
-    threshold: float | None = None
+    reads_first: bool = False
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         k, t, f = self.top_k, self.temperature, self.prefilter
@@ -99,13 +104,20 @@ class RouterConfig:
         )
         _require(_is_number(t) and 0 < t < float("inf"), "router temperature", t, "above 0")
         _require(_is_int(f) and f >= 1, "prefilter", f, "a whole number of at least 1")
-        d, h = self.decay, self.threshold
+        d, c = self.decay, self.confidence
         _require(d is None or (_is_number(d) and 0 < d <= 1), "decay", d, "above 0 and at most 1")
         r = self.reliability
         _require(
             _is_number(r) and 0 <= r < float("inf"), "reliability", r, "0 or a positive number"
         )
-        _require(h is None or (_is_number(h) and abs(h) < float("inf")), "threshold", h, "a number")
+        _require(c is None or (_is_number(c) and 0 <= c <= 1), "confidence", c, "from 0 to 1")
+        can_read_first = self.calibrated and d is not None
+        if (self.reads_first and not can_read_first) or (c is not None and not self.reads_first):
+            raise ValueError(
+                f"router {self.name!r} has calibrated={self.calibrated}, decay={d}, reads_first="
+                f"{self.reads_first} and confidence={c}; a confidence needs reads_first=True, and "
+                "that needs calibrated=True and a decay: give these too, or leave it out"
+            )
         if (self.name == "single") != (self.expert is not None):
             raise ValueError(
                 f"router {self.name!r} has expert {self.expert!r}; only 'single' names an expert, "

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from spectr_demo.calibration import calibrate
+from spectr_demo.calibration import calibrate, generic_prompts
 from spectr_demo.config import (
     GenerationSettings,
     RouterConfig,
@@ -36,9 +36,17 @@ from spectr_demo.config import (
 from spectr_demo.experts import ExpertLibrary, load_experts
 from spectr_demo.layers import attach_, detach_, record_hidden_states, routed
 from spectr_demo.loading import LoadedBase, load_base
-from spectr_demo.prompts import Message, encode, shared_length, template_opening
+from spectr_demo.prompts import (
+    Message,
+    encode,
+    pad_left,
+    request_start,
+    shared_length,
+    template_opening,
+    user_turn,
+)
 from spectr_demo.recorder import Recorder
-from spectr_demo.routing import Calibration, RoutingPlan, parse_router
+from spectr_demo.routing import Calibration, FirstReading, RoutingPlan, lead, parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.tracing import build_trace, library_versions
 
@@ -87,9 +95,11 @@ class SpectrModel:
         self.tokenizer = base.tokenizer
         attach_(self.model, library)
         self.template_opening = template_opening(base.tokenizer)
+        self.user_turn = user_turn(base.tokenizer)
         self._hook = record_hidden_states(self.model.get_decoder())
         self._calibration: Calibration | None = None
         self._calibration_lock = threading.Lock()
+        self._least_leads: dict[RouterConfig, float] = {}
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""
@@ -159,22 +169,76 @@ class SpectrModel:
         routers: Sequence[RouterConfig],
         texts: Sequence[Sequence[int]],
         recorder: Recorder | None = None,
+        *,
+        num_prompt: Sequence[int] | None = None,
     ) -> RoutingPlan:
-        """A plan for one batch. texts: token ids of each row, which are padded on the left."""
-        is_evidence = None
-        if any(router.decay is not None for router in routers):
-            width = max(map(len, texts))
-            is_evidence = torch.zeros(len(texts), width, dtype=torch.bool)
-            for row, ids in zip(is_evidence, texts, strict=True):
-                row[width - len(ids) + shared_length(self.template_opening, ids) :] = True
-            is_evidence = is_evidence.to(self.model.device)
+        """A plan for one batch; routers that read the prompt first do it here.
+
+        texts: token ids of each row, which are padded on the left. num_prompt: how many tokens of
+            each are its prompt; None says all.
+        """
+        num_prompt = num_prompt or [len(ids) for ids in texts]
+        readers = [row for row, router in enumerate(routers) if router.reads_first]
+        first_reading = None
+        if readers:
+            first_reading = self._read_first(
+                [routers[row] for row in readers],
+                [texts[row][: num_prompt[row]] for row in readers],
+            )
         return RoutingPlan(
             routers,
             self.library.names,
             recorder,
             calibration=self.calibration if any(r.calibrated for r in routers) else None,
-            is_evidence=is_evidence,
+            is_evidence=self._is_evidence(
+                texts,
+                [
+                    num if router.reads_first else shared_length(self.template_opening, ids)
+                    for router, ids, num in zip(routers, texts, num_prompt, strict=True)
+                ],
+            ),
+            first_reading=first_reading,
+            least_leads={r: self._least_lead(r) for r in routers if r.confidence is not None},
         )
+
+    def _is_evidence(self, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """(R, T) bool, True from each row's start on, in texts that are padded on the left."""
+        width = max(map(len, texts))
+        firsts = [width - len(ids) + start for ids, start in zip(texts, starts, strict=True)]
+        is_evidence = torch.arange(width) >= torch.tensor(firsts)[:, None]
+        return is_evidence.to(self.model.device)
+
+    @torch.inference_mode()
+    def _read_first(
+        self, routers: Sequence[RouterConfig], prompts: Sequence[Sequence[int]]
+    ) -> FirstReading:
+        """The bare base reads the prompts, one for each router, and the experts listen."""
+        starts = [request_start(ids, self.template_opening, self.user_turn) for ids in prompts]
+        reading = FirstReading(
+            routers,
+            self.library.names,
+            calibration=self.calibration,
+            is_evidence=self._is_evidence(prompts, starts),
+        )
+        input_ids, mask = pad_left(prompts)
+        with routed(reading):
+            self.model.get_decoder()(
+                input_ids=input_ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(self.model.device),
+                use_cache=False,
+            )
+        return reading
+
+    def _least_lead(self, router: RouterConfig) -> float:
+        """The lead that the best expert has at most, in this share of the generic prompts."""
+        assert router.confidence is not None
+        if router not in self._least_leads:
+            prompts = [self.encode(prompt) for prompt in generic_prompts()]
+            reading = self._read_first([router] * len(prompts), prompts)
+            leads = lead(reading.pool(router).latest).amax(-1)
+            self._least_leads[router] = float(leads.quantile(router.confidence))
+        return self._least_leads[router]
 
     @property
     def calibration(self) -> Calibration:

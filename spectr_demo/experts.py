@@ -12,7 +12,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectr_demo.config import cache_dir, unknown_name
-from spectr_demo.spectral import Aligned, align
+from spectr_demo.spectral import Aligned, align, common_directions
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ALIGNMENT_VERSION = 1  # part of the cache key: raise it when `align` changes its result
@@ -339,6 +339,7 @@ class LayerBank:
 
     A: (E * r, D_in), B: (E * r, D_out), the transposed B*, both in `dtype` of the bank.
     singular_values: (E, r) float32. expert_ids: (E,) int64, places in the library's list of names.
+    common: what most of the experts read alike, see `spectral.common_directions`.
     """
 
     path: str
@@ -348,6 +349,7 @@ class LayerBank:
     A: Tensor
     B: Tensor
     singular_values: Tensor
+    common: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_aligned(
@@ -368,10 +370,30 @@ class LayerBank:
             singular_values=torch.stack([b.norm(dim=0) for b in B]).to(device),
         )
 
+    def with_common_directions(self) -> "LayerBank":
+        """The same bank, which knows what its experts have in common."""
+        A = self.A.float().unflatten(0, self.singular_values.shape)
+        return replace(self, common=common_directions(A))
+
     def project(self, x: Tensor) -> Tensor:
         """`z = A* x` for every expert: (R, T, E, r) from (R, T, D_in), in the bank's dtype."""
         z = nn.functional.linear(x.to(self.A.dtype), self.A)
         return z.unflatten(-1, self.singular_values.shape)
+
+    def distinct(self, z: Tensor) -> Tensor:
+        """(R, T, E, r) float32 from z: what is left of it without the common directions."""
+        z = z.float()
+        if self.common is None:
+            return z
+        read, answer = self.common
+        return z - (z.flatten(-2) @ read.mT @ answer.mT).view_as(z)
+
+    def without_common(self, x: Tensor) -> Tensor:
+        """`(I - V^T V) x`, the input without the common directions; x and result (..., D_in)."""
+        if self.common is None:
+            return x
+        V = self.common[0] @ self.A.float()
+        return x - (x.float() @ V.mT @ V).to(x.dtype)
 
     def expand(self, z: Tensor) -> Tensor:
         """`sum_e B*_e z_e`: (R, T, D_out) from (R, T, E, r)."""
@@ -426,7 +448,8 @@ class ExpertLibrary:
                 weight = next(module.parameters())
                 device = weight.device
                 dtype = torch.float32 if device.type == "cpu" else model.dtype
-                banks[path] = LayerBank.from_aligned(path, touching, device=device, dtype=dtype)
+                bank = LayerBank.from_aligned(path, touching, device=device, dtype=dtype)
+                banks[path] = bank.with_common_directions()
         return cls(adapters=tuple(adapters), aligned=aligned, banks=banks)
 
 

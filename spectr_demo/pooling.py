@@ -16,21 +16,48 @@ class EvidencePool:
 
     Evidence is never negative: what an expert responds to speaks for it, what it does not respond
     to says nothing. A token that is n tokens back counts `decay ** n`. The state is a sum for each
-    row, layer and expert, so a prompt read at once and the same tokens read one by one give the
+    row, layer and expert, so a text read at once and the same tokens read one by one give the
     same evidence.
+
+    A prompt may be read twice: the first reading gives what all layers know of it, from which the
+    second one starts (`read_again`). There is then no layer that knows little.
     """
 
     def __init__(self, decay: float, num_experts: int, is_evidence: Tensor | None) -> None:
-        """num_experts: of the library. is_evidence: (R, T) bool, False where a token of the prompt
-        says nothing (padding, the opening of the chat template); all tokens after it count."""
+        """num_experts: of the library. is_evidence: (R, T) bool, False where a token says nothing
+        (padding, the opening of the chat template); all tokens after these T count."""
         self._decay = decay
         self._num_experts = num_experts
+        self._first: tuple[Tensor, Tensor] | None = None  # sums (R, 1, E) and their weights
+        self._restart(is_evidence)
+
+    def _restart(self, is_evidence: Tensor | None) -> None:
         self._is_evidence = is_evidence
         self._num_read = 0  # tokens of the passes that have ended
         self._first_bank: LayerBank | None = None
         self._layer_sums: dict[LayerBank, Tensor] = {}  # (R, 1, E) up to the last token read
         self._token_weight: Tensor | None = None  # (R, T, 1) decayed number of tokens that count
+        self._num_counted: Tensor | None = None  # (R, T, 1) tokens that counted, up to each
         self._total = self._layer_weight = torch.empty(0)  # (R, T, E) and (E,), of this pass
+        self._first_weight: Tensor | None = None  # (R, T, E) of the first reading, by now
+
+    def read_again(self, is_evidence: Tensor) -> None:
+        """Begin the second reading of what was read, with the evidence of all layers so far.
+
+        is_evidence: as above; False for the tokens already read, which count no second time. The
+        first reading fades as tokens come that count.
+        """
+        if self._token_weight is not None:
+            weight = self._token_weight[:, -1:] * self._layer_weight
+            self._first = self._total[:, -1:].clone(), weight
+        self._restart(is_evidence)
+
+    @property
+    def latest(self) -> Tensor:
+        """(R, E): the evidence at the last token read, from all layers."""
+        assert self._token_weight is not None
+        weights = self._token_weight[:, -1] * self._layer_weight
+        return self._total[:, -1] / weights.clamp(min=1e-12)
 
     def add(self, bank: LayerBank, scores: Tensor, weight: float = 1.0) -> Tensor:
         """Add a layer's scores (R, T, E) of this pass; return the pooled ones, same shape.
@@ -46,16 +73,21 @@ class EvidencePool:
         sums = self._over_tokens(scores, self._layer_sums.get(bank))
         self._layer_sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
         assert self._token_weight is not None
+        first = self._first_weight
         if len(bank.expert_ids) == self._num_experts:
             self._total += weight * sums
             self._layer_weight += weight
-            total, weights = self._total, self._layer_weight
+            total, layers = self._total, self._layer_weight
         else:
             ids = bank.expert_ids.to(scores.device)
             self._total[..., ids] += weight * sums
             self._layer_weight[ids] += weight
-            total, weights = self._total[..., ids], self._layer_weight[ids]
-        return total / (self._token_weight.clamp(min=1e-12) * weights)
+            total, layers = self._total[..., ids], self._layer_weight[ids]
+            first = None if first is None else first[..., ids]
+        weights = self._token_weight * layers
+        if first is not None:
+            weights = weights + first
+        return total / weights.clamp(min=1e-12)
 
     def _start_pass(self, scores: Tensor) -> None:
         R, T, _ = scores.shape
@@ -68,8 +100,17 @@ class EvidencePool:
         counts = scores.new_ones(R, T, 1) if self._counts is None else self._counts
         before = None if self._token_weight is None else self._token_weight[:, -1:]
         self._token_weight = self._over_tokens(counts, before)
-        self._total = scores.new_zeros(R, T, self._num_experts)
         self._layer_weight = scores.new_zeros(self._num_experts)
+        if self._first is None:
+            self._total = scores.new_zeros(R, T, self._num_experts)
+            return
+        num_counted = counts.cumsum(1)
+        if self._num_counted is not None:
+            num_counted = num_counted + self._num_counted[:, -1:]
+        self._num_counted = num_counted
+        total, weight = self._first
+        faded = self._decay**num_counted
+        self._total, self._first_weight = faded * total, faded * weight
 
     def _over_tokens(self, values: Tensor, before: Tensor | None) -> Tensor:
         """Decayed running sums over tokens, (R, T, E); `before` (R, 1, E) is the sum so far."""

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import cast
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -30,6 +32,14 @@ def encode_answered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
     return [*encode(tokenizer, prompt), *answer_ids, *end]
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of a batch, both (R, T) int64."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
 def template_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids with which every prompt opens: the chat template's, before what is asked.
 
@@ -37,6 +47,28 @@ def template_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     one, other = (encode(tokenizer, word) for word in ("A", "b"))
     return one[: shared_length(one, other)]
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that stand before what a user says, in the first turn and in later ones.
+
+    Empty for a base without a chat template, or with one that opens the first turn otherwise.
+    """
+    if tokenizer.chat_template is None:
+        return []
+    turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    one, other = (encode(tokenizer, [*turns, {"role": "user", "content": w}]) for w in ("A", "b"))
+    first, later = template_opening(tokenizer), one[: shared_length(one, other)]
+    length = shared_length(first[::-1], later[::-1])
+    return first[len(first) - length :]
+
+
+def request_start(ids: Sequence[int], opening: Sequence[int], turn: Sequence[int]) -> int:
+    """Where a prompt's last request begins. opening, turn: as the two functions above give them."""
+    for end in range(len(ids), len(opening), -1):
+        if turn and list(ids[end - len(turn) : end]) == list(turn):
+            return end
+    return shared_length(opening, ids)
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -56,8 +56,23 @@ def norm_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Ten
     return torch.linalg.vector_norm(z.float() * singular_values, dim=-1)
 
 
+def distinct_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
+    """SpectR's score of what an expert reads and most others do not, `||A*_e (I - V^T V) x||_2`.
+
+    z: (R, T, E, r) as `LayerBank.distinct` gives it. Returns (R, T, E) float32.
+    """
+    return spectr_scores(z, singular_values, config)
+
+
+def score_tokens(score: Score, bank: LayerBank, z: Tensor, config: RouterConfig) -> Tensor:
+    """Any of these scores: (R, T, E) float32 from z = A* x (R, T, E, r) of a layer."""
+    if score is distinct_scores:
+        z = bank.distinct(z)
+    return score(z, bank.singular_values, config)
+
+
 # The scores that can be calibrated. LAG's cannot: most experts have none.
-STANDARDISED: tuple[Score, ...] = (spectr_scores, arrow_scores, norm_scores)
+STANDARDISED: tuple[Score, ...] = (spectr_scores, arrow_scores, norm_scores, distinct_scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +148,20 @@ _ROWS = (
     Router(
         key="spectr-context",
         display_name="SpectR in context",
-        equation="mean over the text so far of max(0, (||A*_e x|| - mean_e) / std_e)",
-        paper="this project's: calibrated and pooled, layers weighed by their reliability",
-        preset=RouterConfig(name="spectr-context", calibrated=True, decay=0.97, reliability=1.0),
-        score=spectr_scores,
+        equation="mean over the text so far of max(0, (||A*_e P x|| - mean_e) / std_e)",
+        paper="this project's: calibrated, pooled, prompt read first; P leaves common parts out",
+        preset=RouterConfig(
+            name="spectr-context",
+            weighting="softmax",
+            temperature=0.05,
+            calibrated=True,
+            decay=0.93,
+            reliability=1.0,
+            reads_first=True,
+            confidence=0.8,
+        ),
+        score=distinct_scores,
+        default_top_k=2,
     ),
     Router(
         key="lag",
@@ -212,14 +237,15 @@ def _checked_top_k(config: RouterConfig, row: Router, expert_names: Sequence[str
     return config.top_k
 
 
-def select(scores: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor, Tensor]:
+def select(
+    scores: Tensor, config: RouterConfig, least: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The K experts with the best scores, and their weights.
 
     scores: (..., E) float32. Returns expert indices (..., K) int64, weights (..., K) float32 that
     are >= 0 and sum to 1 or 0, and the K scores. K is `top_k`, or E where a layer has fewer.
     Weights are 1/K (SpectR), or the softmax of the K scores over `temperature` (Arrow). They are 0
-    where even the best score is not above `threshold`, or where nothing speaks for any expert:
-    there the base answers alone.
+    where even the best score is not above `least`: there the base answers alone.
     """
     assert config.top_k is not None
     top, indices = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1)
@@ -227,12 +253,19 @@ def select(scores: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor, Tensor
         weights = torch.softmax(top / config.temperature, dim=-1)
     else:
         weights = torch.full_like(top, 1 / top.shape[-1])
-    least = config.threshold
-    if config.decay is not None:  # pooled evidence of 0 is none at all
-        least = max(0.0, least or 0.0)
     if least is not None:
         weights = torch.where(top[..., :1] > least, weights, 0)
     return indices, weights, top
+
+
+def lead(evidence: Tensor) -> Tensor:
+    """How far each expert stands out from the mean of all: (..., E), from evidence (..., E).
+
+    What every expert responds to speaks for none of them. One expert alone keeps its evidence.
+    """
+    if evidence.shape[-1] == 1:
+        return evidence
+    return evidence - evidence.mean(-1, keepdim=True)
 
 
 class Calibration:
@@ -274,20 +307,23 @@ class RoutingPlan:
         *,
         calibration: Calibration | None = None,
         is_evidence: Tensor | None = None,
+        first_reading: "FirstReading | None" = None,
+        least_leads: Mapping[RouterConfig, float] | None = None,
     ) -> None:
-        """calibration: needed where a router is calibrated. is_evidence: (R, T) bool over the
-        prompt, False where routers that pool have nothing to learn: padding, template."""
+        """calibration: needed where a router is calibrated. is_evidence: (R, T) bool, False where
+        routers that pool have nothing to learn: padding, template, a prompt that was read before.
+        first_reading: needed where a router reads first; of the prompts of these routers' rows, in
+        their order. least_leads: of the routers with a confidence, what an expert's lead must
+        exceed."""
         self.routers = tuple(routers)
         self.recorder = recorder
         self.is_base_only = all(router.name == "base" for router in routers)
-        rows_of: dict[RouterConfig, list[int]] = defaultdict(list)
-        for row, router in enumerate(routers):
-            if ROUTERS[router.name].score is not None:
-                rows_of[router].append(row)
-        self._groups = [
-            _Group(router, rows, len(routers), len(expert_names), calibration, is_evidence)
-            for router, rows in rows_of.items()
-        ]
+        self._groups = _make_groups(routers, len(expert_names), calibration, is_evidence)
+        for group in self._groups:
+            if group.router.reads_first:
+                group.continue_from(first_reading)
+            if group.router.confidence is not None:
+                group.least = (least_leads or {})[group.router]
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
         self._has_merged = any(is_merged)
@@ -315,7 +351,7 @@ class RoutingPlan:
             weights = weights.clone()
         for group in self._groups:
             scores = group.scores(bank, z if group.is_whole else z[group.rows])
-            experts, chosen, top = select(scores, group.router)
+            experts, chosen, top = select(scores, group.router, group.least)
             if self.recorder is not None:
                 for i, row in enumerate(group.rows):
                     self.recorder.add_choice(bank, row, experts[i], chosen[i], top[i])
@@ -340,6 +376,52 @@ class RoutingPlan:
         return bank.expand(mixed).to(x.dtype)
 
 
+class FirstReading(RoutingPlan):
+    """The plan of a pass over prompts in which the experts add nothing and are only listened to."""
+
+    def __init__(
+        self,
+        routers: Sequence[RouterConfig],
+        expert_names: Sequence[str],
+        *,
+        calibration: Calibration,
+        is_evidence: Tensor,
+    ) -> None:
+        """routers: those that read first, one per row. is_evidence: (R, T) bool over the prompts,
+        which are padded on the left; False for padding and template."""
+        super().__init__([], expert_names)
+        self.is_base_only = False
+        self._groups = _make_groups(routers, len(expert_names), calibration, is_evidence)
+
+    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+        z = bank.project(x)
+        for group in self._groups:
+            group.scores(bank, z if group.is_whole else z[group.rows])
+        return x.new_zeros(())
+
+    def pool(self, router: RouterConfig) -> EvidencePool:
+        """What the rows of this router have read."""
+        group = next(group for group in self._groups if group.router == router)
+        assert group.pool is not None
+        return group.pool
+
+
+def _make_groups(
+    routers: Sequence[RouterConfig],
+    num_experts: int,
+    calibration: Calibration | None,
+    is_evidence: Tensor | None,
+) -> list["_Group"]:
+    rows_of: dict[RouterConfig, list[int]] = defaultdict(list)
+    for row, router in enumerate(routers):
+        if ROUTERS[router.name].score is not None:
+            rows_of[router].append(row)
+    return [
+        _Group(router, rows, len(routers), num_experts, calibration, is_evidence)
+        for router, rows in rows_of.items()
+    ]
+
+
 class _Group:
     """The rows of a run that share one router."""
 
@@ -361,22 +443,35 @@ class _Group:
         if router.calibrated and calibration is None:
             raise ValueError(f"router {router.name!r} is calibrated; its plan needs a calibration")
         self._calibration = calibration if router.calibrated else None
-        self._pool: EvidencePool | None = None
+        self._is_evidence = None if is_evidence is None else is_evidence[rows]
+        self.pool: EvidencePool | None = None
+        self.least: float | None = None  # the best expert's score must exceed it
         if router.decay is not None:
-            own = None if is_evidence is None else is_evidence[rows]
-            self._pool = EvidencePool(router.decay, num_experts, own)
+            self.pool = EvidencePool(router.decay, num_experts, self._is_evidence)
+            self.least = 0.0  # evidence of 0 is none at all
+
+    def continue_from(self, first_reading: FirstReading | None) -> None:
+        """Start from what the same rows have read before."""
+        if first_reading is None or self._is_evidence is None:
+            raise ValueError(
+                f"router {self.router.name!r} reads the prompt first; its plan needs that reading: "
+                "make it with `SpectrModel.plan`"
+            )
+        self.pool = first_reading.pool(self.router)
+        self.pool.read_again(self._is_evidence)
 
     def scores(self, bank: LayerBank, z: Tensor) -> Tensor:
         """(R, T, E) float32 from z (R, T, E, r): the score, standardised, pooled, as asked."""
-        scores = self._score(z, bank.singular_values, self.router)
+        scores = score_tokens(self._score, bank, z, self.router)
         if self._calibration is not None:
             scores = self._calibration.standardise(bank, self._score, scores)
-        if self._pool is None:
+        if self.pool is None:
             return scores
         weight = 1.0
         if self._calibration is not None and self.router.reliability > 0:
             weight = self._calibration.spread(bank, self._score) ** -self.router.reliability
-        return self._pool.add(bank, scores, weight)
+        evidence = self.pool.add(bank, scores, weight)
+        return evidence if self.router.confidence is None else lead(evidence)
 
 
 def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:

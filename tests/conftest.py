@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from spectr_demo.config import cache_dir
 from spectr_demo.engine import SpectrModel
 from spectr_demo.experts import load_experts
 from spectr_demo.loading import LoadedBase
+from spectr_demo.routing import ROUTERS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHAT_TEMPLATE = (
@@ -26,6 +28,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 EXPERT_NAMES = ("red", "green", "blue")
+# Without a confidence: to random experts no prompt is nearer than the generic ones.
+IN_CONTEXT = replace(ROUTERS["spectr-context"].preset, confidence=None)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,16 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from spectr_demo.calibration import generic_prompts
 from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine import SpectrModel, Step, mean_logprob
 from spectr_demo.experts import LayerBank
 from spectr_demo.layers import RoutedLinear, routed
+from spectr_demo.prompts import request_start
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
 from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
-from tests.conftest import BuildModel, SaveExpert
+from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert
 
 PROMPT = "What is the capital of France?"
-CONTEXT = ["spectr-calibrated", "spectr-context"]
+CONTEXT = ["spectr-calibrated", IN_CONTEXT]
 ALL = ["base", "single:red", "uniform", "arrow", "spectr", "spectr-paper", "lag", "norm", *CONTEXT]
 
 
@@ -55,8 +58,6 @@ def test_weights_are_distributions_over_at_most_k(routed_model: SpectrModel) -> 
         read = column.weights[:-1]  # the last token was written and never read
         assert (read >= 0).all()
         total = np.full(len(read), 0 if column.label == "base" else 1)
-        if column.router["decay"] is not None:  # the template's opening says nothing
-            total[: len(routed_model.template_opening)] = 0
         assert np.allclose(read.sum(-1), total[:, None, None], atol=1e-6)
         top_k = column.router["top_k"]
         if top_k is not None:
@@ -64,7 +65,7 @@ def test_weights_are_distributions_over_at_most_k(routed_model: SpectrModel) -> 
             assert (column.experts[-1] == NOT_ROUTED).all()
             is_routed = column.experts[:-1] != NOT_ROUTED
             assert (np.isfinite(column.scores[:-1]) == is_routed).all()
-    assert [c.num_selected for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1, 1, 1]
+    assert [c.num_selected for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1, 1, 2]
 
 
 def test_lag_is_spectr_with_a_full_filter_and_arrow_with_a_filter_of_one(
@@ -94,7 +95,7 @@ def test_permuting_experts_permutes_the_trace_and_changes_no_text(
     names = trace_of(first).expert_names
     others = trace_of(second).expert_names
     permuted = np.vectorize(lambda e: e if e == NOT_ROUTED else names.index(others[e]))
-    for label in ("spectr", "norm", *CONTEXT):
+    for label in ("spectr", "norm", "spectr-calibrated", "spectr-context"):
         expected = trace_of(first).column(label).experts
         actual = trace_of(second).column(label).experts
         assert np.array_equal(permuted(actual[:-1]), expected[:-1])
@@ -403,7 +404,8 @@ def _ids(column: ColumnTrace) -> Tensor:
 
 def _plan(model: SpectrModel, column: ColumnTrace) -> RoutingPlan:
     router = parse_router(RouterConfig(**column.router), model.library.names)
-    return model.plan([router], [column.token_ids[:-1].tolist()])
+    ids = column.token_ids[:-1].tolist()
+    return model.plan([router], [ids], num_prompt=[column.num_prompt])
 
 
 def _forward(model: SpectrModel, column: ColumnTrace, plan: RoutingPlan | None) -> Tensor:
@@ -418,6 +420,7 @@ class _Replay(RoutingPlan):
     def __init__(self, model: SpectrModel, trace: RoutingTrace, column: ColumnTrace) -> None:
         names = model.library.names
         router = parse_router(RouterConfig(**column.router), names)
+        router = replace(router, reads_first=False, confidence=None)
         super().__init__([router], names, calibration=model.calibration)
         self.trace, self.column = trace, column
 
@@ -441,14 +444,49 @@ def test_a_longer_memory_changes_its_mind_less(routed_model: SpectrModel) -> Non
     assert changes[1] < changes[0] / 2
 
 
-def test_below_the_threshold_the_base_answers_alone(routed_model: SpectrModel) -> None:
-    never = RouterConfig(name="spectr-calibrated", calibrated=True, threshold=1e9)
-    always = RouterConfig(name="spectr-calibrated", calibrated=True, threshold=-1e9)
-    step = run(routed_model, ["base", never, always, "spectr-calibrated"])
-    base, silent, same, expected = texts(step)
-    assert silent == base
-    assert same == expected
-    assert (trace_of(step).columns[1].experts == NOT_ROUTED).all()
+def test_the_base_answers_alone_where_no_expert_leads(routed_model: SpectrModel) -> None:
+    unsure = parse_router(replace(IN_CONTEXT, confidence=0.5), routed_model.library.names)
+    for least, label in ((np.inf, "base"), (-np.inf, "spectr-context")):
+        routed_model._least_leads[unsure] = float(least)
+        step = run(routed_model, ["base", IN_CONTEXT, unsure])
+        expected = {"base": 0, "spectr-context": 1}[label]
+        assert texts(step)[2] == texts(step)[expected]
+        is_routed = trace_of(step).columns[2].experts[:-1] != NOT_ROUTED
+        assert is_routed.all() if expected else not is_routed.any()
+
+
+def test_the_least_lead_is_that_of_so_many_generic_prompts(routed_model: SpectrModel) -> None:
+    prompts = generic_prompts()
+    leads = []
+    for prompt in prompts:
+        ids = routed_model.encode(prompt)
+        pool = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
+        leads.append(float((pool.latest - pool.latest.mean()).max()))
+    for confidence in (0.0, 0.8, 1.0):
+        least = routed_model._least_lead(replace(IN_CONTEXT, confidence=confidence))
+        assert least == pytest.approx(np.quantile(leads, confidence), abs=1e-5)
+
+
+def test_only_the_last_request_is_read_first(routed_model: SpectrModel) -> None:
+    def choices(messages: list[dict[str, str]]) -> np.ndarray:
+        step = routed_model.compare(messages, [IN_CONTEXT], max_new_tokens=2)
+        (column,) = trace_of(step).columns
+        return column.experts[column.num_prompt - 1, ..., 0]
+
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    last = {"role": "user", "content": PROMPT}
+    ids = routed_model.encode([*turns, last])
+    start = request_start(ids, routed_model.template_opening, routed_model.user_turn)
+    assert routed_model.tokenizer.decode(ids[start:]).startswith(PROMPT)
+    pool = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
+    best = int(pool.latest.argmax())
+    assert (choices([*turns, last]) == best).all(), "in every layer alike"
+
+
+def test_a_router_that_reads_first_needs_that_reading(routed_model: SpectrModel) -> None:
+    router = parse_router(IN_CONTEXT, routed_model.library.names)
+    with pytest.raises(ValueError, match="its plan needs that reading"):
+        RoutingPlan([router], routed_model.library.names, calibration=routed_model.calibration)
 
 
 def test_a_calibrated_router_needs_a_calibration(routed_model: SpectrModel) -> None:

@@ -17,8 +17,7 @@ from spectr_demo.engine import SpectrModel, load
 from spectr_demo.layers import routed
 from spectr_demo.loading import load_base
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
-from spectr_demo.trace import NOT_ROUTED
-from tests.conftest import BuildModel, tiny_llama
+from tests.conftest import IN_CONTEXT, BuildModel, tiny_llama
 
 TEXT = "List the names of all airports, then run the backup at 02:30 every Monday."
 
@@ -127,7 +126,7 @@ def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
     assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
 
 
-# A router that pools leaves tokens to the base where nothing speaks for any expert.
+# A router that pools leaves a text to the base where nothing speaks for any expert.
 ALWAYS_ROUTES = [key for key, row in ROUTERS.items() if row.score and row.preset.decay is None]
 
 
@@ -143,15 +142,12 @@ def test_one_expert_alone_is_that_expert_for_every_router(
         pair.assert_same(pair.logits(router, composition=composition), theirs)
 
 
-def test_one_expert_alone_serves_context_wherever_the_text_speaks_for_it(
+def test_one_expert_alone_serves_context(
     build_model: BuildModel, expert_folders: list[str]
 ) -> None:
     model = build_model(expert_folders[:1])
-    trace = model.compare(TEXT, ["spectr-context"], max_new_tokens=4).trace
+    trace = model.compare(TEXT, ["single:red", IN_CONTEXT], max_new_tokens=4).trace
     assert trace is not None
-    (column,) = trace.columns
-    opening = len(model.template_opening)
-    read = column.experts[:-1, ..., 0]
-    assert (read[:opening] == NOT_ROUTED).all()
-    assert (read[opening + 5 :] == 0).mean() > 0.95
-    np.testing.assert_array_equal(column.weights[:-1, ..., 0], (read == 0).astype(np.float32))
+    single, context = trace.columns
+    np.testing.assert_array_equal(context.token_ids, single.token_ids)
+    np.testing.assert_array_equal(context.weights[:-1], 1)

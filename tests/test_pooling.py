@@ -1,5 +1,6 @@
 """Pooled evidence: causal, the same in prefill and in decoding, blind to padding."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,3 +100,39 @@ def test_a_layer_counts_by_its_weight() -> None:
 def test_what_does_not_respond_says_nothing() -> None:
     pooled = EvidencePool(1.0, 3, None).add(FIRST, torch.tensor([[[2.0, -9.0, 0.0]]]))
     assert pooled.tolist() == [[[2.0, 0.0, 0.0]]]
+
+
+def test_a_second_reading_starts_from_what_all_layers_know_and_that_fades() -> None:
+    prompt, answer = scores(1, 3), scores(1, 2, seed=1)
+    pool = EvidencePool(0.5, 3, torch.tensor([[False, True, True]]))
+    read(pool, prompt)
+    before = pool.latest
+    known = torch.tensor([[False, False, False, True, True]])
+    pool.read_again(known)
+    again = [torch.cat(parts, dim=1) for parts in zip(prompt, answer, strict=True)]
+    first, second = read(pool, (again[0], again[1]))
+    for token in range(3):  # the prompt: the same in every layer
+        torch.testing.assert_close(first[0, token], before[0])
+        torch.testing.assert_close(second[0, token], before[0, [2, 0]])
+    # Two tokens of the prompt in two layers (one where expert 1 is not), faded by one token ...
+    weight = 0.5 * 1.5 * torch.tensor([2.0, 1.0, 2.0])
+    # ... and one token of the answer in one layer.
+    expected = (weight * before[0] + answer[0][0, 0]) / (weight + 1)
+    torch.testing.assert_close(first[0, 3], expected)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 6, 7])
+def test_a_second_reading_is_the_same_in_prefill_and_in_decoding(cut: int) -> None:
+    prompt, text = scores(2, 5), scores(2, 9, seed=1)
+    known = (torch.arange(9) >= 5).expand(2, -1)
+
+    def second_reading(*parts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        pool = EvidencePool(0.8, 3, None)
+        read(pool, prompt)
+        pool.read_again(known[:, : max(5, cut)])  # what comes later counts without being told
+        return read(pool, *parts)
+
+    parts = [(text[0][:, :cut], text[1][:, :cut])]
+    parts += [(text[0][:, t : t + 1], text[1][:, t : t + 1]) for t in range(cut, 9)]
+    for one, other in zip(second_reading(text), second_reading(*parts), strict=True):
+        torch.testing.assert_close(one, other)

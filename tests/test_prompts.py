@@ -5,7 +5,15 @@ from copy import deepcopy
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from spectr_demo.prompts import encode, encode_answered, shared_length, template_opening
+from spectr_demo.prompts import (
+    encode,
+    encode_answered,
+    pad_left,
+    request_start,
+    shared_length,
+    template_opening,
+    user_turn,
+)
 
 
 def test_the_opening_ends_where_the_request_starts(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -21,6 +29,28 @@ def test_another_opening_counts_only_as_far_as_it_is_the_same(
     system = {"role": "system", "content": "Be brief."}
     ids = encode(tokenizer, [system, {"role": "user", "content": "Hi"}])
     assert shared_length(template_opening(tokenizer), ids) < len(template_opening(tokenizer))
+
+
+def test_the_last_request_of_a_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [
+        {"role": "user", "content": "First?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Second?"},
+    ]
+    opening, turn = template_opening(tokenizer), user_turn(tokenizer)
+    for messages, request in ((turns[:1], "First?"), (turns, "Second?")):
+        ids = encode(tokenizer, messages)
+        start = request_start(ids, opening, turn)
+        assert tokenizer.decode(ids[start:]).startswith(request)
+    plain = deepcopy(tokenizer)
+    plain.chat_template = None
+    assert request_start(encode(plain, "Hi"), template_opening(plain), user_turn(plain)) == 0
+
+
+def test_pad_left() -> None:
+    ids, mask = pad_left([[5, 6, 7], [8]], pad=1)
+    assert ids.tolist() == [[5, 6, 7], [1, 1, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_without_a_template_there_is_no_opening(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,6 +13,7 @@ from spectr_demo.routing import (
     ROUTERS,
     arrow_scores,
     lag_scores,
+    lead,
     norm_scores,
     parse_router,
     select,
@@ -67,6 +68,17 @@ def test_weights_by_hand() -> None:
     softmax = RouterConfig(name="arrow", top_k=2, weighting="softmax", temperature=0.5)
     _, weights, _ = select(scores, softmax)
     assert_close(weights, torch.tensor([2.0, 0.0]).softmax(-1))
+
+
+def test_no_expert_where_the_best_is_not_above_the_least() -> None:
+    scores = torch.tensor([[1.0, 3.0], [5.0, 0.0]])
+    _, weights, _ = select(scores, RouterConfig(name="spectr", top_k=1), 3.0)
+    assert weights.tolist() == [[0.0], [1.0]]
+
+
+def test_a_lead_is_over_the_mean_of_all_experts() -> None:
+    assert lead(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[-2.0, -1.0, 3.0]]
+    assert lead(torch.tensor([[4.0]])).tolist() == [[4.0]], "one expert has nobody to lead"
 
 
 @given(
@@ -159,11 +171,15 @@ def test_no_experts_to_choose_from() -> None:
         {"decay": 0.0},
         {"decay": 1.1},
         {"reliability": -1.0},
-        {"threshold": float("inf")},
+        {"confidence": 1.1},
+        {"confidence": 0.5},
+        {"reads_first": True},
+        {"reads_first": True, "decay": 0.9},
+        {"reads_first": True, "calibrated": True},
     ],
 )
 def test_a_config_checks_itself(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"it must be|is"):
+    with pytest.raises(ValueError, match=r"it must be|is|needs"):
         dataclasses.replace(CONFIG, **wrong)
 
 

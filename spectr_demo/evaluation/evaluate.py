@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from spectr_demo import calibration, experts, layers, pooling, recorder, routing, spectral
-from spectr_demo.calibration import GENERIC_TEXT
+from spectr_demo.calibration import GENERIC_TEXT, generic_prompts
 from spectr_demo.config import RouterConfig, cache_dir, unknown_name
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation import (
@@ -76,8 +76,8 @@ class Contender:
 
 
 _UNIFORM_PARAMETERS = RouterConfig(name="uniform", composition="parameters")
-_LAYERS_ALIKE = replace(ROUTERS["spectr-context"].preset, reliability=0.0)
-_POOLED_RAW = RouterConfig(name="spectr-context", decay=ROUTERS["spectr-context"].preset.decay)
+_CONTEXT = ROUTERS["spectr-context"].preset
+_READ_ONCE = replace(_CONTEXT, reads_first=False, confidence=None)
 CONTENDERS = (
     Contender(label="base", router="base"),
     Contender(label="oracle", router="single:{own}"),
@@ -94,8 +94,17 @@ CONTENDERS = (
     Contender(label="spectr-paper", router="spectr-paper"),
     Contender(label="spectr", router="spectr"),
     Contender(label="spectr-calibrated", router="spectr-calibrated"),
-    Contender(label="spectr, pooled only", router=_POOLED_RAW),
-    Contender(label="spectr-context, layers alike", router=_LAYERS_ALIKE),
+    # What each idea gives alone: SpectR's score, K = 1, no expert kept back.
+    Contender(label="pooled", router=RouterConfig(name="spectr", decay=_CONTEXT.decay)),
+    Contender(
+        label="calibrated, pooled",
+        router=RouterConfig(name="spectr", calibrated=True, decay=_CONTEXT.decay),
+    ),
+    # ... and what is lost without one of them.
+    Contender(label="context, prompt not read first", router=_READ_ONCE),
+    Contender(label="context, common parts kept", router=replace(_CONTEXT, name="spectr", top_k=2)),
+    Contender(label="context, K = 1", router=replace(_CONTEXT, top_k=1)),
+    Contender(label="context, always an expert", router=replace(_CONTEXT, confidence=None)),
     Contender(label="spectr-context", router="spectr-context"),
 )
 QUICK = ("base", "oracle", "arrow", "spectr", "spectr-context")
@@ -152,7 +161,6 @@ class Evaluation:
         self.merges = [c for c in chosen if c.is_merge]
         generic = json.loads(GENERIC_TEXT.read_text(encoding="utf-8"))
         self.offdomain: list[str] = generic["offdomain"][: settings.num_offdomain]
-        self.exchanges: list[dict[str, str]] = generic["calibration"]
         self.folder = cache_dir() / "evaluation" / self._fingerprint()
 
     def run(self) -> dict[str, Any]:
@@ -282,7 +290,7 @@ class Evaluation:
         return self._part(
             "stress",
             RouterConfig(name="base"),
-            lambda config: stress(self.engine, texts, self.exchanges),
+            lambda config: stress(self.engine, texts, generic_prompts()),
         )
 
     def _merged(self) -> SpectrModel:

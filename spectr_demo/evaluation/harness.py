@@ -2,7 +2,8 @@
 
 The harness pads prompts on the left where it generates, and on the right where it reads likelihoods
 (without a mask: under causal attention, and in evidence pooled over the text so far, nothing that
-follows a token changes it).
+follows a token changes it). It does not hand the model what in a text is the context; a router that
+reads the prompt first must not see the continuation, so the contexts' lengths are kept here.
 """
 
 from __future__ import annotations
@@ -57,15 +58,38 @@ class SpectrLM(HFLM):
         self.router = parse_router(router, self.engine.library.names)
         engine = self.engine
         super().__init__(pretrained=engine.model, tokenizer=engine.tokenizer, **options)
+        self._num_prompt: dict[tuple[int, ...], int] = {}
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        """The harness's own, which reads context and continuation but for the last token."""
+        self._num_prompt = {}
+        for _, context, continuation in requests:
+            read = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+            num = len(read) - len(continuation) + 1
+            self._num_prompt[read] = max(num, self._num_prompt.get(read, 0))
+        return list(super()._loglikelihood_tokens(requests, *args, **options))
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """Logits (R, T, V) of token ids (R, T), which are padded on the right."""
+        rows = inps.tolist()
         # To the plan, padding is text: what it says comes after all that is read.
-        plan = self.engine.plan([self.router] * len(inps), inps.tolist())
+        num_prompt = [self._context_length(row) for row in rows]
+        plan = self.engine.plan([self.router] * len(rows), rows, num_prompt=num_prompt)
         with routed(plan):
             return super()._model_call(inps, attn_mask, labels)
+
+    def _context_length(self, row: list[int]) -> int:
+        """Of a text padded with zeros; all of it where it is none of the requests'."""
+        for length in range(len(row), 0, -1):
+            if (num := self._num_prompt.get(tuple(row[:length]))) is not None:
+                return num
+            if row[length - 1] != 0:
+                break
+        return len(row)
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any

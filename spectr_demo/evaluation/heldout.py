@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from spectr_demo.evaluation.tasks import Example, Task
-from spectr_demo.prompts import encode
+from spectr_demo.prompts import encode, pad_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,9 +96,7 @@ def continue_texts(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             rows = [list(texts[i]) for i in numbers]
-            width = max(map(len, rows))
-            padded = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            padded, mask = pad_left(rows, pad)
             generate: Any = model.generate
             with around(rows):
                 output = generate(
@@ -108,7 +106,7 @@ def continue_texts(
                     do_sample=False,
                     pad_token_id=pad,
                 )
-            decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            decoded = tokenizer.batch_decode(output[:, padded.shape[1] :], skip_special_tokens=True)
             for i, answer in zip(numbers, decoded, strict=True):
                 answers[i] = answer.strip()
             bar.update(len(rows))

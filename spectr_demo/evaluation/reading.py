@@ -19,7 +19,7 @@ from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
 from spectr_demo.experts import LayerBank
 from spectr_demo.layers import routed
-from spectr_demo.prompts import shared_length
+from spectr_demo.prompts import pad_left, shared_length
 from spectr_demo.recorder import Recorder
 from spectr_demo.routing import ROUTERS
 from spectr_demo.trace import NOT_ROUTED
@@ -112,9 +112,8 @@ def _read_batch(
     engine: SpectrModel, router: RouterConfig, texts: Sequence[Text], with_base: bool
 ) -> Iterator[Reading]:
     ids = [[*text.prompt_ids, *text.answer_ids[:-1]] for text in texts]
-    width = max(map(len, ids))
-    input_ids = torch.tensor([[0] * (width - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    input_ids, mask = pad_left(ids)
+    width = input_ids.shape[1]
     device = engine.model.device
     inputs: Any = {
         "input_ids": input_ids.to(device),
@@ -127,7 +126,9 @@ def _read_batch(
     if ROUTERS[router.name].score is not None:
         assert router.top_k is not None
         recorder = _Choices(engine, (len(texts), width), router.top_k)
-    with routed(engine.plan([router] * len(texts), ids, recorder)):
+    num_prompt = [len(text.prompt_ids) for text in texts]
+    plan = engine.plan([router] * len(texts), ids, recorder, num_prompt=num_prompt)
+    with routed(plan):
         hidden = decoder(**inputs).last_hidden_state
     base_hidden = None
     if with_base:

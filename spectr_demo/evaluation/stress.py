@@ -20,6 +20,7 @@ from tqdm import tqdm
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.variants import (
+    DISTINCT,
     SPECTR,
     Experts,
     GenericText,
@@ -31,8 +32,8 @@ from spectr_demo.experts import ExpertLibrary, LayerBank
 from spectr_demo.inspection import ExpertSummary, overlaps
 from spectr_demo.layers import routed
 from spectr_demo.pooling import EvidencePool
-from spectr_demo.prompts import encode_answered, shared_length
-from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router, spectr_scores
+from spectr_demo.prompts import shared_length
+from spectr_demo.routing import ROUTERS, RoutingPlan, distinct_scores, parse_router
 
 RANKS = (8, 4, 2, 1)
 SIGMAS = (0.1, 0.3, 1.0, 3.0)
@@ -49,16 +50,16 @@ _Outcomes = dict[_Key, dict[str, NDArray[np.float64]]]  # by library and expert:
 def stress(
     engine: SpectrModel,
     texts: Mapping[str, Sequence[Text]],
-    exchanges: Sequence[Mapping[str, str]],
+    prompts: Sequence[str],
     *,
     seeds: Sequence[int] = (0, 1, 2),
     num_experts: Sequence[int] = (32, 100, 1000),
 ) -> dict[str, Any]:
     """Routing accuracy of each method as the library gets worse; plain JSON values.
 
-    texts: by expert name. exchanges: generic text, `prompt` and `answer`, by which scores are
-    standardised. seeds: of the distractors; the first is the noise's too. num_experts: of the
-    libraries with distractors; those no larger than the library itself are left out.
+    texts: by expert name. prompts: generic ones, by which scores are standardised. seeds: of the
+    distractors; the first is the noise's too. num_experts: of the libraries with distractors;
+    those no larger than the library itself are left out.
 
     Accuracy is given as `decisions` and `majority`. A decision is one token in one linear layer
     that the text's expert touches, those that make the answer (as in `routing_accuracy`); scores
@@ -90,8 +91,8 @@ def stress(
     variants = Variants(library, RANKS, noisy, seeds, num_distractors)
     num_texts = sum(map(len, texts.values()))
     outcomes: _Outcomes = {}
-    with torch.inference_mode(), tqdm(total=len(exchanges) + num_texts, unit="text") as bar:
-        read_generic(engine, variants, exchanges, bar)
+    with torch.inference_mode(), tqdm(total=len(prompts) + num_texts, unit="text") as bar:
+        read_generic(engine, variants, prompts, bar)
         for name, e in experts.items():
             libraries = _libraries(variants, e, seeds, sizes)
             results = [_read(engine, variants, name, libraries, text, bar) for text in texts[name]]
@@ -169,16 +170,72 @@ class _Generic(RoutingPlan):
 
 
 def read_generic(
-    engine: SpectrModel, variants: Variants, exchanges: Sequence[Mapping[str, str]], bar: tqdm
+    engine: SpectrModel, variants: Variants, prompts: Sequence[str], bar: tqdm
 ) -> None:
-    """Measure the variants' statistics over generic text, read as the bare base does."""
+    """Measure the variants' statistics over generic prompts, read as the bare base does."""
     statistics = GenericText(variants)
-    bar.set_description("generic text")
-    for exchange in exchanges:
-        ids = encode_answered(engine.tokenizer, exchange["prompt"], exchange["answer"])
+    bar.set_description("generic prompts")
+    for prompt in prompts:
+        ids = engine.encode(prompt)
         _forward(engine, ids, _Generic(statistics, shared_length(engine.template_opening, ids)))
         bar.update()
     statistics.finish()
+
+
+class _Context:
+    """The evidence of `spectr-context` for every candidate, summed over the layers up to here."""
+
+    def __init__(self, engine: SpectrModel, variants: Variants, is_evidence: Tensor) -> None:
+        """is_evidence: (T,) bool."""
+        self._variants = variants
+        self._calibration = engine.calibration
+        self._is_evidence = is_evidence[None]
+        self._router = ROUTERS["spectr-context"].preset
+        assert self._router.decay is not None
+        counted = is_evidence.cumsum(0)[:, None]
+        self._fading = self._router.decay**counted  # of what was read before
+        # All tokens from the first that counts do: 1 + decay + decay ** 2 ...
+        steps = self._router.decay ** torch.arange(len(is_evidence), device=counted.device)
+        sums = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+        self._token_weight = sums[counted]  # (T, 1)
+        self.sums = self._token_weight.new_zeros(len(is_evidence), variants.num_candidates)
+        self.weights = torch.zeros_like(self.sums)
+
+    def start_from(self, before: _Context) -> None:
+        """Start from what a reading of the prompt gave at its end."""
+        self.sums = self._fading * before.sums[-1]
+        self.weights = self._fading * before.weights[-1]
+
+    def add(self, bank: LayerBank, standard: Tensor) -> Tensor:
+        """(T, V) of the candidates that touch the layer, from their columns' scores (T, C)."""
+        layer = self._variants.layers[bank.path]
+        # Over the tokens by column, over the layers by candidate: a thousand distractors cost no
+        # more decay than the columns they are drawn from.
+        assert self._router.decay is not None
+        pool = EvidencePool(self._router.decay, standard.shape[-1], self._is_evidence)
+        means = pool.add(layer.bank, standard[None])[0].index_select(-1, layer.columns)
+        # A layer's reliability is that of the library: its variants are much alike.
+        spread = self._calibration.spread(bank, distinct_scores)
+        weight = self._token_weight * spread**-self._router.reliability
+        ids = layer.candidates
+        self.sums[:, ids] += weight * means
+        self.weights[:, ids] += weight
+        return self.sums[:, ids] / self.weights[:, ids].clamp(min=1e-12)
+
+
+class _FirstReading(RoutingPlan):
+    """The plan of the bare base that reads a prompt for `spectr-context`."""
+
+    def __init__(self, variants: Variants, context: _Context) -> None:
+        super().__init__([], [])
+        self.is_base_only = False
+        self._variants = variants
+        self.context = context
+
+    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+        raw = self._variants.scores(bank.path, x[0])
+        self.context.add(bank, self._variants.standardise(bank.path, raw, DISTINCT))
+        return x.new_zeros(())
 
 
 class _Decisions(RoutingPlan):
@@ -191,14 +248,13 @@ class _Decisions(RoutingPlan):
         name: str,
         libraries: Mapping[_Key, _Library],
         text: Text,
+        context: _Context,
     ) -> None:
         names = engine.library.names
         super().__init__([parse_router(f"single:{name}", names)], names)
         self._variants = variants
         self._libraries = libraries
         self._start = shared_length(engine.template_opening, text.prompt_ids)
-        num_read = len(text.prompt_ids) + len(text.answer_ids) - 1
-        self._is_evidence = torch.arange(num_read, device=engine.model.device) >= self._start
         # The answer is made at the prompt's last token and every answer token but the last.
         self._answer = slice(len(text.prompt_ids) - 1 - self._start, None)
         zeros = torch.zeros(len(METHODS), device=engine.model.device)
@@ -207,9 +263,7 @@ class _Decisions(RoutingPlan):
             key: tuple(zeros.new_zeros(len(METHODS), len(ids)) for ids in library)
             for key, library in libraries.items()
         }
-        self._pooled = zeros.new_zeros(num_read - self._start, variants.num_candidates)
-        self._layer_weight = zeros.new_zeros(variants.num_candidates)
-        self._calibration = engine.calibration
+        self._context = context
 
     def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
         scores = self._scores(bank, x[0])
@@ -221,28 +275,15 @@ class _Decisions(RoutingPlan):
         """(methods, T, V) of the tokens after the opening, -inf where a candidate is not there."""
         layer, variants = self._variants.layers[bank.path], self._variants
         raw = variants.scores(bank.path, x)
-        standard = variants.standardise(bank.path, raw[SPECTR])
-        # Over the tokens by column, over the layers by candidate: a mean of means is the same, and
-        # a thousand distractors cost no more decay than the columns they are drawn from.
-        context = ROUTERS["spectr-context"].preset
-        assert context.decay is not None
-        pool = EvidencePool(context.decay, standard.shape[-1], self._is_evidence[None])
-        pooled = pool.add(layer.bank, standard[None])
-        scores = torch.cat([raw, standard[None], pooled])[:, self._start :]
-        scores = scores.index_select(-1, layer.columns)
-        ids = layer.candidates
-        # A layer's reliability is that of the library: its variants are much alike.
-        weight = self._calibration.spread(bank, spectr_scores) ** -context.reliability
-        self._layer_weight[ids] += weight
-        if len(ids) == variants.num_candidates:
-            self._pooled += weight * scores[-1]
-            scores[-1] = self._pooled / self._layer_weight
+        standard = variants.standardise(bank.path, raw, SPECTR)
+        in_context = self._context.add(bank, variants.standardise(bank.path, raw, DISTINCT))
+        alone = torch.cat([raw[: len(METHODS) - 2], standard[None]])
+        scores = torch.cat([alone.index_select(-1, layer.columns), in_context[None]])
+        scores = scores[:, self._start :]
+        if len(layer.candidates) == variants.num_candidates:
             return scores
-        self._pooled[:, ids] += weight * scores[-1]
-        scores[-1] = self._pooled[:, ids] / self._layer_weight[ids]
-        return scores.new_full((*scores.shape[:2], variants.num_candidates), -torch.inf).index_copy(
-            -1, ids, scores
-        )
+        everywhere = scores.new_full((*scores.shape[:2], variants.num_candidates), -torch.inf)
+        return everywhere.index_copy(-1, layer.candidates, scores)
 
     def _decide(self, key: _Key, library: _Library, scores: Tensor) -> None:
         right, right_ids = scores.index_select(-1, library.right).max(-1)
@@ -275,8 +316,16 @@ def _read(
     bar: tqdm,
 ) -> dict[_Key, NDArray[np.float64]]:
     bar.set_description(name)
-    plan = _Decisions(engine, variants, name, libraries, text)
-    _forward(engine, [*text.prompt_ids, *text.answer_ids[:-1]], plan)
+    num_prompt = len(text.prompt_ids)
+    ids = [*text.prompt_ids, *text.answer_ids[:-1]]
+    places = torch.arange(len(ids), device=engine.model.device)
+    start = shared_length(engine.template_opening, text.prompt_ids)
+    before = _Context(engine, variants, places[:num_prompt] >= start)
+    _forward(engine, text.prompt_ids, _FirstReading(variants, before))
+    context = _Context(engine, variants, places >= num_prompt)
+    context.start_from(before)
+    plan = _Decisions(engine, variants, name, libraries, text, context)
+    _forward(engine, ids, plan)
     bar.update()
     return {key: plan.result(key) for key in libraries}
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.experts import ExpertLibrary, LayerBank
-from spectr_demo.routing import arrow_scores, norm_scores, spectr_scores
+from spectr_demo.routing import Score, arrow_scores, norm_scores, spectr_scores
 from spectr_demo.spectral import Aligned, align
 
 Experts = tuple[Mapping[str, Aligned], ...]  # by layer path, in the library's order
 
 _SCORES = (arrow_scores, spectr_scores, norm_scores)
-SPECTR = 1  # its place among them
+# Places among the scores of a column; the last is SpectR's without the common directions.
+SPECTR, DISTINCT = 1, 3
 
 
 def cut(library: ExpertLibrary, rank: int) -> Experts:
@@ -67,7 +68,8 @@ def _without_outputs(layer: Aligned) -> Aligned:
 class _Layer:
     """pairs: the experts of all layers with this projection and D_in, shared by those layers; own:
     this layer's among them. noisy: sigma by sigma. candidates, columns: (V,) those that touch the
-    layer and where their scores are. bank: numbers the columns, as the pool wants it."""
+    layer and where their scores are. bank: numbers the columns, as the pool wants it. library: the
+    experts' own bank, which knows their common directions."""
 
     pairs: LayerBank
     own: slice
@@ -75,6 +77,7 @@ class _Layer:
     candidates: Tensor
     columns: Tensor
     bank: LayerBank
+    library: LayerBank
 
 
 class Variants:
@@ -106,7 +109,7 @@ class Variants:
             for bank in banks:
                 own = slice(start, start := start + len(bank.expert_ids))
                 self.layers[bank.path] = self._layer(bank, pairs, own, noisy, generators)
-        self.statistics: dict[str, Tensor] = {}  # by layer path: (2, C), mean and std
+        self.statistics: dict[str, Tensor] = {}  # by layer path: (2, 4, C), mean and std
         self.margins = torch.empty(0)  # (blocks, E)
 
     def _layer(
@@ -138,27 +141,35 @@ class Variants:
             candidates=torch.cat(candidates).to(bank.A.device),
             columns=torch.cat(columns).to(bank.A.device),
             bank=replace(bank, expert_ids=torch.arange(num_columns)),
+            library=bank,
         )
 
     def scores(self, path: str, x: Tensor) -> Tensor:
-        """Scores of a layer's columns: (3, T, C) float32 (arrow, spectr, norm) from x (T, D_in).
+        """Scores of a layer's columns: (4, T, C) float32 (arrow, spectr, norm, distinct) from x
+        (T, D_in). The common directions are those of the library, whatever stands beside it.
 
         An expert cut to rank k scores with the first k rows of its A*, so with the same z.
         """
         layer = self.layers[path]
+        plain = self._columns(layer, x, _SCORES)
+        distinct = self._columns(layer, layer.library.without_common(x), (spectr_scores,))
+        return torch.cat([plain, distinct])
+
+    def _columns(self, layer: _Layer, x: Tensor, scores: Sequence[Score]) -> Tensor:
         z = layer.pairs.project(x)
         own, S = z[:, layer.own], layer.pairs.singular_values
         parts = [(z, S), *((own[..., :k], S[layer.own, :k]) for k in self.ranks)]
         parts.append((layer.noisy.project(x), layer.noisy.singular_values))
         config = RouterConfig(name="spectr")
         return torch.stack(
-            [torch.cat([score(z, S, config) for z, S in parts], dim=-1) for score in _SCORES]
+            [torch.cat([score(z, S, config) for z, S in parts], dim=-1) for score in scores]
         )
 
-    def standardise(self, path: str, scores: Tensor) -> Tensor:
-        """SpectR's scores (T, C) of a layer, in standard deviations over generic text."""
-        mean, std = self.statistics[path]
-        return (scores - mean) / std
+    def standardise(self, path: str, scores: Tensor, place: int) -> Tensor:
+        """A layer's scores (4, T, C): those at one place, in standard deviations over generic
+        text, (T, C)."""
+        mean, std = self.statistics[path][:, place]
+        return (scores[place] - mean) / std
 
 
 def _stack(like: LayerBank, experts: Sequence[Aligned]) -> LayerBank:
@@ -182,10 +193,10 @@ class GenericText:
 
     def add(self, path: str, x: Tensor) -> None:
         """x: (T, D_in) the tokens that count."""
-        scores = self._variants.scores(path, x)[SPECTR].double()
-        sums = torch.stack([torch.ones_like(scores), scores, scores.square()]).sum(1)  # (3, C)
-        self._sums[path] = self._sums.get(path, 0) + sums
-        self._add_margins(path, scores)
+        scores = self._variants.scores(path, x).double()
+        powers = torch.stack([torch.ones_like(scores), scores, scores.square()])
+        self._sums[path] = self._sums.get(path, 0) + powers.sum(2)  # (3, 4, C)
+        self._add_margins(path, scores[SPECTR])
 
     def _add_margins(self, path: str, scores: Tensor) -> None:
         """How far an expert leads the best other one, `(s - s') / (s + s')`, for every token."""

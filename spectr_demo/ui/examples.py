@@ -62,7 +62,7 @@ EXAMPLES = (
     ),
     Example(
         label="icd10",
-        prompt="ICD-10 category: Acute inflammation of the middle ear",
+        prompt="ICD-10 chapter: Acute inflammation of the middle ear",
         experts=("icd10",),
     ),
     Example(

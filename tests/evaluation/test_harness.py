@@ -10,10 +10,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.__main__ import main
+from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.reading import Text, read
 from spectr_demo.routing import parse_router
-from tests.conftest import tiny_llama
+from tests.conftest import IN_CONTEXT, tiny_llama
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -24,7 +25,7 @@ from spectr_demo.evaluation.harness import SpectrLM  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TASKS = str(Path(__file__).parent / "lm_eval_task")
-ROUTERS = ["base", "spectr", "spectr-context"]
+ROUTERS = ["base", "spectr", IN_CONTEXT]
 QUESTIONS = [
     "Which colour is the sky?",
     "Grass?",
@@ -63,7 +64,7 @@ def text_of(engine: SpectrModel, prompt: str, answer: str) -> Text:
 @pytest.mark.parametrize("is_chat", [True, False])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_loglikelihood_is_the_engines(
-    routed_model: SpectrModel, router: str, is_chat: bool, batch_size: int
+    routed_model: SpectrModel, router: str | RouterConfig, is_chat: bool, batch_size: int
 ) -> None:
     lm = SpectrLM(routed_model, router=router, batch_size=batch_size)
     prompts = [
@@ -95,7 +96,7 @@ def test_routers_differ_and_base_is_the_bare_model(routed_model: SpectrModel) ->
 def test_rolling_likelihood_does_not_depend_on_the_batch(routed_model: SpectrModel) -> None:
     texts = requests("loglikelihood_rolling", [(text * 30,) for text in QUESTIONS[:2]])
     one, four = (
-        SpectrLM(routed_model, router="spectr-context", batch_size=size, max_length=128)
+        SpectrLM(routed_model, router=IN_CONTEXT, batch_size=size, max_length=128)
         for size in (1, 4)
     )
     assert four.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
@@ -105,7 +106,9 @@ def test_rolling_likelihood_does_not_depend_on_the_batch(routed_model: SpectrMod
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_generation_is_the_engines(routed_model: SpectrModel, router: str, batch_size: int) -> None:
+def test_generation_is_the_engines(
+    routed_model: SpectrModel, router: str | RouterConfig, batch_size: int
+) -> None:
     lm = SpectrLM(routed_model, router=router, batch_size=batch_size)
     prompts = [lm.apply_chat_template([{"role": "user", "content": q}]) for q in QUESTIONS]
     options = {"until": [], "max_gen_toks": 8}
@@ -133,7 +136,7 @@ def test_unknown_router_is_the_usual_error(routed_model: SpectrModel) -> None:
 
 def test_a_local_task_is_evaluated_offline(routed_model: SpectrModel) -> None:
     results = lm_eval.simple_evaluate(
-        model=SpectrLM(routed_model, router="spectr-context", batch_size=2),
+        model=SpectrLM(routed_model, router=IN_CONTEXT, batch_size=2),
         tasks=["spectr_choice", "spectr_words"],
         task_manager=TaskManager(include_path=TASKS, include_defaults=False),
         bootstrap_iters=0,
@@ -143,7 +146,7 @@ def test_a_local_task_is_evaluated_offline(routed_model: SpectrModel) -> None:
     assert len(samples) == 3
     doc = samples[0]["doc"]
     text = text_of(routed_model, f"{doc['question']}\nAnswer:", f" {doc['options'][0]}")
-    router = parse_router("spectr-context", routed_model.library.names)
+    router = parse_router(IN_CONTEXT, routed_model.library.names)
     expected = read(routed_model, router, [text])[0].logprob.sum()
     assert samples[0]["filtered_resps"][0][0] == pytest.approx(expected, abs=1e-4)
 

@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 
+from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.prompts import encode
 from spectr_demo.routing import parse_router
 from spectr_demo.trace import NOT_ROUTED
+from tests.conftest import IN_CONTEXT
 
 CONSTANT = ["base", "single:red", "uniform"]
-ROUTERS = [*CONSTANT, "arrow", "spectr", "spectr-calibrated", "spectr-context"]
+ROUTERS = [*CONSTANT, "arrow", "spectr", "spectr-calibrated", IN_CONTEXT]
 
 
 def texts(engine: SpectrModel) -> list[Text]:
@@ -26,7 +28,9 @@ def texts(engine: SpectrModel) -> list[Text]:
 
 
 @pytest.mark.parametrize("spec", ROUTERS)
-def test_a_batch_reads_as_its_texts_alone(routed_model: SpectrModel, spec: str) -> None:
+def test_a_batch_reads_as_its_texts_alone(
+    routed_model: SpectrModel, spec: str | RouterConfig
+) -> None:
     router = parse_router(spec, routed_model.library.names)
     together = read(routed_model, router, texts(routed_model), with_base=True)
     alone = read(routed_model, router, texts(routed_model), with_base=True, batch_size=1)
@@ -43,9 +47,9 @@ def test_a_batch_reads_as_its_texts_alone(routed_model: SpectrModel, spec: str) 
         np.testing.assert_allclose(one.base_logprob, other.logprob, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["spectr", "arrow", "spectr-context"])
+@pytest.mark.parametrize("spec", ["spectr", "arrow", IN_CONTEXT, "spectr-context"])
 def test_reading_an_answer_repeats_the_run_that_wrote_it(
-    routed_model: SpectrModel, spec: str
+    routed_model: SpectrModel, spec: str | RouterConfig
 ) -> None:
     step = routed_model.compare("What is it?", [spec], max_new_tokens=8)
     assert step.trace is not None

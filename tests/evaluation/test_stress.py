@@ -1,6 +1,8 @@
 """Weak and alike experts, on the tiny model: what must hold for any experts."""
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +21,11 @@ from spectr_demo.evaluation.variants import SPECTR, GenericText, Variants, cut, 
 from spectr_demo.experts import LayerBank
 from spectr_demo.layers import routed
 from spectr_demo.pooling import EvidencePool
-from spectr_demo.prompts import encode, encode_answered, shared_length
+from spectr_demo.prompts import encode, shared_length
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router, select, spectr_scores
 from tests.conftest import EXPERT_NAMES, PROJECTIONS, BuildModel, SaveExpert
 
-EXCHANGES = [
-    {"prompt": "How are you?", "answer": "Very well, thank you."},
-    {"prompt": "What is a river?", "answer": "Water that flows to the sea."},
-]
+PROMPTS = ["How are you?", "What is a river, and where does it go?"]
 
 
 def texts_for(engine: SpectrModel, names: tuple[str, ...] = EXPERT_NAMES) -> dict[str, list[Text]]:
@@ -43,7 +42,7 @@ def texts_for(engine: SpectrModel, names: tuple[str, ...] = EXPERT_NAMES) -> dic
 
 
 def run(engine: SpectrModel, **options: Any) -> dict[str, Any]:
-    return stress(engine, texts_for(engine), EXCHANGES, **{"num_experts": (5, 9, 30), **options})
+    return stress(engine, texts_for(engine), PROMPTS, **{"num_experts": (5, 9, 30), **options})
 
 
 class Spy(RoutingPlan):
@@ -107,24 +106,32 @@ def read_by(
     engine: SpectrModel, key: str, name: str, text: Text, statistics: dict[str, Tensor]
 ) -> Any:
     """What a router chooses where the activations are those of expert `name`."""
-    config = parse_router(key, engine.library.names, top_k=1)
+    config = replace(parse_router(key, engine.library.names, top_k=1), confidence=None)
     score, pool = ROUTERS[key].score, None
     assert score is not None
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
     num_opening = shared_length(engine.template_opening, ids)
-    if config.decay is not None:
-        pool = EvidencePool(config.decay, 3, (torch.arange(len(ids)) >= num_opening)[None])
-    choices = []
-    for path, x in inputs(engine, f"single:{name}", ids).items():
-        bank = engine.library.banks[path]
-        scores = score(bank.project(x), bank.singular_values, config)
-        if config.calibrated:
-            mean, std = statistics[path]
-            scores = (scores - mean) / std
-        if pool is not None:
-            spread = engine.calibration.spread(bank, spectr_scores)
-            scores = pool.add(bank, scores, spread**-config.reliability)
-        choices.append(select(scores, config)[0][0])  # (T, 1)
+    places = torch.arange(len(ids))
+
+    def scores_of(router: str, token_ids: Sequence[int]) -> Iterator[Tensor]:
+        for path, x in inputs(engine, router, token_ids).items():
+            bank = engine.library.banks[path]
+            scores = score(bank.project(x), bank.singular_values, config)
+            if config.calibrated:
+                mean, std = statistics[path]
+                scores = (scores - mean) / std
+            if pool is not None:
+                spread = engine.calibration.spread(bank, score)
+                scores = pool.add(bank, scores, spread**-config.reliability)
+            yield scores
+
+    if config.reads_first:
+        assert config.decay is not None
+        is_prompt = places[: len(text.prompt_ids)]
+        pool = EvidencePool(config.decay, 3, (is_prompt >= num_opening)[None])
+        list(scores_of("base", text.prompt_ids))
+        pool.read_again((places >= len(text.prompt_ids))[None])
+    choices = [select(scores, config)[0][0] for scores in scores_of(f"single:{name}", ids)]
     return SimpleNamespace(  # what `routing_accuracy` needs of a Reading
         choices=torch.stack(choices, dim=1)[:, None].to(torch.int16).numpy(),  # (T, 1, banks, 1)
         num_prompt=len(text.prompt_ids),
@@ -133,10 +140,10 @@ def read_by(
 
 
 def own_calibration(engine: SpectrModel) -> dict[str, Tensor]:
-    """Mean and standard deviation of SpectR's scores on the exchanges, by layer."""
+    """Mean and standard deviation of SpectR's scores on the generic prompts, by layer."""
     values: dict[str, list[Tensor]] = {}
-    for exchange in EXCHANGES:
-        ids = encode_answered(engine.tokenizer, exchange["prompt"], exchange["answer"])
+    for prompt in PROMPTS:
+        ids = engine.encode(prompt)
         for path, x in inputs(engine, "base", ids).items():
             bank = engine.library.banks[path]
             z = bank.project(x[:, len(engine.template_opening) :])
@@ -202,14 +209,14 @@ def test_results_are_json_and_depend_on_the_seed_alone(routed_model: SpectrModel
 def test_calibrated_scores_of_generic_text_are_standard(routed_model: SpectrModel) -> None:
     variants = build(routed_model)
     with tqdm(disable=True) as bar:
-        read_generic(routed_model, variants, EXCHANGES, bar)
+        read_generic(routed_model, variants, PROMPTS, bar)
     tokens: dict[str, list[Tensor]] = {}
-    for exchange in EXCHANGES:
-        ids = encode_answered(routed_model.tokenizer, exchange["prompt"], exchange["answer"])
+    for prompt in PROMPTS:
+        ids = routed_model.encode(prompt)
         for path, x in inputs(routed_model, "base", ids).items():
             tokens.setdefault(path, []).append(x[0, len(routed_model.template_opening) :])
     for path, parts in tokens.items():
-        scores = variants.standardise(path, variants.scores(path, torch.cat(parts))[SPECTR])
+        scores = variants.standardise(path, variants.scores(path, torch.cat(parts)), SPECTR)
         torch.testing.assert_close(scores.mean(0), torch.zeros(scores.shape[1]), atol=1e-4, rtol=0)
         torch.testing.assert_close(
             scores.std(0, correction=0), torch.ones(scores.shape[1]), atol=1e-3, rtol=0
@@ -268,6 +275,6 @@ def test_diagnostics(routed_model: SpectrModel) -> None:
 
 def test_it_needs_two_experts_and_texts(routed_model: SpectrModel) -> None:
     with pytest.raises(ValueError, match="needs two experts and a text"):
-        stress(routed_model, {"red": []}, EXCHANGES)
+        stress(routed_model, {"red": []}, PROMPTS)
     with pytest.raises(ValueError, match="unknown expert"):
-        stress(routed_model, texts_for(routed_model, ("teal",)), EXCHANGES)
+        stress(routed_model, texts_for(routed_model, ("teal",)), PROMPTS)
