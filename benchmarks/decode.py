@@ -3,9 +3,9 @@
 python benchmarks/decode.py [--quick] [--json FILE]
 
 Each case decodes the same prompt greedily, without an end token, and reports tokens per second from
-its first token to its last. Rounds go through all cases in turn, so that a machine whose speed
-drifts is unfair to none; the median over rounds counts. Experts beyond the shipped ones are random,
-of the same shapes and size.
+its first token to its last, and the seconds until the first. Rounds go through all cases in turn,
+so that a machine whose speed drifts is unfair to none; the median over rounds counts. Experts
+beyond the shipped ones are random, of the same shapes and size.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from spectr_demo.tracing import library_versions
 
 PROMPT = "Explain what an aeroplane is, and how it stays in the air."
 FOUR_COLUMNS = ["base", "single", "uniform", "spectr"]
-Case = Callable[[int], float]  # number of tokens -> tokens per second of one column
+# Number of tokens -> tokens per second of one column, and seconds to the first token.
+Case = Callable[[int], tuple[float, float]]
 
 
 class Clock(BaseStreamer):
@@ -69,19 +70,25 @@ def hugging_face_case(model: Any, base: LoadedBase) -> Case:
         chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(base.device)
 
-    def run(num_tokens: int) -> float:
+    def run(num_tokens: int) -> tuple[float, float]:
         clock = Clock()
+        start = time.perf_counter()
         with torch.inference_mode():
             model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, streamer=clock)
-        return (num_tokens - 1) / (clock.times[-1] - clock.times[1])
+        rate = (num_tokens - 1) / (clock.times[-1] - clock.times[1])
+        return rate, clock.times[1] - start
 
     return run
 
 
 def our_case(model: SpectrModel, columns: list[str]) -> Case:
-    def run(num_tokens: int) -> float:
-        *_, last = model.stream(PROMPT, columns, GenerationSettings(max_new_tokens=num_tokens))
-        return last.columns[0].tokens_per_second
+    def run(num_tokens: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        steps = model.stream(PROMPT, columns, GenerationSettings(max_new_tokens=num_tokens))
+        next(steps)
+        first = time.perf_counter() - start
+        *_, last = steps
+        return last.columns[0].tokens_per_second, first
 
     return run
 
@@ -123,6 +130,7 @@ def cases(num_experts: int, folder: Path) -> dict[str, Case]:
         "arrow": our_case(model, ["arrow"]),
         "spectr, K = 1": our_case(model, ["spectr"]),
         "spectr, K = 4": our_case(model, ["spectr-paper"]),
+        "spectr-context": our_case(model, ["spectr-context"]),
         "four columns in one batch": our_case(model, four),
     }
 
@@ -142,11 +150,14 @@ def main() -> None:
         for num_experts in (4, 32):
             todo = cases(num_experts, Path(folder))
             rates: dict[str, list[float]] = {name: [] for name in todo}
+            waits: dict[str, list[float]] = {name: [] for name in todo}
             for case in todo.values():
                 case(3)  # warm-up
             for _ in tqdm(range(num_rounds), desc=f"{num_experts} experts", unit="round"):
                 for name, case in todo.items():
-                    rates[name].append(case(num_tokens))
+                    rate, wait = case(num_tokens)
+                    rates[name].append(rate)
+                    waits[name].append(wait)
             for name, values in rates.items():
                 relative = [v / b for v, b in zip(values, rates["bare base"], strict=True)]
                 results.append(
@@ -158,6 +169,7 @@ def main() -> None:
                         "min": min(values),
                         "max": max(values),
                         "ratio_to_bare_base": statistics.median(relative),
+                        "seconds_to_first_token": statistics.median(waits[name]),
                     }
                 )
             del todo
@@ -174,7 +186,9 @@ def main() -> None:
         "num_rounds": num_rounds,
         "results": results,
     }
-    table = Table("case", "experts", "tokens/s per column", "min - max", "ratio to bare base")
+    table = Table(
+        "case", "experts", "tokens/s per column", "min - max", "ratio to bare base", "s to first"
+    )
     for row in results:
         table.add_row(
             row["case"],
@@ -182,6 +196,7 @@ def main() -> None:
             f"{row['tokens_per_second']:.1f}",
             f"{row['min']:.1f} - {row['max']:.1f}",
             f"{row['ratio_to_bare_base']:.2f}",
+            f"{row['seconds_to_first_token']:.2f}",
         )
     Console().print(table)
     print(json.dumps(report, indent=2))

@@ -298,6 +298,30 @@ def test_renaming_makes_two_of_one_name_possible(
         library.index("agian")
 
 
+def test_what_experts_of_one_initialisation_share_is_left_out(
+    expert_folders: list[str], llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    first = load_file(Path(expert_folders[0]) / WEIGHTS_FILE)
+    folders = []
+    for folder in expert_folders:
+        weights = load_file(Path(folder) / WEIGHTS_FILE)
+        for key in weights:
+            if "lora_A" in key:  # what training adds to the initialisation is small
+                weights[key] = first[key] + 0.1 * weights[key]
+        folders.append(str(shutil.copytree(folder, tmp_path / Path(folder).name)))
+        save_file(weights, Path(folders[-1]) / WEIGHTS_FILE)
+    alike = load_experts(folders, llama)
+    for path, bank in load_experts(expert_folders, llama).banks.items():
+        x = torch.randn(2, 5, bank.A.shape[1])
+        assert bank.common is None, "experts of their own initialisations share nothing"
+        assert_close(bank.distinct(bank.project(x)), bank.project(x))
+        bank = alike.banks[path]
+        z = bank.project(x)
+        left = bank.distinct(z)
+        assert_close(left, bank.project(bank.without_common(x)), atol=1e-4, rtol=1e-4)
+        assert left.norm() < 0.5 * z.norm()
+
+
 def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: list[str]) -> None:
     import bitsandbytes as bnb
 
