@@ -23,7 +23,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from spectr_demo import calibration, experts, layers, pooling, recorder, routing, spectral
+from spectr_demo import (
+    calibration,
+    engine,
+    experts,
+    layers,
+    pooling,
+    prompts,
+    recorder,
+    routing,
+    spectral,
+)
 from spectr_demo.calibration import GENERIC_TEXT, generic_prompts
 from spectr_demo.config import RouterConfig, cache_dir, unknown_name
 from spectr_demo.engine import SpectrModel
@@ -56,7 +66,7 @@ MERGE_SEEDS = (0, 1, 2)
 NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
-    *(calibration, experts, layers, pooling, recorder, routing, spectral),
+    *(calibration, engine, experts, layers, pooling, prompts, recorder, routing, spectral),
     *(accuracy, compositional, heldout, merging, reading, stress_tests, variants),
 )
 

@@ -146,8 +146,8 @@ def _settings(num_experts: int) -> dict[str, Any]:
     with gr.Accordion("Advanced", open=False):
         settings["router_temperature"] = gr.Number(
             label="Router temperature",
-            info="divides the scores before the softmax; equal weights ignore it",
-            value=1.0,
+            info="divides the scores before the softmax; 0: each router's own",
+            value=0,
         )
     return settings
 

@@ -34,7 +34,7 @@ class Form:
     top_k: int
     weighting: str
     composition: str
-    router_temperature: float
+    router_temperature: float | None
     temperature: float
     max_new_tokens: int
     seed: int
@@ -53,7 +53,7 @@ class Form:
                 top_k=self.top_k or None,
                 weighting=self.weighting or None,
                 composition=self.composition or None,
-                temperature=self.router_temperature,
+                temperature=self.router_temperature or None,
             )
             for name in self.columns
         ]

@@ -80,7 +80,7 @@ def choices(**changes: Any) -> dict[str, Any]:
         "top_k": 0,
         "weighting": "",
         "composition": "",
-        "router_temperature": 1.0,
+        "router_temperature": 0,
         "temperature": 0.0,
         "max_new_tokens": 8,
         "seed": 0,

@@ -22,7 +22,7 @@ FORM = {
     "top_k": 0,
     "weighting": "",
     "composition": "",
-    "router_temperature": 1.0,
+    "router_temperature": 0,
     "temperature": 0.0,
     "max_new_tokens": 16,
     "seed": 0,
@@ -155,6 +155,13 @@ def test_a_choice_reaches_the_routers(choice: dict[str, Any], field: str, value:
     chosen = Form(**FORM | choice).routers(NAMES)[-1]
     preset = Form(**FORM).routers(NAMES)[-1]
     assert getattr(chosen, field) == value != getattr(preset, field)
+
+
+def test_untouched_settings_are_each_routers_own() -> None:
+    columns = ["spectr-context", "arrow", "spectr-paper"]
+    assert Form(**FORM | {"columns": columns}).routers(NAMES) == [
+        parse_router(name, NAMES) for name in columns
+    ]
 
 
 @pytest.mark.parametrize(
