@@ -73,7 +73,8 @@ def test_generate_writes_the_answer_that_json_holds(
 
 def test_options_change_the_result(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     def column(*more: str) -> dict[str, object]:
-        assert main(["generate", "Hello", *options, "--json", *more]) == 0
+        command = ["generate", "Hello", *options, "--router", "spectr", "--json", *more]
+        assert main(command) == 0
         result: dict[str, object] = json.loads(capsys.readouterr().out)
         return result
 
