@@ -38,8 +38,8 @@ from spectr_demo.layers import attach_, detach_, record_hidden_states, routed
 from spectr_demo.loading import LoadedBase, load_base
 from spectr_demo.prompts import (
     Message,
+    decoder_inputs,
     encode,
-    pad_left,
     request_start,
     shared_length,
     template_opening,
@@ -220,14 +220,8 @@ class SpectrModel:
             calibration=self.calibration,
             is_evidence=self._is_evidence(prompts, starts),
         )
-        input_ids, mask = pad_left(prompts)
         with routed(reading):
-            self.model.get_decoder()(
-                input_ids=input_ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(self.model.device),
-                use_cache=False,
-            )
+            self.model.get_decoder()(**decoder_inputs(prompts, self.model.device), use_cache=False)
         return reading
 
     def _least_lead(self, router: RouterConfig) -> float:

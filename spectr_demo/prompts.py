@@ -49,6 +49,13 @@ def template_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return one[: shared_length(one, other)]
 
 
+def decoder_inputs(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """What a decoder needs to read a batch once: `pad_left`, and positions that skip padding."""
+    ids, mask = (part.to(device) for part in pad_left(rows))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that stand before what a user says, in the first turn and in later ones.
 

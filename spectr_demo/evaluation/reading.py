@@ -19,7 +19,7 @@ from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
 from spectr_demo.experts import LayerBank
 from spectr_demo.layers import routed
-from spectr_demo.prompts import pad_left, shared_length
+from spectr_demo.prompts import decoder_inputs, shared_length
 from spectr_demo.recorder import Recorder
 from spectr_demo.routing import ROUTERS
 from spectr_demo.trace import NOT_ROUTED
@@ -112,15 +112,9 @@ def _read_batch(
     engine: SpectrModel, router: RouterConfig, texts: Sequence[Text], with_base: bool
 ) -> Iterator[Reading]:
     ids = [[*text.prompt_ids, *text.answer_ids[:-1]] for text in texts]
-    input_ids, mask = pad_left(ids)
-    width = input_ids.shape[1]
     device = engine.model.device
-    inputs: Any = {
-        "input_ids": input_ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device),
-        "use_cache": False,
-    }
+    inputs: Any = {**decoder_inputs(ids, device), "use_cache": False}
+    width = inputs["input_ids"].shape[1]
     decoder = engine.model.get_decoder()
     recorder = None
     if ROUTERS[router.name].score is not None:
