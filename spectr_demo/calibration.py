@@ -15,7 +15,7 @@ from spectr_demo.experts import ExpertLibrary, LayerBank
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase
 from spectr_demo.prompts import encode, shared_length, template_opening
-from spectr_demo.routing import STANDARDISED, Calibration, RoutingPlan, score_tokens
+from spectr_demo.routing import STANDARDISED, Calibration, Listening, score_tokens
 
 GENERIC_TEXT = ASSETS / "generic_text.json"
 _ROWS_AT_ONCE = 8
@@ -27,16 +27,15 @@ def generic_prompts() -> list[str]:
     return list(json.loads(GENERIC_TEXT.read_bytes())["calibration"])
 
 
-class _Statistics(RoutingPlan):
-    """A plan that adds nothing to the base and sums the scores of the tokens that count."""
+class _Statistics(Listening):
+    """Sums the scores of the tokens that count."""
 
     def __init__(self, is_evidence: Tensor, totals: dict[str, Tensor]) -> None:
-        super().__init__([], [])
-        self.is_base_only = False
+        super().__init__()
         self._is_evidence = is_evidence
         self._totals = totals
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+    def listen(self, bank: LayerBank, x: Tensor) -> None:
         z = bank.project(x)
         config = RouterConfig(name="spectr")
         scores = torch.stack([score_tokens(f, bank, z, config) for f in STANDARDISED])
@@ -45,7 +44,6 @@ class _Statistics(RoutingPlan):
         length = self._is_evidence.sum(1)[:, None]
         sums = (of_text.sum(1), scores.square().sum((1, 2)), (of_text.square() / length).sum(1))
         self._totals[bank.path] = self._totals.get(bank.path, 0) + torch.stack(sums, dim=1)
-        return x.new_zeros(())
 
 
 def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:

@@ -376,8 +376,24 @@ class RoutingPlan:
         return bank.expand(mixed).to(x.dtype)
 
 
-class FirstReading(RoutingPlan):
-    """The plan of a pass over prompts in which the experts add nothing and are only listened to."""
+class Listening(RoutingPlan):
+    """The plan of a pass in which the experts add nothing to the base and are only listened to."""
+
+    def __init__(self) -> None:
+        super().__init__([], [])
+        self.is_base_only = False
+
+    def listen(self, bank: LayerBank, x: Tensor) -> None:
+        """What to do with a layer's input x (R, T, D_in)."""
+        raise NotImplementedError
+
+    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+        self.listen(bank, x)
+        return x.new_zeros(())
+
+
+class FirstReading(Listening):
+    """Prompts, read by the bare base for the routers that read first."""
 
     def __init__(
         self,
@@ -389,15 +405,13 @@ class FirstReading(RoutingPlan):
     ) -> None:
         """routers: those that read first, one per row. is_evidence: (R, T) bool over the prompts,
         which are padded on the left; False for padding and template."""
-        super().__init__([], expert_names)
-        self.is_base_only = False
+        super().__init__()
         self._groups = _make_groups(routers, len(expert_names), calibration, is_evidence)
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+    def listen(self, bank: LayerBank, x: Tensor) -> None:
         z = bank.project(x)
         for group in self._groups:
             group.scores(bank, z if group.is_whole else z[group.rows])
-        return x.new_zeros(())
 
     def pool(self, router: RouterConfig) -> EvidencePool:
         """What the rows of this router have read."""

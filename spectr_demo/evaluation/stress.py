@@ -33,7 +33,7 @@ from spectr_demo.inspection import ExpertSummary, overlaps
 from spectr_demo.layers import routed
 from spectr_demo.pooling import EvidencePool
 from spectr_demo.prompts import shared_length
-from spectr_demo.routing import ROUTERS, RoutingPlan, distinct_scores, parse_router
+from spectr_demo.routing import ROUTERS, Listening, RoutingPlan, distinct_scores, parse_router
 
 RANKS = (8, 4, 2, 1)
 SIGMAS = (0.1, 0.3, 1.0, 3.0)
@@ -155,18 +155,16 @@ def _libraries(
     return libraries
 
 
-class _Generic(RoutingPlan):
-    """A plan that adds nothing to the base and collects the statistics of one generic text."""
+class _Generic(Listening):
+    """Collects the statistics of one generic text."""
 
     def __init__(self, statistics: GenericText, num_opening: int) -> None:
-        super().__init__([], [])
-        self.is_base_only = False
+        super().__init__()
         self._statistics = statistics
         self._num_opening = num_opening
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+    def listen(self, bank: LayerBank, x: Tensor) -> None:
         self._statistics.add(bank.path, x[0, self._num_opening :])
-        return x.new_zeros(())
 
 
 def read_generic(
@@ -223,19 +221,17 @@ class _Context:
         return self.sums[:, ids] / self.weights[:, ids].clamp(min=1e-12)
 
 
-class _FirstReading(RoutingPlan):
-    """The plan of the bare base that reads a prompt for `spectr-context`."""
+class _FirstReading(Listening):
+    """A prompt, read by the bare base for `spectr-context`."""
 
     def __init__(self, variants: Variants, context: _Context) -> None:
-        super().__init__([], [])
-        self.is_base_only = False
+        super().__init__()
         self._variants = variants
         self.context = context
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+    def listen(self, bank: LayerBank, x: Tensor) -> None:
         raw = self._variants.scores(bank.path, x[0])
         self.context.add(bank, self._variants.standardise(bank.path, raw, DISTINCT))
-        return x.new_zeros(())
 
 
 class _Decisions(RoutingPlan):
