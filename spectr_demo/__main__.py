@@ -253,6 +253,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         settings = replace(settings, num_examples=arguments.num_examples)
     if arguments.routers:
         settings = replace(settings, labels=tuple(arguments.routers))
+    if arguments.retrained:
+        settings = replace(settings, retrained=tuple(arguments.retrained))
     results = Evaluation(_load(arguments), settings).run()
     # The shipped results are the full run's; a quick one leaves them alone.
     output = arguments.output or (Path("quick.json") if arguments.quick else RESULTS)
@@ -328,6 +330,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="about five minutes on two cores")
     command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 16)")
     command.add_argument("--routers", nargs="+", metavar="ROW", help="rows of the tables, by label")
+    command.add_argument(
+        "--retrained",
+        nargs="+",
+        metavar="NAME=FOLDER",
+        help="experts of these domains that were trained again, to be tested against the first",
+    )
     command.add_argument("--output", type=Path, help="JSON file (default: the shipped results)")
     command.set_defaults(run=evaluate)
 
@@ -347,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     command.add_argument("--batch-size", type=int, help="examples per step (default: 8)")
-    command.add_argument("--seed", type=int, help="of data, initialisation and order")
+    command.add_argument("--seed", type=int, help="of initialisation and order; the split stays")
     command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")
     command.add_argument("--overwrite", action="store_true", help="replace a finished expert")
     command.set_defaults(run=train)

@@ -33,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from spectr_demo.config import ASSETS, base_from_environment, cache_dir
 from spectr_demo.evaluation.heldout import Score, generate_answers, score_answers
-from spectr_demo.evaluation.tasks import Example, Split, Task, get_task
+from spectr_demo.evaluation.tasks import SPLIT_SEED, Example, Split, Task, get_task
 from spectr_demo.loading import EMBEDDED_ID, load_base, read_base_config
 from spectr_demo.model_card import model_card
 from spectr_demo.training_cost import estimate_training
@@ -188,7 +188,7 @@ def train(
     recipe = recipe or Recipe()
     output_dir = output_dir or expert_folder(name, base)
     task = check(name, output_dir, overwrite)
-    split = task.build(recipe.seed)
+    split = task.build(SPLIT_SEED)
     base = base or base_from_environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if base is not None:  # said before gigabytes are fetched

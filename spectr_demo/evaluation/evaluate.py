@@ -43,6 +43,7 @@ from spectr_demo.evaluation import (
     heldout,
     merging,
     reading,
+    retrained,
     tasks,
     variants,
 )
@@ -52,22 +53,23 @@ from spectr_demo.evaluation.compositional import LAYOUTS, Layout, compositional_
 from spectr_demo.evaluation.heldout import continue_texts, summarize
 from spectr_demo.evaluation.merging import dare_merge, ties_merge
 from spectr_demo.evaluation.reading import Reading, Text, read
+from spectr_demo.evaluation.retrained import attach, read_retrained, retrained_test
 from spectr_demo.evaluation.stress import stress
-from spectr_demo.evaluation.tasks import TASKS, Example
-from spectr_demo.experts import ExpertLibrary
+from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
+from spectr_demo.experts import Adapter
 from spectr_demo.layers import routed
 from spectr_demo.prompts import encode, encode_answered
 from spectr_demo.routing import ROUTERS, parse_router
 from spectr_demo.trace import NOT_ROUTED
 from spectr_demo.tracing import library_versions
 
-SEED = 0  # of the splits: the shipped experts never saw these held-out examples
+RESAMPLING_SEED = 0
 MERGE_SEEDS = (0, 1, 2)
 NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
     *(calibration, engine, experts, layers, pooling, prompts, recorder, routing, spectral),
-    *(accuracy, compositional, heldout, merging, reading, stress_tests, variants),
+    *(accuracy, compositional, heldout, merging, reading, retrained, stress_tests, variants),
 )
 
 
@@ -123,13 +125,15 @@ QUICK = ("base", "oracle", "arrow", "spectr", "spectr-context")
 class Settings:
     """How much is measured. num_examples: per domain, half of them with held-out wordings.
     num_pairs: of compositional prompts. num_offdomain: of ordinary chat. stress_texts: per domain,
-    0 leaves those tests out. labels: contenders."""
+    0 leaves those tests out. retrained: NAME=FOLDER of experts trained again, see `retrained`.
+    labels: contenders."""
 
     num_examples: int = 16
     num_pairs: int = 12
     num_offdomain: int = 16
     labels: tuple[str, ...] = tuple(contender.label for contender in CONTENDERS)
     stress_texts: int = 2
+    retrained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_examples < 2:
@@ -162,7 +166,8 @@ class Evaluation:
             )
         for name in self.names:
             TASKS[name].check_packages()
-        held = {name: TASKS[name].build(SEED).heldout for name in self.names}
+        self.retrained = [read_retrained(source, self.names) for source in settings.retrained]
+        held = {name: TASKS[name].build(SPLIT_SEED).heldout for name in self.names}
         self.examples = {name: list(held[name][: settings.num_examples]) for name in self.names}
         self.pairs = make_pairs(held, settings.num_pairs)
         chosen = [c for c in CONTENDERS if c.label in settings.labels]
@@ -183,7 +188,9 @@ class Evaluation:
         offdomain: dict[str, Any] = {}
         compositional: dict[str, Any] = {}
         parts = len(self.contenders) * (2 * len(self.names) + 1 + len(LAYOUTS))
-        with tqdm(total=parts + len(self.merges) * 2 * len(self.names), unit="part") as bar:
+        parts += len(self.merges) * 2 * len(self.names)
+        parts += (self.settings.stress_texts > 0) + len(self.retrained)
+        with tqdm(total=parts, unit="part") as bar:
             self._bar = bar
             for contender in self.contenders:
                 answers[contender.label], readings[contender.label] = self._domains(contender)
@@ -199,6 +206,7 @@ class Evaluation:
                     for layout in LAYOUTS
                 }
             stressed = self._stress() if self.settings.stress_texts else None
+            retrained = [self._retrained(name, adapter) for name, adapter in self.retrained]
             if self.merges:
                 self.engine = self._merged()
             for contender in self.merges:
@@ -215,6 +223,7 @@ class Evaluation:
             "offdomain": offdomain,
             "compositional": compositional,
             "stress": stressed,
+            "retrained": retrained,
         }
 
     def _domains(self, contender: Contender) -> tuple[dict[str, list[float]], dict[str, Any]]:
@@ -302,19 +311,28 @@ class Evaluation:
             lambda config: stress(self.engine, texts, generic_prompts()),
         )
 
+    def _retrained(self, name: str, adapter: Adapter) -> dict[str, Any]:
+        examples = self.examples[name]
+        texts = [make_text(self.engine, e.prompt, e.answer) for e in examples]
+
+        def compute(config: RouterConfig) -> dict[str, Any]:
+            result, self.engine = retrained_test(self.engine, name, adapter, texts)
+            return result
+
+        return self._part("retrained", RouterConfig(name="base"), compute, adapter.sha256)
+
     def _merged(self) -> SpectrModel:
         """The same base with the static merges as its experts."""
         adapters = self.engine.library.adapters
         merged = [ties_merge(adapters), *(dare_merge(adapters, seed) for seed in MERGE_SEEDS)]
-        self.engine.detach()
-        model = self.engine.model
-        return SpectrModel(self.engine.base, ExpertLibrary.from_adapters(merged, model))
+        return attach(self.engine, merged)
 
     def _part(
         self, kind: str, config: RouterConfig, compute: Callable[[RouterConfig], Any], of: str = ""
     ) -> Any:
         """What `compute(config)` gives, from the cache where this very part was measured before."""
-        amount = {**asdict(self.settings), "labels": None}  # rows may be measured at any time
+        # Rows and retrained experts may be measured at any time.
+        amount = {**asdict(self.settings), "labels": None, "retrained": None}
         key = json.dumps([kind, of, config.to_json(), amount], sort_keys=True)
         file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         try:
@@ -345,7 +363,7 @@ class Evaluation:
         return {
             "commit": _commit(),
             "date": datetime.now(UTC).date().isoformat(),
-            "seed": SEED,
+            "seed": SPLIT_SEED,
             "base": base.source,
             "base_fingerprint": base.fingerprint,
             "quantization": base.quantization,
@@ -378,7 +396,7 @@ def summarise(answers: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
     all labels share the resampled prompts.
     """
     names = list(next(iter(answers.values())))
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(RESAMPLING_SEED)
     draws = {
         name: rng.integers(0, num, size=(NUM_RESAMPLES, num))
         for name, num in ((name, len(next(iter(answers.values()))[name])) for name in names)

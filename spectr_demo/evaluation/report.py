@@ -52,6 +52,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         sections.append(
             "## Weak and alike experts, and many of them\n\n" + stress_tables(results["stress"])
         )
+    if results.get("retrained"):
+        sections.append("## Experts trained again\n\n" + retrained_tables(results["retrained"]))
     return "\n".join(sections)
 
 
@@ -249,6 +251,54 @@ def stress_tables(stress: Mapping[str, Any]) -> str:
             table("experts", number),
             "Which diagnostic goes with accuracy (Spearman, over all cut and spoiled experts):\n",
             _table(["diagnostic", *methods], spearman),
+        )
+    )
+
+
+def retrained_tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Routing accuracy with experts of another seed or of fewer steps."""
+    routers = list(rows[0]["before"])
+
+    def lines(key: str) -> list[list[str]]:
+        return [
+            [row["expert"], row["retrained"], *(f"{row[key][r]:.1%}" for r in routers)]
+            for row in rows
+        ]
+
+    facts = [
+        [
+            *(row["expert"], row["retrained"], f"{row['overlap']:.2f}"),
+            *(
+                f"{row['update_norm']:.2f}",
+                f"{row['nll']['own']:.2f}",
+                f"{row['nll']['other']:.2f}",
+            ),
+            "yes" if row["warnings"] else "no",
+        ]
+        for row in rows
+    ]
+    beside = [
+        [
+            *(row["expert"], row["retrained"]),
+            *(f"{b['own']:.1%} / {b['other']:.1%}" for b in map(row["beside"].get, routers)),
+        ]
+        for row in rows
+    ]
+    return "\n".join(
+        (
+            "Experts of the same domain, trained again and put into the library. What they are: "
+            "subspace overlap with the shipped expert, length of the update relative to it, NLL of "
+            "the domain's answers under each alone, and whether `inspect` warns of them:\n",
+            _table(
+                ["expert", "trained again", *("overlap", "update", "NLL", "NLL again", "warned")],
+                facts,
+            ),
+            "Routing accuracy on the domain's answer tokens with the library as it is:\n",
+            _table(["expert", "trained again", *routers], lines("before")),
+            "With the other one in its place:\n",
+            _table(["expert", "trained again", *routers], lines("instead")),
+            "With both, decisions for the shipped one / for the other:\n",
+            _table(["expert", "trained again", *routers], beside),
         )
     )
 

@@ -13,6 +13,9 @@ from spectr_demo.evaluation.tasks.sql import SQL
 from spectr_demo.evaluation.tasks.task import Example, Item, Split, Task, make_split
 from spectr_demo.evaluation.tasks.to_es import TO_ES
 
+# Every expert is trained and tested on this split, so that none has seen what another is asked.
+SPLIT_SEED = 0
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
