@@ -10,8 +10,9 @@ import json
 import torch
 from torch import Tensor
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.config import ASSETS, RouterConfig
-from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase
 from spectr_demo.prompts import encode, shared_length, template_opening
@@ -30,25 +31,26 @@ def generic_prompts() -> list[str]:
 class _Statistics(Listening):
     """Sums the scores of the tokens that count."""
 
-    def __init__(self, is_evidence: Tensor, totals: dict[str, Tensor]) -> None:
+    def __init__(self, is_evidence: Tensor, totals: dict[ExpertBank, Tensor]) -> None:
         super().__init__()
         self._is_evidence = is_evidence
         self._totals = totals
 
-    def listen(self, bank: LayerBank, x: Tensor) -> None:
+    def listen(self, bank: ExpertBank, x: Tensor) -> None:
         z = bank.project(x)
         config = RouterConfig(name="spectr")
         scores = torch.stack([score_tokens(f, bank, z, config) for f in STANDARDISED])
-        scores = torch.where(self._is_evidence[..., None], scores, 0).double()  # (S, R, T, E)
+        is_evidence = self._is_evidence[..., None, None]
+        scores = torch.where(is_evidence, scores, 0).double()  # (S, R, T, P, E)
         of_text = scores.sum(2)
-        length = self._is_evidence.sum(1)[:, None]
+        length = is_evidence.sum(1)
         sums = (of_text.sum(1), scores.square().sum((1, 2)), (of_text.square() / length).sum(1))
-        self._totals[bank.path] = self._totals.get(bank.path, 0) + torch.stack(sums, dim=1)
+        self._totals[bank] = self._totals.get(bank, 0) + torch.stack(sums, dim=1)
 
 
 def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
     """Read the generic prompts as the bare base does, and listen to every expert at every layer."""
-    tokenizer, totals = base.tokenizer, dict[str, Tensor]()
+    tokenizer, totals = base.tokenizer, dict[ExpertBank, Tensor]()
     opening = template_opening(tokenizer)
     texts = [encode(tokenizer, prompt) for prompt in generic_prompts()]
     texts.sort(key=len)
@@ -66,7 +68,7 @@ def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
         with torch.inference_mode(), routed(_Statistics(is_evidence.to(device), totals)):
             decoder(input_ids=input_ids.to(device), use_cache=False)
     statistics = {}
-    for path, sums in totals.items():
+    for bank, sums in totals.items():
         mean, of_squares, of_texts = (sums / num_tokens).unbind(1)
         variance = (of_squares - mean.square()).clamp(min=0)
         # An expert that never responds has no spread, and its scores stay 0.
@@ -74,5 +76,5 @@ def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
         std = torch.where(is_flat, 1.0, variance.sqrt())
         between = (of_texts - mean.square()).clamp(min=0) * (num_tokens / len(texts))
         spread = torch.where(is_flat, 1.0, between / std.square()).clamp(min=MIN_SPREAD)
-        statistics[path] = torch.stack([mean, std, spread], dim=1).float()  # (S, 3, E)
+        statistics[bank] = torch.stack([mean, std, spread], dim=1).float()  # (S, 3, P, E)
     return Calibration(statistics)

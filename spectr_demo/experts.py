@@ -12,9 +12,10 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -24,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.config import cache_dir, unknown_name
-from spectr_demo.spectral import Aligned, align, common_directions
+from spectr_demo.shared_inputs import shared_inputs
+from spectr_demo.spectral import Aligned, align
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ALIGNMENT_VERSION = 1  # part of the cache key: raise it when `align` changes its result
@@ -334,85 +337,12 @@ def _align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerBank:
-    """The experts that touch one linear layer, stacked; smaller ranks padded with zero rows.
-
-    A: (E * r, D_in), B: (E * r, D_out), the transposed B*, both in `dtype` of the bank.
-    singular_values: (E, r) float32. expert_ids: (E,) int64, places in the library's list of names.
-    common: what most of the experts read alike, see `spectral.common_directions`.
-    """
-
-    path: str
-    layer: int
-    projection: str
-    expert_ids: Tensor
-    A: Tensor
-    B: Tensor
-    singular_values: Tensor
-    common: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def from_aligned(
-        cls, path: str, aligned: Mapping[int, Aligned], *, device: torch.device, dtype: torch.dtype
-    ) -> "LayerBank":
-        """aligned: by expert id, for the experts that touch the layer."""
-        rank = max(expert.A.shape[0] for expert in aligned.values())
-        A = [nn.functional.pad(e.A, (0, 0, 0, rank - e.A.shape[0])) for e in aligned.values()]
-        B = [nn.functional.pad(e.B, (0, rank - e.B.shape[1])) for e in aligned.values()]
-        layer, projection = _place(path)
-        return cls(
-            path=path,
-            layer=layer,
-            projection=projection,
-            expert_ids=torch.tensor(list(aligned)),
-            A=torch.cat(A).to(device, dtype),
-            B=torch.cat([b.mT for b in B]).to(device, dtype).contiguous(),
-            singular_values=torch.stack([b.norm(dim=0) for b in B]).to(device),
-        )
-
-    def with_common_directions(self) -> "LayerBank":
-        """The same bank, which knows what its experts have in common."""
-        A = self.A.float().unflatten(0, self.singular_values.shape)
-        return replace(self, common=common_directions(A))
-
-    def project(self, x: Tensor) -> Tensor:
-        """`z = A* x` for every expert: (R, T, E, r) from (R, T, D_in), in the bank's dtype."""
-        z = nn.functional.linear(x.to(self.A.dtype), self.A)
-        return z.unflatten(-1, self.singular_values.shape)
-
-    def distinct(self, z: Tensor) -> Tensor:
-        """(R, T, E, r) float32 from z: what is left of it without the common directions."""
-        z = z.float()
-        if self.common is None:
-            return z
-        read, answer = self.common
-        return z - (z.flatten(-2) @ read.mT @ answer.mT).view_as(z)
-
-    def without_common(self, x: Tensor) -> Tensor:
-        """`(I - V^T V) x`, the input without the common directions; x and result (..., D_in)."""
-        if self.common is None:
-            return x
-        V = self.common[0] @ self.A.float()
-        return x - (x.float() @ V.mT @ V).to(x.dtype)
-
-    def expand(self, z: Tensor) -> Tensor:
-        """`sum_e B*_e z_e`: (R, T, D_out) from (R, T, E, r)."""
-        return z.flatten(-2) @ self.B
-
-
-def _place(path: str) -> tuple[int, str]:
-    """`model.layers.3.self_attn.q_proj` -> layer 3, projection `q_proj`."""
-    parts = path.split(".")
-    return next((int(part) for part in parts if part.isdigit()), 0), parts[-1]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertLibrary:
     """The experts that are loaded, aligned and stacked by layer, ready to attach to their base."""
 
     adapters: tuple[Adapter, ...]
     aligned: tuple[Mapping[str, Aligned], ...] = field(repr=False)
-    banks: Mapping[str, LayerBank] = field(repr=False)
+    banks: tuple[ExpertBank, ...] = field(repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -420,11 +350,11 @@ class ExpertLibrary:
 
     @cached_property
     def num_layers(self) -> int:
-        return 1 + max((bank.layer for bank in self.banks.values()), default=-1)
+        return 1 + max((layer for bank in self.banks for layer in bank.layers), default=-1)
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(bank.projection for bank in self.banks.values()))
+        return tuple(dict.fromkeys(name for bank in self.banks for name in bank.projections))
 
     def index(self, name: str) -> int:
         if name not in self.names:
@@ -441,16 +371,23 @@ class ExpertLibrary:
         if problems := check_adapters(adapters, model):
             raise AdapterError(problems)
         aligned = tuple(align_adapter(adapter) for adapter in adapters)
-        banks = {}
-        for path, module in model.named_modules():
-            touching = {e: expert[path] for e, expert in enumerate(aligned) if path in expert}
-            if touching:
-                weight = next(module.parameters())
-                device = weight.device
-                dtype = torch.float32 if device.type == "cpu" else model.dtype
-                bank = LayerBank.from_aligned(path, touching, device=device, dtype=dtype)
-                banks[path] = bank.with_common_directions()
-        return cls(adapters=tuple(adapters), aligned=aligned, banks=banks)
+        modules = dict(model.named_modules())
+        touched = {path for expert in aligned for path in expert}
+        banks = []
+        for group in shared_inputs(model, [path for path in modules if path in touched]):
+            together: dict[Any, list[str]] = defaultdict(list)
+            for path in group:
+                ids = tuple(e for e, expert in enumerate(aligned) if path in expert)
+                together[ids, next(modules[path].parameters()).device].append(path)
+            for (ids, device), paths in together.items():
+                bank = ExpertBank.from_aligned(
+                    paths,
+                    {e: [aligned[e][path] for path in paths] for e in ids},
+                    device=device,
+                    dtype=torch.float32 if device.type == "cpu" else model.dtype,
+                )
+                banks.append(bank.with_common_directions())
+        return cls(adapters=tuple(adapters), aligned=aligned, banks=tuple(banks))
 
 
 def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:

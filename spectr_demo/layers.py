@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.bank import ExpertBank
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.routing import RoutingPlan
 
 # A context variable, not a global: each thread sees the plan of its own run, or none.
@@ -27,10 +28,12 @@ def routed(plan: RoutingPlan | None) -> Iterator[None]:
 class RoutedLinear(nn.Module):
     """`y = W x + delta(x)`; exactly `W x` where no plan is active or all its rows are base."""
 
-    def __init__(self, base_layer: nn.Module, bank: LayerBank) -> None:
+    def __init__(self, base_layer: nn.Module, bank: ExpertBank, place: int) -> None:
+        """place: of this layer among those that share the bank."""
         super().__init__()
         self.base_layer = base_layer
         self.bank = bank  # plain tensors, shared with the library: nothing to train or to save
+        self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
@@ -39,18 +42,19 @@ class RoutedLinear(nn.Module):
             return y
         if x.dim() != 3:
             raise ValueError(
-                f"{self.bank.path} gets input of shape {tuple(x.shape)}, needed (rows, tokens, "
-                f"{x.shape[-1]}); layers that flatten the batch cannot be routed: leave them out "
-                "of the adapters' target modules"
+                f"{self.bank.paths[self.place]} gets input of shape {tuple(x.shape)}, needed "
+                f"(rows, tokens, {x.shape[-1]}); layers that flatten the batch cannot be routed: "
+                "leave them out of the adapters' target modules"
             )
-        return y + plan.delta(self.bank, x)
+        return plan.add(y, self.bank, self.place, x)
 
 
 def attach_(model: nn.Module, library: ExpertLibrary) -> None:
     """Wrap every layer that some expert touches. No weight of the model is changed or copied."""
-    for path, bank in library.banks.items():
-        parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        setattr(parent, name, RoutedLinear(model.get_submodule(path), bank))
+    for bank in library.banks:
+        for place, path in enumerate(bank.paths):
+            parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            setattr(parent, name, RoutedLinear(model.get_submodule(path), bank, place))
 
 
 def detach_(model: nn.Module) -> None:

@@ -1,12 +1,12 @@
 """Evidence pooled over the text so far: what one token in one layer cannot tell, its context can.
 
-Axes: R rows, T tokens of this pass, E experts of a layer.
+Axes: R rows, T tokens of this pass, P projections of a bank, E experts.
 """
 
 import torch
 from torch import Tensor
 
-from spectr_demo.experts import LayerBank
+from spectr_demo.bank import ExpertBank
 
 _TOKENS_AT_ONCE = 256  # of a long prompt: the matrix that decays them is this number squared
 
@@ -34,8 +34,8 @@ class EvidencePool:
     def _restart(self, is_evidence: Tensor | None) -> None:
         self._is_evidence = is_evidence
         self._num_read = 0  # tokens of the passes that have ended
-        self._first_bank: LayerBank | None = None
-        self._layer_sums: dict[LayerBank, Tensor] = {}  # (R, 1, E) up to the last token read
+        self._first_bank: ExpertBank | None = None
+        self._sums: dict[ExpertBank, Tensor] = {}  # (R, 1, P, E) up to the last token read
         self._token_weight: Tensor | None = None  # (R, T, 1) decayed number of tokens that count
         self._num_counted: Tensor | None = None  # (R, T, 1) tokens that counted, up to each
         self._total = self._layer_weight = torch.empty(0)  # (R, T, E) and (E,), of this pass
@@ -59,38 +59,37 @@ class EvidencePool:
         weights = self._token_weight[:, -1] * self._layer_weight
         return self._total[:, -1] / weights.clamp(min=1e-12)
 
-    def add(self, bank: LayerBank, scores: Tensor, weight: float = 1.0) -> Tensor:
-        """Add a layer's scores (R, T, E) of this pass; return the pooled ones, same shape.
+    def add(self, bank: ExpertBank, scores: Tensor, weights: Tensor) -> Tensor:
+        """Add the scores (R, T, P, E) of a bank's layers; return the pooled ones, same shape.
 
-        weight: of the layer in the average over layers. 0 for an expert that nothing speaks for.
+        weights: (P,) of the layers in the average over layers. 0 for an expert that nothing speaks
+        for.
         """
         if self._first_bank is None or bank is self._first_bank:
             self._first_bank = bank
             self._start_pass(scores)
         scores = scores.clamp(min=0)
         if self._counts is not None:
-            scores = scores * self._counts
-        sums = self._over_tokens(scores, self._layer_sums.get(bank))
-        self._layer_sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
-        assert self._token_weight is not None
-        first = self._first_weight
-        if len(bank.expert_ids) == self._num_experts:
-            self._total += weight * sums
-            self._layer_weight += weight
-            total, layers = self._total, self._layer_weight
-        else:
+            scores = scores * self._counts[..., None]
+        sums = self._over_tokens(scores, self._sums.get(bank))
+        self._sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
+        # A layer knows what the layers before it know, those of its own bank included.
+        sums = (weights[:, None] * sums).cumsum(2)
+        layers = weights.cumsum(0)[:, None]
+        ids: Tensor | slice = slice(None)
+        if len(bank.expert_ids) < self._num_experts:
             ids = bank.expert_ids.to(scores.device)
-            self._total[..., ids] += weight * sums
-            self._layer_weight[ids] += weight
-            total, layers = self._total[..., ids], self._layer_weight[ids]
-            first = None if first is None else first[..., ids]
-        weights = self._token_weight * layers
-        if first is not None:
-            weights = weights + first
-        return total / weights.clamp(min=1e-12)
+        sums = sums + self._total[..., None, ids]
+        layers = layers + self._layer_weight[ids]
+        self._total[..., ids], self._layer_weight[ids] = sums[:, :, -1], layers[-1]
+        assert self._token_weight is not None
+        num = self._token_weight[..., None] * layers
+        if self._first_weight is not None:
+            num = num + self._first_weight[..., None, ids]
+        return sums / num.clamp(min=1e-12)
 
     def _start_pass(self, scores: Tensor) -> None:
-        R, T, _ = scores.shape
+        R, T, *_ = scores.shape
         start, self._num_read = self._num_read, self._num_read + T
         self._counts = None
         if self._is_evidence is not None and start < self._is_evidence.shape[1]:
@@ -113,11 +112,13 @@ class EvidencePool:
         self._total, self._first_weight = faded * total, faded * weight
 
     def _over_tokens(self, values: Tensor, before: Tensor | None) -> Tensor:
-        """Decayed running sums over tokens, (R, T, E); `before` (R, 1, E) is the sum so far."""
+        """Decayed running sums over tokens, (R, T, ...); `before` (R, 1, ...) is the sum so far."""
         T = values.shape[1]
         if T == 1:
             return values if before is None else values + self._decay * before
-        parts = []
+        parts, shape = [], values.shape
+        values = values.flatten(2)
+        before = None if before is None else before.flatten(2)
         for start in range(0, T, _TOKENS_AT_ONCE):
             part = values[:, start : start + _TOKENS_AT_ONCE]
             steps = torch.arange(part.shape[1], device=values.device)
@@ -128,4 +129,4 @@ class EvidencePool:
                 sums = sums + (self._decay ** (steps + 1)).to(values)[:, None] * before
             parts.append(sums)
             before = sums[:, -1:]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1).view(shape)

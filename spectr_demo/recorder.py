@@ -7,24 +7,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.bank import ExpertBank
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.trace import NOT_ROUTED
 
-Choice = tuple[Tensor, Tensor, Tensor]  # expert places in the bank, weights, scores: (T, K) each
+Choice = tuple[Tensor, Tensor, Tensor]  # expert places in the bank, weights, scores: (T, P, K) each
 
 
 class Recorder:
     """Collects choices and hidden states; nothing is moved or copied while the model runs."""
 
     def __init__(self) -> None:
-        self._choices: dict[tuple[int, str], list[Choice]] = defaultdict(list)
+        self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
         self._hidden: list[Tensor] = []
 
     def add_choice(
-        self, bank: LayerBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
+        self, bank: ExpertBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
     ) -> None:
-        """experts, weights, scores: (T, K) of one row at one layer, for the tokens of this pass."""
-        self._choices[row, bank.path].append((experts, weights, scores))
+        """experts, weights, scores: (T, P, K) of one row, for the tokens of this pass."""
+        self._choices[row, bank].append((experts, weights, scores))
 
     def add_hidden(self, hidden: Tensor) -> None:
         """hidden: (R, T, D), the decoder's last hidden states for the tokens of this pass."""
@@ -46,14 +47,15 @@ class Recorder:
         experts = np.full(shape, NOT_ROUTED, np.int16)
         weights = np.zeros(shape, np.float32)
         scores = np.full(shape, np.nan, np.float32)
-        for bank in library.banks.values():
-            passes = self._choices[row, bank.path]
+        for bank in library.banks:
+            passes = self._choices[row, bank]
             experts_read, weights_read, scores_read = map(torch.cat, zip(*passes, strict=True))
             joined = (experts_read, weights_read, scores_read)
-            self._choices[row, bank.path] = [joined]  # a partial trace need not be joined again
+            self._choices[row, bank] = [joined]  # a partial trace need not be joined again
             chosen, weight, score = (part[: num_tokens - 1].cpu() for part in joined)
-            T, K = chosen.shape
-            place = np.s_[:T, bank.layer, library.projections.index(bank.projection), :K]
+            T, _, K = chosen.shape
+            projections = [library.projections.index(name) for name in bank.projections]
+            place = np.s_[:T, bank.layers, projections, :K]
             experts[place] = np.where(weight > 0, bank.expert_ids[chosen], NOT_ROUTED)
             weights[place] = weight.numpy()
             scores[place] = np.where(weight > 0, score, np.nan)

@@ -1,7 +1,8 @@
 """The routers: score each expert for each token from the experts' own weights, select, weigh.
 
-Axes: R rows (columns of a comparison), T tokens, E experts, K selected, r rank. All scores are
-functions of `z = A* x`, the token in the experts' aligned bases, so one product serves them all.
+Axes: R rows (columns of a comparison), T tokens, P projections that read one input, E experts, K
+selected, r rank. All scores are functions of `z = A* x`, the token in the experts' aligned bases,
+so one product serves them all.
 """
 
 from collections import defaultdict
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig, unknown_name
-from spectr_demo.experts import LayerBank
 from spectr_demo.pooling import EvidencePool
 from spectr_demo.recorder import Recorder
 
@@ -23,8 +24,8 @@ Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
 def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
     """Length of the token's projection on each expert's input subspace, `||A*_e x||_2`.
 
-    z: (R, T, E, r). Returns (R, T, E) float32, in the units of x: comparable between experts for
-    one token, not between tokens (SpectR, Fleshman & Van Durme 2025, arXiv 2504.03454, eq. 5).
+    z: (R, T, P, E, r). Returns (R, T, P, E) float32, in the units of x: comparable between experts
+    for one token, not between tokens (SpectR, Fleshman & Van Durme 2025, arXiv 2504.03454, eq. 5).
     """
     return torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
 
@@ -32,7 +33,8 @@ def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> T
 def arrow_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
     """Length along each expert's first singular direction, `|a*_e . x|`; its sign is arbitrary.
 
-    z: (R, T, E, r). Returns (R, T, E) float32 (Arrow, Ostapenko et al. 2024, arXiv 2405.11157).
+    z: (R, T, P, E, r). Returns (R, T, P, E) float32 (Arrow, Ostapenko et al. 2024, arXiv
+    2405.11157).
     """
     return z[..., 0].float().abs()
 
@@ -40,7 +42,7 @@ def arrow_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Te
 def lag_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
     """SpectR's score for the `prefilter` experts with the best arrow score, -inf for the others.
 
-    z: (R, T, E, r). Returns (R, T, E) float32 (LAG, arXiv 2507.05346).
+    z: (R, T, P, E, r). Returns (R, T, P, E) float32 (LAG, arXiv 2507.05346).
     """
     num_kept = min(config.prefilter, z.shape[-2])
     kept = arrow_scores(z, singular_values, config).topk(num_kept, dim=-1).indices
@@ -51,7 +53,8 @@ def lag_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tens
 def norm_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
     """Length of each expert's output, `||B_e A_e x||_2 = ||S A*_e x||_2` since U is orthonormal.
 
-    z: (R, T, E, r), singular_values: (E, r). Returns (R, T, E) float32 (SEQR, arXiv 2509.18093).
+    z: (R, T, P, E, r), singular_values: (P, E, r). Returns (R, T, P, E) float32 (SEQR, arXiv
+    2509.18093).
     """
     return torch.linalg.vector_norm(z.float() * singular_values, dim=-1)
 
@@ -59,13 +62,13 @@ def norm_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Ten
 def distinct_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
     """SpectR's score of what an expert reads and most others do not, `||A*_e (I - V^T V) x||_2`.
 
-    z: (R, T, E, r) as `LayerBank.distinct` gives it. Returns (R, T, E) float32.
+    z: (R, T, P, E, r) as `ExpertBank.distinct` gives it. Returns (R, T, P, E) float32.
     """
     return spectr_scores(z, singular_values, config)
 
 
-def score_tokens(score: Score, bank: LayerBank, z: Tensor, config: RouterConfig) -> Tensor:
-    """Any of these scores: (R, T, E) float32 from z = A* x (R, T, E, r) of a layer."""
+def score_tokens(score: Score, bank: ExpertBank, z: Tensor, config: RouterConfig) -> Tensor:
+    """Any of these scores: (R, T, P, E) float32 from z = A* x (R, T, P, E, r)."""
     if score is distinct_scores:
         z = bank.distinct(z)
     return score(z, bank.singular_values, config)
@@ -272,25 +275,20 @@ class Calibration:
     """What text of no domain says about each score, by layer and expert: mean, standard deviation,
     and spread, the variance of a text's mean relative to that of as many independent tokens."""
 
-    def __init__(self, statistics: Mapping[str, Tensor]) -> None:
-        """statistics: by layer path, (S, 3, E) float32: the scores in the order of `STANDARDISED`,
-        the three statistics, the experts of the layer."""
+    def __init__(self, statistics: Mapping[ExpertBank, Tensor]) -> None:
+        """statistics: (S, 3, P, E) float32 of each bank: the scores in the order of `STANDARDISED`,
+        the three statistics, the bank's layers and experts."""
         self._statistics = statistics
-        self._spread: dict[tuple[LayerBank, Score], float] = {}
 
-    def standardise(self, bank: LayerBank, score: Score, values: Tensor) -> Tensor:
-        """`(values - mean) / std`: values (R, T, E) of the bank, in standard deviations."""
-        mean, std, _ = self._statistics[bank.path][STANDARDISED.index(score)]
+    def standardise(self, bank: ExpertBank, score: Score, values: Tensor) -> Tensor:
+        """`(values - mean) / std`: values (R, T, P, E), in standard deviations."""
+        mean, std, _ = self._statistics[bank][STANDARDISED.index(score)]
         return (values - mean) / std
 
-    def spread(self, bank: LayerBank, score: Score) -> float:
-        """The mean spread of the layer's experts. About 1 where every token is news; large where
-        neighbouring tokens repeat each other, or where texts of no domain differ anyway."""
-        key = bank, score
-        if key not in self._spread:
-            spread = self._statistics[bank.path][STANDARDISED.index(score), 2]
-            self._spread[key] = float(spread.mean())
-        return self._spread[key]
+    def spread(self, bank: ExpertBank, score: Score) -> Tensor:
+        """(P,): the mean spread of each layer's experts. About 1 where every token is news; large
+        where neighbouring tokens repeat each other, or where texts of no domain differ anyway."""
+        return self._statistics[bank][STANDARDISED.index(score), 2].mean(-1)
 
 
 class RoutingPlan:
@@ -327,25 +325,26 @@ class RoutingPlan:
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
         self._has_merged = any(is_merged)
-        self._is_merged = torch.tensor(is_merged)[:, None, None, None]  # (R, 1, 1, 1)
+        self._is_merged = torch.tensor(is_merged)[:, None, None, None, None]  # (R, 1, 1, 1, 1)
         self._constant = torch.tensor(
             [
                 [_constant_weight(r, name, len(expert_names)) for name in expert_names]
                 for r in routers
             ]
         )  # (R, E)
-        self._constant_of: dict[LayerBank, Tensor] = {}
+        self._constant_of: dict[ExpertBank, Tensor] = {}
+        self._mixed: Tensor | None = None  # of the bank whose layers run now
 
-    def constant_weights(self, bank: LayerBank) -> Tensor:
-        """(R, 1, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
+    def constant_weights(self, bank: ExpertBank) -> Tensor:
+        """(R, 1, 1, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
         if bank not in self._constant_of:
             weights = self._constant[:, bank.expert_ids].to(bank.A.device)
-            self._constant_of[bank] = weights.unsqueeze(1)
+            self._constant_of[bank] = weights[:, None, None]
         return self._constant_of[bank]
 
-    def weights(self, bank: LayerBank, z: Tensor) -> Tensor:
-        """Weight of each expert for each token: (R, T, E) float32 from z (R, T, E, r)."""
-        weights = self.constant_weights(bank).expand(z.shape[:3])
+    def weights(self, bank: ExpertBank, z: Tensor) -> Tensor:
+        """Weight of each expert for each token: (R, T, P, E) float32 from z (R, T, P, E, r)."""
+        weights = self.constant_weights(bank).expand(z.shape[:4])
         is_shared = len(self._groups) > 1 or any(not group.is_whole for group in self._groups)
         if is_shared:
             weights = weights.clone()
@@ -361,19 +360,30 @@ class RoutingPlan:
             weights[group.rows] = group_weights
         return weights
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
-        """The experts' weighted contribution to a layer's output: (R, T, D_out) from (R, T, D_in).
+    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor | None:
+        """What the bank's layers multiply by B*: (R, T, P, E, r) from their input x (R, T, D_in).
 
         `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
-        cross terms are part of SpectR. Both are one product with the stacked B*.
+        cross terms are part of SpectR. Both are one product with the stacked B*. None: nothing is
+        added.
         """
         z = bank.project(x)
-        weights = self.weights(bank, z).to(z.dtype).unsqueeze(-1)  # (R, T, E, 1)
+        weights = self.weights(bank, z).to(z.dtype).unsqueeze(-1)  # (R, T, P, E, 1)
         mixed = weights * z
         if self._has_merged:
             merged = weights * mixed.sum(dim=-2, keepdim=True)
             mixed = torch.where(self._is_merged.to(z.device), merged, mixed)
-        return bank.expand(mixed).to(x.dtype)
+        return mixed
+
+    def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
+        """A layer's output y (R, T, D_out) with the experts' contribution to it.
+
+        The layers of a bank run in the order of their places, and all read x: the first one mixes
+        for all of them.
+        """
+        if place == 0:
+            self._mixed = self.mix(bank, x)
+        return y if self._mixed is None else bank.add(y, self._mixed, place)
 
 
 class Listening(RoutingPlan):
@@ -383,13 +393,12 @@ class Listening(RoutingPlan):
         super().__init__([], [])
         self.is_base_only = False
 
-    def listen(self, bank: LayerBank, x: Tensor) -> None:
-        """What to do with a layer's input x (R, T, D_in)."""
+    def listen(self, bank: ExpertBank, x: Tensor) -> None:
+        """What to do with the input x (R, T, D_in) of a bank's layers."""
         raise NotImplementedError
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
+    def mix(self, bank: ExpertBank, x: Tensor) -> None:
         self.listen(bank, x)
-        return x.new_zeros(())
 
 
 class FirstReading(Listening):
@@ -408,7 +417,7 @@ class FirstReading(Listening):
         super().__init__()
         self._groups = _make_groups(routers, len(expert_names), calibration, is_evidence)
 
-    def listen(self, bank: LayerBank, x: Tensor) -> None:
+    def listen(self, bank: ExpertBank, x: Tensor) -> None:
         z = bank.project(x)
         for group in self._groups:
             group.scores(bank, z if group.is_whole else z[group.rows])
@@ -459,6 +468,7 @@ class _Group:
         self._calibration = calibration if router.calibrated else None
         self._is_evidence = None if is_evidence is None else is_evidence[rows]
         self.pool: EvidencePool | None = None
+        self._weights_of: dict[ExpertBank, Tensor] = {}
         self.least: float | None = None  # the best expert's score must exceed it
         if router.decay is not None:
             self.pool = EvidencePool(router.decay, num_experts, self._is_evidence)
@@ -474,18 +484,25 @@ class _Group:
         self.pool = first_reading.pool(self.router)
         self.pool.read_again(self._is_evidence)
 
-    def scores(self, bank: LayerBank, z: Tensor) -> Tensor:
-        """(R, T, E) float32 from z (R, T, E, r): the score, standardised, pooled, as asked."""
+    def scores(self, bank: ExpertBank, z: Tensor) -> Tensor:
+        """(R, T, P, E) float32 from z (R, T, P, E, r): the score, as the router asks."""
         scores = score_tokens(self._score, bank, z, self.router)
         if self._calibration is not None:
             scores = self._calibration.standardise(bank, self._score, scores)
         if self.pool is None:
             return scores
-        weight = 1.0
-        if self._calibration is not None and self.router.reliability > 0:
-            weight = self._calibration.spread(bank, self._score) ** -self.router.reliability
-        evidence = self.pool.add(bank, scores, weight)
+        evidence = self.pool.add(bank, scores, self._weights(bank))
         return evidence if self.router.confidence is None else lead(evidence)
+
+    def _weights(self, bank: ExpertBank) -> Tensor:
+        """(P,) of the bank's layers in the average over layers."""
+        if bank not in self._weights_of:
+            weights = torch.ones(len(bank.paths), device=bank.A.device)
+            if self._calibration is not None and self.router.reliability > 0:
+                spread = self._calibration.spread(bank, self._score)
+                weights = spread**-self.router.reliability
+            self._weights_of[bank] = weights
+        return self._weights_of[bank]
 
 
 def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:

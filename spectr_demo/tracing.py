@@ -119,9 +119,11 @@ def _routing(
     # Constant weights: one row of arrays, seen by every token through a broadcast view.
     places = (1, library.num_layers, len(library.projections))
     weights = np.zeros((*places, len(library.names)), np.float32)
-    for bank in library.banks.values():
-        place = np.s_[0, bank.layer, library.projections.index(bank.projection)]
-        weights[place][bank.expert_ids.numpy()] = plan.constant_weights(bank)[row, 0].cpu().numpy()
+    for bank in library.banks:
+        constant = plan.constant_weights(bank)[row, 0, 0].cpu().numpy()
+        for layer, name in zip(bank.layers, bank.projections, strict=True):
+            place = np.s_[0, layer, library.projections.index(name)]
+            weights[place][bank.expert_ids.numpy()] = constant
     used = np.flatnonzero(weights.any(axis=(0, 1, 2)))
     weights = weights[..., used]
     experts = np.where(weights > 0, used, NOT_ROUTED).astype(np.int16)

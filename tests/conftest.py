@@ -16,9 +16,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.config import cache_dir
 from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import load_experts
+from spectr_demo.experts import ExpertLibrary, load_experts
 from spectr_demo.loading import LoadedBase
 from spectr_demo.routing import ROUTERS
 
@@ -72,6 +73,11 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 SaveExpert = Callable[..., str]
+
+
+def banks_by_path(library: ExpertLibrary) -> dict[str, ExpertBank]:
+    """The experts of each layer alone."""
+    return {bank.paths[0]: bank for shared in library.banks for bank in shared.split()}
 
 
 @pytest.fixture(scope="session")

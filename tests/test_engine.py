@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.calibration import generic_prompts
 from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine import SpectrModel, Step, mean_logprob
-from spectr_demo.experts import LayerBank
 from spectr_demo.layers import RoutedLinear, routed
 from spectr_demo.prompts import request_start
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
@@ -229,11 +229,11 @@ def test_closing_cancels_between_tokens_and_frees_the_run(routed_model: SpectrMo
 def test_an_error_in_the_model_reaches_the_reader_and_leaves_the_engine_usable(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: RoutingPlan, bank: LayerBank, x: Tensor) -> Tensor:
+    def broken(self: RoutingPlan, bank: ExpertBank, x: Tensor) -> Tensor:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RoutingPlan, "delta", broken)
+        patch.setattr(RoutingPlan, "mix", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             run(routed_model, ["spectr"])
     assert run(routed_model, ["spectr"]).columns[0].num_tokens == 24
@@ -365,10 +365,14 @@ def test_delta_is_the_equation(
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 
-    D_in, D_out = 16, 12
-    aligned = {e: align(randn(r, D_in), randn(D_out, r), 1.0) for e, r in enumerate(ranks)}
+    D_in, D_outs = 16, (12, 5)
+    aligned = {
+        e: [align(randn(r, D_in), randn(D_out, r), 1.0) for D_out in D_outs]
+        for e, r in enumerate(ranks)
+    }
+    paths = ("layers.0.q_proj", "layers.0.k_proj")
     device = torch.device("cpu")
-    bank = LayerBank.from_aligned("layers.0.q_proj", aligned, device=device, dtype=torch.float32)
+    bank = ExpertBank.from_aligned(paths, aligned, device=device, dtype=torch.float32)
     names = [f"e{e}" for e in aligned]
     config = RouterConfig(
         name=router,
@@ -379,23 +383,25 @@ def test_delta_is_the_equation(
     R, T = shape
     x = randn(R, T, D_in).to(dtype)
     plan = RoutingPlan([config] * R, names)
-    weights = plan.weights(bank, bank.project(x))  # (R, T, E)
-    delta = plan.delta(bank, x)
-    assert delta.dtype == dtype
+    all_weights = plan.weights(bank, bank.project(x))  # (R, T, P, E)
     r = max(ranks)
-    A = torch.stack(
-        [torch.nn.functional.pad(a.A, (0, 0, 0, r - len(a.A))) for a in aligned.values()]
-    )
-    B = torch.stack([torch.nn.functional.pad(a.B, (0, r - a.B.shape[1])) for a in aligned.values()])
-    if composition == "parameters":
-        merged_A = torch.einsum("rte,ekd->rtkd", weights, A)
-        merged_B = torch.einsum("rte,eok->rtok", weights, B)
-        expected = torch.einsum("rtok,rtkd,rtd->rto", merged_B, merged_A, x.float())
-    else:
-        expected = torch.einsum("rte,eok,ekd,rtd->rto", weights, B, A, x.float())
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    scale = float(expected.abs().max()) + 1
-    assert_close(delta.float(), expected, atol=tolerance * scale, rtol=tolerance)
+    for p, D_out in enumerate(D_outs):
+        y = randn(R, T, D_out).to(dtype)
+        routed_y = plan.add(y, bank, p, x)
+        assert routed_y.dtype == dtype
+        weights, layer = all_weights[:, :, p], [expert[p] for expert in aligned.values()]
+        A = torch.stack([torch.nn.functional.pad(a.A, (0, 0, 0, r - len(a.A))) for a in layer])
+        B = torch.stack([torch.nn.functional.pad(a.B, (0, r - a.B.shape[1])) for a in layer])
+        if composition == "parameters":
+            merged_A = torch.einsum("rte,ekd->rtkd", weights, A)
+            merged_B = torch.einsum("rte,eok->rtok", weights, B)
+            expected = torch.einsum("rtok,rtkd,rtd->rto", merged_B, merged_A, x.float())
+        else:
+            expected = torch.einsum("rte,eok,ekd,rtd->rto", weights, B, A, x.float())
+        expected = y.float() + expected
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        scale = float(expected.abs().max()) + 1
+        assert_close(routed_y.float(), expected, atol=tolerance * scale, rtol=tolerance)
 
 
 def _ids(column: ColumnTrace) -> Tensor:
@@ -424,12 +430,13 @@ class _Replay(RoutingPlan):
         super().__init__([router], names, calibration=model.calibration)
         self.trace, self.column = trace, column
 
-    def weights(self, bank: LayerBank, z: Tensor) -> Tensor:
-        place = np.s_[:-1, bank.layer, self.trace.projections.index(bank.projection)]
+    def weights(self, bank: ExpertBank, z: Tensor) -> Tensor:
+        projections = [self.trace.projections.index(name) for name in bank.projections]
+        place = np.s_[:-1, bank.layers, projections]
         experts, weights = self.column.experts[place], self.column.weights[place]
-        dense = np.zeros((*experts.shape[:1], self.trace.num_experts + 1), np.float32)
+        dense = np.zeros((*experts.shape[:2], self.trace.num_experts + 1), np.float32)
         np.put_along_axis(dense, experts.astype(np.int64), weights, axis=-1)  # -1: the spare place
-        return torch.from_numpy(dense[None, :, bank.expert_ids.numpy()])
+        return torch.from_numpy(dense[None, ..., bank.expert_ids.numpy()])
 
 
 def test_a_longer_memory_changes_its_mind_less(routed_model: SpectrModel) -> None:

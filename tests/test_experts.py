@@ -20,7 +20,7 @@ from spectr_demo.experts import (
     read_adapter,
 )
 from spectr_demo.spectral import Aligned
-from tests.conftest import EXPERT_NAMES, BuildModel, SaveExpert
+from tests.conftest import EXPERT_NAMES, BuildModel, SaveExpert, banks_by_path
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def test_ranks_and_target_modules_may_differ(
     attention = save_expert("attention", seed=1, r=2, target_modules=["q_proj", "v_proj"])
     feedforward = save_expert("feedforward", seed=2, r=8, target_modules=["v_proj", "up_proj"])
     model = build_model([attention, feedforward])
-    banks = model.library.banks
+    banks = banks_by_path(model.library)
     assert model.library.projections == ("q_proj", "v_proj", "up_proj")
     assert banks["model.layers.0.self_attn.q_proj"].expert_ids.tolist() == [0]
     assert banks["model.layers.0.self_attn.v_proj"].expert_ids.tolist() == [0, 1]
-    assert banks["model.layers.0.self_attn.v_proj"].singular_values.shape == (2, 8)
+    assert banks["model.layers.0.self_attn.v_proj"].singular_values.shape == (1, 2, 8)
     assert banks["model.layers.0.mlp.up_proj"].expert_ids.tolist() == [1]
 
     columns = ["spectr-paper", "uniform", "single:attention"]
@@ -311,15 +311,19 @@ def test_what_experts_of_one_initialisation_share_is_left_out(
         folders.append(str(shutil.copytree(folder, tmp_path / Path(folder).name)))
         save_file(weights, Path(folders[-1]) / WEIGHTS_FILE)
     alike = load_experts(folders, llama)
-    for path, bank in load_experts(expert_folders, llama).banks.items():
+    own = load_experts(expert_folders, llama)
+    for bank, shared in zip(own.banks, alike.banks, strict=True):
         x = torch.randn(2, 5, bank.A.shape[1])
         assert bank.common is None, "experts of their own initialisations share nothing"
         assert_close(bank.distinct(bank.project(x)), bank.project(x))
-        bank = alike.banks[path]
-        z = bank.project(x)
-        left = bank.distinct(z)
-        assert_close(left, bank.project(bank.without_common(x)), atol=1e-4, rtol=1e-4)
+        assert_close(bank.without_common(x)[..., 0, :], x)
+        z = shared.project(x)
+        left = shared.distinct(z)
         assert left.norm() < 0.5 * z.norm()
+        for p, layer in enumerate(shared.split()):
+            expected = layer.project(shared.without_common(x)[..., p, :])
+            assert_close(left[:, :, p : p + 1], expected, atol=1e-4, rtol=1e-4)
+            assert_close(layer.distinct(layer.project(x)), left[:, :, p : p + 1])
 
 
 def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: list[str]) -> None:
@@ -334,8 +338,8 @@ def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: l
     quantized.to("cpu")
     llama.model.layers[0].mlp.up_proj = quantized
     library = load_experts(expert_folders, llama)
-    bank = library.banks["model.layers.0.mlp.up_proj"]
-    layer, x = RoutedLinear(quantized, bank).eval(), torch.randn(1, 3, 64)
+    bank = banks_by_path(library)["model.layers.0.mlp.up_proj"]
+    layer, x = RoutedLinear(quantized, bank, 0).eval(), torch.randn(1, 3, 64)
     factors = library.adapters[1].factors["model.layers.0.mlp.up_proj"]
     expected = quantized(x) + factors.scaling * x @ factors.lora_A.mT @ factors.lora_B.mT
     plan = RoutingPlan([parse_router("single:green", library.names)], library.names)

@@ -116,14 +116,17 @@ def test_base_is_bit_for_bit_the_model_without_adapters(pair: Pair) -> None:
 
 def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
     """By definition (mean B*)(mean A*): the mean of the deltas plus what experts share."""
-    bank = next(iter(pair.model.library.banks.values()))
+    bank = pair.model.library.banks[0]
     names = pair.model.library.names
     x = torch.randn(1, 3, bank.A.shape[1])
     config = RouterConfig(name="uniform", composition="parameters")
-    ours = RoutingPlan([config], names).delta(bank, x)
-    E, r = bank.singular_values.shape
-    A, B = bank.A.view(E, r, -1).mean(0), bank.B.view(E, r, -1).mean(0)
-    assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
+    mixed = RoutingPlan([config], names).mix(bank, x)
+    P, E, r = bank.singular_values.shape
+    assert P == 3, "q, k and v read one input"
+    for p, (stacked, B) in enumerate(zip(bank.A.chunk(P), bank.B, strict=True)):
+        A, B = stacked.view(E, r, -1).mean(0), B.view(E, r, -1).mean(0)
+        ours = bank.add(torch.zeros(1, 3, B.shape[1]), mixed, p)
+        assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
 
 
 # A router that pools leaves a text to the base where nothing speaks for any expert.

@@ -5,24 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectr_demo.experts import LayerBank
+from spectr_demo.bank import ExpertBank
 from spectr_demo.pooling import EvidencePool
 
 
-def bank(path: str, expert_ids: list[int]) -> LayerBank:
+def bank(expert_ids: list[int], *paths: str) -> ExpertBank:
     nothing = torch.zeros(0)
-    return LayerBank(
-        path=path,
-        layer=0,
-        projection=path,
+    return ExpertBank(
+        paths=paths,
         expert_ids=torch.tensor(expert_ids),
         A=nothing,
-        B=nothing,
+        B=(),
         singular_values=nothing,
     )
 
 
-FIRST, SECOND = bank("first", [0, 1, 2]), bank("second", [2, 0])
+FIRST, SECOND = bank([0, 1, 2], "first"), bank([2, 0], "second")
+ONE = torch.ones(1)
 
 
 def scores(num_rows: int, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,8 +34,11 @@ def scores(num_rows: int, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor,
 
 def read(pool: EvidencePool, *parts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     """The pooled scores of both layers over all parts, each part one pass."""
-    passes = [(pool.add(FIRST, first), pool.add(SECOND, second)) for first, second in parts]
-    return [torch.cat(layer, dim=1) for layer in zip(*passes, strict=True)]
+    passes = [
+        (pool.add(FIRST, first[:, :, None], ONE), pool.add(SECOND, second[:, :, None], ONE))
+        for first, second in parts
+    ]
+    return [torch.cat(layer, dim=1)[:, :, 0] for layer in zip(*passes, strict=True)]
 
 
 def test_it_is_the_decayed_mean_over_tokens_and_layers() -> None:
@@ -92,14 +94,35 @@ def test_rows_do_not_mix() -> None:
 def test_a_layer_counts_by_its_weight() -> None:
     first, second = scores(1, 1)
     pool = EvidencePool(1.0, 3, None)
-    pool.add(FIRST, first, 3.0)
-    pooled = pool.add(SECOND, second, 1.0)
+    pool.add(FIRST, first[:, :, None], 3 * ONE)
+    pooled = pool.add(SECOND, second[:, :, None], ONE)[:, :, 0]
     torch.testing.assert_close(pooled, (3 * first[..., [2, 0]] + second) / 4)
 
 
+@pytest.mark.parametrize("expert_ids", [[0, 1, 2], [2, 0]])
+def test_layers_of_one_bank_pool_as_if_they_had_one_each(expert_ids: list[int]) -> None:
+    """Each knows the layers before it, those of its bank too, and not those after it."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(2, 6, 3, len(expert_ids), generator=generator)
+    weights = torch.tensor([3.0, 1.0, 0.5])
+    together = EvidencePool(0.9, 3, None)
+    alone = EvidencePool(0.9, 3, None)
+    shared = bank(expert_ids, "a", "b", "c")
+    single = [bank(expert_ids, path) for path in shared.paths]
+    first = torch.rand(2, 6, 1, 3, generator=generator)
+    for part in (slice(0, 4), slice(4, 5), slice(5, 6)):  # prefill, then two tokens
+        together.add(FIRST, first[:, part], ONE)
+        alone.add(FIRST, first[:, part], ONE)
+        found = together.add(shared, values[:, part], weights)
+        for p, own in enumerate(single):
+            expected = alone.add(own, values[:, part, p : p + 1], weights[p : p + 1])
+            torch.testing.assert_close(found[:, :, p : p + 1], expected)
+    torch.testing.assert_close(together.latest, alone.latest)
+
+
 def test_what_does_not_respond_says_nothing() -> None:
-    pooled = EvidencePool(1.0, 3, None).add(FIRST, torch.tensor([[[2.0, -9.0, 0.0]]]))
-    assert pooled.tolist() == [[[2.0, 0.0, 0.0]]]
+    pooled = EvidencePool(1.0, 3, None).add(FIRST, torch.tensor([[[[2.0, -9, 0]]]]), ONE)
+    assert pooled.tolist() == [[[[2.0, 0.0, 0.0]]]]
 
 
 def test_a_second_reading_starts_from_what_all_layers_know_and_that_fades() -> None:

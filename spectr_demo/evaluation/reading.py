@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import LayerBank
 from spectr_demo.layers import routed
 from spectr_demo.prompts import decoder_inputs, shared_length
 from spectr_demo.recorder import Recorder
@@ -72,12 +72,14 @@ class _Choices(Recorder):
         self.experts = np.full((*shape, *places, top_k), NOT_ROUTED, np.int16)
 
     def add_choice(
-        self, bank: LayerBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
+        self, bank: ExpertBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
     ) -> None:
         chosen = bank.expert_ids[experts.cpu()].to(torch.int16)
         chosen = torch.where(weights.cpu() > 0, chosen, NOT_ROUTED)
-        place = (bank.layer, self._projections.index(bank.projection))
-        self.experts[row, :, *place, : chosen.shape[-1]] = chosen.numpy()
+        projections = [self._projections.index(name) for name in bank.projections]
+        self.experts[row, :, bank.layers, projections, : chosen.shape[-1]] = (
+            chosen.numpy().swapaxes(0, 1)
+        )
 
     def add_hidden(self, hidden: Tensor) -> None:
         """The caller has them already."""

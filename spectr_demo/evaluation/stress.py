@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.variants import (
@@ -28,7 +29,7 @@ from spectr_demo.evaluation.variants import (
     cut,
     with_noise,
 )
-from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.inspection import ExpertSummary, overlaps
 from spectr_demo.layers import routed
 from spectr_demo.pooling import EvidencePool
@@ -163,8 +164,9 @@ class _Generic(Listening):
         self._statistics = statistics
         self._num_opening = num_opening
 
-    def listen(self, bank: LayerBank, x: Tensor) -> None:
-        self._statistics.add(bank.path, x[0, self._num_opening :])
+    def listen(self, bank: ExpertBank, x: Tensor) -> None:
+        for path in bank.paths:
+            self._statistics.add(path, x[0, self._num_opening :])
 
 
 def read_generic(
@@ -204,16 +206,18 @@ class _Context:
         self.sums = self._fading * before.sums[-1]
         self.weights = self._fading * before.weights[-1]
 
-    def add(self, bank: LayerBank, standard: Tensor) -> Tensor:
-        """(T, V) of the candidates that touch the layer, from their columns' scores (T, C)."""
-        layer = self._variants.layers[bank.path]
+    def add(self, path: str, standard: Tensor) -> Tensor:
+        """(T, V) of the candidates that touch a layer, from their columns' scores (T, C)."""
+        layer = self._variants.layers[path]
         # Over the tokens by column, over the layers by candidate: a thousand distractors cost no
         # more decay than the columns they are drawn from.
         assert self._router.decay is not None
         pool = EvidencePool(self._router.decay, standard.shape[-1], self._is_evidence)
-        means = pool.add(layer.bank, standard[None])[0].index_select(-1, layer.columns)
+        alone = standard.new_ones(1)
+        means = pool.add(layer.bank, standard[None, :, None], alone)[0, :, 0]
+        means = means.index_select(-1, layer.columns)
         # A layer's reliability is that of the library: its variants are much alike.
-        spread = self._calibration.spread(bank, distinct_scores)
+        spread = self._calibration.spread(layer.shared, distinct_scores)[layer.place]
         weight = self._token_weight * spread**-self._router.reliability
         ids = layer.candidates
         self.sums[:, ids] += weight * means
@@ -229,9 +233,10 @@ class _FirstReading(Listening):
         self._variants = variants
         self.context = context
 
-    def listen(self, bank: LayerBank, x: Tensor) -> None:
-        raw = self._variants.scores(bank.path, x[0])
-        self.context.add(bank, self._variants.standardise(bank.path, raw, DISTINCT))
+    def listen(self, bank: ExpertBank, x: Tensor) -> None:
+        for path in bank.paths:
+            raw = self._variants.scores(path, x[0])
+            self.context.add(path, self._variants.standardise(path, raw, DISTINCT))
 
 
 class _Decisions(RoutingPlan):
@@ -261,18 +266,19 @@ class _Decisions(RoutingPlan):
         }
         self._context = context
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
-        scores = self._scores(bank, x[0])
-        for key, library in self._libraries.items():
-            self._decide(key, library, scores)
-        return super().delta(bank, x)
+    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor | None:
+        for path in bank.paths:
+            scores = self._scores(path, x[0])
+            for key, library in self._libraries.items():
+                self._decide(key, library, scores)
+        return super().mix(bank, x)
 
-    def _scores(self, bank: LayerBank, x: Tensor) -> Tensor:
+    def _scores(self, path: str, x: Tensor) -> Tensor:
         """(methods, T, V) of the tokens after the opening, -inf where a candidate is not there."""
-        layer, variants = self._variants.layers[bank.path], self._variants
-        raw = variants.scores(bank.path, x)
-        standard = variants.standardise(bank.path, raw, SPECTR)
-        in_context = self._context.add(bank, variants.standardise(bank.path, raw, DISTINCT))
+        layer, variants = self._variants.layers[path], self._variants
+        raw = variants.scores(path, x)
+        standard = variants.standardise(path, raw, SPECTR)
+        in_context = self._context.add(path, variants.standardise(path, raw, DISTINCT))
         alone = torch.cat([raw[: len(METHODS) - 2], standard[None]])
         scores = torch.cat([alone.index_select(-1, layer.columns), in_context[None]])
         scores = scores[:, self._start :]

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
-from spectr_demo.experts import ExpertLibrary, LayerBank
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.routing import Score, arrow_scores, norm_scores, spectr_scores
 from spectr_demo.spectral import Aligned, align
 
@@ -69,15 +70,18 @@ class _Layer:
     """pairs: the experts of all layers with this projection and D_in, shared by those layers; own:
     this layer's among them. noisy: sigma by sigma. candidates, columns: (V,) those that touch the
     layer and where their scores are. bank: numbers the columns, as the pool wants it. library: the
-    experts' own bank, which knows their common directions."""
+    experts' own bank of this layer, which knows their common directions. shared, place: the bank it
+    is part of, and where."""
 
-    pairs: LayerBank
+    pairs: ExpertBank
     own: slice
-    noisy: LayerBank
+    noisy: ExpertBank
     candidates: Tensor
     columns: Tensor
-    bank: LayerBank
-    library: LayerBank
+    bank: ExpertBank
+    library: ExpertBank
+    shared: ExpertBank
+    place: int
 
 
 class Variants:
@@ -98,24 +102,31 @@ class Variants:
         self.num_distractors = num_distractors
         self.num_candidates = self.num_blocks * self.num_experts + len(seeds) * num_distractors
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        groups: dict[tuple[str, int], list[LayerBank]] = defaultdict(list)
-        for bank in library.banks.values():
-            groups[bank.projection, bank.A.shape[1]].append(bank)
+        groups: dict[tuple[str, int], list[tuple[ExpertBank, int]]] = defaultdict(list)
+        for bank in library.banks:
+            for place, projection in enumerate(bank.projections):
+                groups[projection, bank.A.shape[1]].append((bank, place))
         self.layers: dict[str, _Layer] = {}
-        for banks in groups.values():
-            experts = [library.aligned[e][b.path] for b in banks for e in b.expert_ids.tolist()]
-            pairs = _stack(banks[0], experts)
+        for places in groups.values():
+            experts = [
+                library.aligned[e][bank.paths[place]]
+                for bank, place in places
+                for e in bank.expert_ids.tolist()
+            ]
+            pairs = _stack(places[0][0], experts)
             start = 0
-            for bank in banks:
+            for bank, place in places:
                 own = slice(start, start := start + len(bank.expert_ids))
-                self.layers[bank.path] = self._layer(bank, pairs, own, noisy, generators)
+                layer = self._layer(bank, place, pairs, own, noisy, generators)
+                self.layers[bank.paths[place]] = layer
         self.statistics: dict[str, Tensor] = {}  # by layer path: (2, 4, C), mean and std
         self.margins = torch.empty(0)  # (blocks, E)
 
     def _layer(
         self,
-        bank: LayerBank,
-        pairs: LayerBank,
+        bank: ExpertBank,
+        place: int,
+        pairs: ExpertBank,
         own: slice,
         noisy: Sequence[Experts],
         generators: Sequence[torch.Generator],
@@ -137,11 +148,13 @@ class Variants:
         return _Layer(
             pairs=pairs,
             own=own,
-            noisy=_stack(bank, [experts[e][bank.path] for experts in noisy for e in ids]),
+            noisy=_stack(bank, [experts[e][bank.paths[place]] for experts in noisy for e in ids]),
             candidates=torch.cat(candidates).to(bank.A.device),
             columns=torch.cat(columns).to(bank.A.device),
             bank=replace(bank, expert_ids=torch.arange(num_columns)),
-            library=bank,
+            library=bank.split()[place],
+            shared=bank,
+            place=place,
         )
 
     def scores(self, path: str, x: Tensor) -> Tensor:
@@ -152,14 +165,15 @@ class Variants:
         """
         layer = self.layers[path]
         plain = self._columns(layer, x, _SCORES)
-        distinct = self._columns(layer, layer.library.without_common(x), (spectr_scores,))
+        distinct_x = layer.library.without_common(x)[:, 0]
+        distinct = self._columns(layer, distinct_x, (spectr_scores,))
         return torch.cat([plain, distinct])
 
     def _columns(self, layer: _Layer, x: Tensor, scores: Sequence[Score]) -> Tensor:
-        z = layer.pairs.project(x)
-        own, S = z[:, layer.own], layer.pairs.singular_values
+        z = layer.pairs.project(x)[:, 0]
+        own, S = z[:, layer.own], layer.pairs.singular_values[0]
         parts = [(z, S), *((own[..., :k], S[layer.own, :k]) for k in self.ranks)]
-        parts.append((layer.noisy.project(x), layer.noisy.singular_values))
+        parts.append((layer.noisy.project(x)[:, 0], layer.noisy.singular_values[0]))
         config = RouterConfig(name="spectr")
         return torch.stack(
             [torch.cat([score(z, S, config) for z, S in parts], dim=-1) for score in scores]
@@ -172,11 +186,11 @@ class Variants:
         return (scores[place] - mean) / std
 
 
-def _stack(like: LayerBank, experts: Sequence[Aligned]) -> LayerBank:
+def _stack(like: ExpertBank, experts: Sequence[Aligned]) -> ExpertBank:
     """A bank of any experts with the D_in of `like`, on its device and in its dtype."""
-    return LayerBank.from_aligned(
-        like.path,
-        dict(enumerate(map(_without_outputs, experts))),
+    return ExpertBank.from_aligned(
+        like.paths[:1],
+        {e: [_without_outputs(expert)] for e, expert in enumerate(experts)},
         device=like.A.device,
         dtype=like.A.dtype,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation import stress as module
@@ -18,12 +19,11 @@ from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.stress import METHODS, RANKS, SIGMAS, read_generic, stress
 from spectr_demo.evaluation.variants import SPECTR, GenericText, Variants, cut, with_noise
-from spectr_demo.experts import LayerBank
 from spectr_demo.layers import routed
 from spectr_demo.pooling import EvidencePool
 from spectr_demo.prompts import encode, shared_length
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router, select, spectr_scores
-from tests.conftest import EXPERT_NAMES, PROJECTIONS, BuildModel, SaveExpert
+from tests.conftest import EXPERT_NAMES, PROJECTIONS, BuildModel, SaveExpert, banks_by_path
 
 PROMPTS = ["How are you?", "What is a river, and where does it go?"]
 
@@ -54,9 +54,9 @@ class Spy(RoutingPlan):
         self.is_base_only = False
         self.inputs: dict[str, Tensor] = {}
 
-    def delta(self, bank: LayerBank, x: Tensor) -> Tensor:
-        self.inputs[bank.path] = x
-        return super().delta(bank, x)
+    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor | None:
+        self.inputs |= dict.fromkeys(bank.paths, x)
+        return super().mix(bank, x)
 
 
 def inputs(engine: SpectrModel, router: str, ids: list[int]) -> dict[str, Tensor]:
@@ -72,16 +72,16 @@ def build(engine: SpectrModel, num_distractors: int = 4) -> Variants:
 
 
 def test_full_rank_is_the_routers_own_score(routed_model: SpectrModel) -> None:
-    variants, library = build(routed_model), routed_model.library
+    variants, banks = build(routed_model), banks_by_path(routed_model.library)
     config = RouterConfig(name="spectr")
     for path, x in inputs(routed_model, "base", encode(routed_model.tokenizer, "red")).items():
-        bank, layer = library.banks[path], variants.layers[path]
-        expected = spectr_scores(bank.project(x), bank.singular_values, config)[0]
+        bank, layer = banks[path], variants.layers[path]
+        expected = spectr_scores(bank.project(x), bank.singular_values, config)[0, :, 0]
         scores = variants.scores(path, x[0])[SPECTR][:, layer.columns]
         torch.testing.assert_close(scores[:, :3], expected)
         torch.testing.assert_close(scores[:, 3:6], expected)  # cut to 8, and the rank is 4
         torch.testing.assert_close(scores[:, 6:9], expected)  # to 4
-        cut_to_2 = cut(library, 2)
+        cut_to_2 = cut(routed_model.library, 2)
         direct = [(x[0] @ expert[path].A.T).norm(dim=-1) for expert in cut_to_2]
         torch.testing.assert_close(scores[:, 9:12], torch.stack(direct, dim=-1))
 
@@ -107,23 +107,31 @@ def read_by(
 ) -> Any:
     """What a router chooses where the activations are those of expert `name`."""
     config = replace(parse_router(key, engine.library.names, top_k=1), confidence=None)
-    score, pool = ROUTERS[key].score, None
+    score, pool, banks = ROUTERS[key].score, None, banks_by_path(engine.library)
     assert score is not None
+    spread = (
+        {
+            path: engine.calibration.spread(bank, score)[p : p + 1]
+            for bank in engine.library.banks
+            for p, path in enumerate(bank.paths)
+        }
+        if config.reads_first
+        else {}
+    )
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
     num_opening = shared_length(engine.template_opening, ids)
     places = torch.arange(len(ids))
 
     def scores_of(router: str, token_ids: Sequence[int]) -> Iterator[Tensor]:
         for path, x in inputs(engine, router, token_ids).items():
-            bank = engine.library.banks[path]
+            bank = banks[path]
             scores = score(bank.project(x), bank.singular_values, config)
             if config.calibrated:
                 mean, std = statistics[path]
                 scores = (scores - mean) / std
             if pool is not None:
-                spread = engine.calibration.spread(bank, score)
-                scores = pool.add(bank, scores, spread**-config.reliability)
-            yield scores
+                scores = pool.add(bank, scores, spread[path] ** -config.reliability)
+            yield scores[:, :, 0]
 
     if config.reads_first:
         assert config.decay is not None
@@ -142,13 +150,14 @@ def read_by(
 def own_calibration(engine: SpectrModel) -> dict[str, Tensor]:
     """Mean and standard deviation of SpectR's scores on the generic prompts, by layer."""
     values: dict[str, list[Tensor]] = {}
+    banks = banks_by_path(engine.library)
     for prompt in PROMPTS:
         ids = engine.encode(prompt)
         for path, x in inputs(engine, "base", ids).items():
-            bank = engine.library.banks[path]
+            bank = banks[path]
             z = bank.project(x[:, len(engine.template_opening) :])
             scores = spectr_scores(z, bank.singular_values, RouterConfig(name="spectr"))
-            values.setdefault(path, []).append(scores[0])
+            values.setdefault(path, []).append(scores[0, :, 0])
     return {
         path: torch.stack([torch.cat(v).mean(0), torch.cat(v).std(0, correction=0)])
         for path, v in values.items()
@@ -194,7 +203,7 @@ def test_distractors_belong_to_another_layer_of_the_projection(routed_model: Spe
         assert len(drawn) == 100
         assert not ((drawn >= layer.own.start) & (drawn < layer.own.stop)).any()
         assert drawn.max() < len(layer.pairs.expert_ids) == 6
-        assert layer.pairs.A.shape[1] == routed_model.library.banks[path].A.shape[1]
+        assert layer.pairs.A.shape[1] == banks_by_path(routed_model.library)[path].A.shape[1]
 
 
 def test_results_are_json_and_depend_on_the_seed_alone(routed_model: SpectrModel) -> None:

@@ -1,0 +1,138 @@
+"""The experts of a few linear layers, stacked: what routing computes with.
+
+Layers that read the same input (q, k and v; gate and up) share one bank, so that one product with
+the stacked A* scores the experts of all of them. Axes: R rows, T tokens, P projections (the layers
+of the bank), E experts, r rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from spectr_demo.spectral import Aligned, common_directions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertBank:
+    """The experts that touch all of a bank's layers; smaller ranks padded with zero rows.
+
+    paths: (P,) of the layers, in the order in which the model runs them; layers, projections: their
+    places in the model. expert_ids: (E,) int64, places in the library's list of names.
+    A: (P * E * r, D_in), B: for each layer (E * r, D_out), the transposed B*, in the bank's dtype.
+    singular_values: (P, E, r) float32.
+    common: what most of the experts read alike in each layer, see `spectral.common_directions`:
+    (P, k, E * r) and (P, E * r, k), padded with zeros; None where there is nothing.
+    """
+
+    paths: tuple[str, ...]
+    expert_ids: Tensor
+    A: Tensor
+    B: tuple[Tensor, ...]
+    singular_values: Tensor
+    common: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_aligned(
+        cls,
+        paths: Sequence[str],
+        experts: Mapping[int, Sequence[Aligned]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "ExpertBank":
+        """experts: by expert id, its factors at each of the layers."""
+        rank = max(layer.A.shape[0] for expert in experts.values() for layer in expert)
+        by_layer = list(zip(*experts.values(), strict=True))  # (P, E)
+        A = [_pad_rows(e.A, rank) for layer in by_layer for e in layer]
+        B = [torch.cat([_pad_rows(e.B.mT, rank) for e in layer]) for layer in by_layer]
+        S = [
+            torch.stack([_pad_rows(e.B.mT, rank).norm(dim=1) for e in layer]) for layer in by_layer
+        ]
+        return cls(
+            paths=tuple(paths),
+            expert_ids=torch.tensor(list(experts)),
+            A=torch.cat(A).to(device, dtype),
+            B=tuple(b.to(device, dtype) for b in B),
+            singular_values=torch.stack(S).to(device),
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """(P,) numbers of the decoder layers: 3 of `model.layers.3.self_attn.q_proj`."""
+        parts = [path.split(".") for path in self.paths]
+        return tuple(next((int(p) for p in path if p.isdigit()), 0) for path in parts)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """(P,) names such as `q_proj`."""
+        return tuple(path.rpartition(".")[2] for path in self.paths)
+
+    def split(self) -> "list[ExpertBank]":
+        """A bank for each layer alone; views of the same tensors."""
+        A = self.A.chunk(len(self.paths))
+        return [
+            replace(
+                self,
+                paths=(path,),
+                A=A[p],
+                B=(self.B[p],),
+                singular_values=self.singular_values[p : p + 1],
+                common=self.common and (self.common[0][p : p + 1], self.common[1][p : p + 1]),
+            )
+            for p, path in enumerate(self.paths)
+        ]
+
+    def with_common_directions(self) -> "ExpertBank":
+        """The same bank, which knows what its experts have in common."""
+        layers = self.A.float().unflatten(0, self.singular_values.shape)
+        found = [common_directions(A) for A in layers]
+        k = max((read.shape[0] for read, _ in filter(None, found)), default=0)
+        if k == 0:
+            return self
+        P, E, r = self.singular_values.shape
+        read, answer = self.A.new_zeros(P, k, E * r).float(), self.A.new_zeros(P, E * r, k).float()
+        for p, factors in enumerate(found):
+            if factors is not None:
+                num = factors[0].shape[0]
+                read[p, :num], answer[p, :, :num] = factors
+        return replace(self, common=(read, answer))
+
+    def project(self, x: Tensor) -> Tensor:
+        """`z = A* x` for every expert: (R, T, P, E, r) from (R, T, D_in), in the bank's dtype."""
+        z = nn.functional.linear(x.to(self.A.dtype), self.A)
+        return z.unflatten(-1, self.singular_values.shape)
+
+    def distinct(self, z: Tensor) -> Tensor:
+        """(R, T, P, E, r) float32 from z: what is left of it without the common directions."""
+        z = z.float()
+        if self.common is None:
+            return z
+        read, answer = self.common
+        by_layer = z.flatten(0, 1).flatten(-2).transpose(0, 1)  # (P, R * T, E * r)
+        shared = by_layer @ read.mT @ answer.mT
+        return z - shared.transpose(0, 1).reshape(z.shape)
+
+    def without_common(self, x: Tensor) -> Tensor:
+        """`(I - V^T V) x`, the input without the common directions; (..., P, D_in) from
+        (..., D_in)."""
+        x = x.unsqueeze(-2)
+        if self.common is None:
+            return x.expand(*x.shape[:-2], len(self.paths), -1)
+        read, _ = self.common
+        V = read @ self.A.float().unflatten(0, (len(self.paths), -1))  # (P, k, D_in)
+        shared = torch.einsum("...pd,pkd->...pk", x.float().expand(*x.shape[:-2], len(V), -1), V)
+        return x - torch.einsum("...pk,pkd->...pd", shared, V).to(x.dtype)
+
+    def add(self, y: Tensor, mixed: Tensor, place: int) -> Tensor:
+        """`y + sum_e B*_e mixed_e` at one layer: y (R, T, D_out), mixed (R, T, P, E, r)."""
+        mixed = mixed[:, :, place].flatten(-2)
+        B = self.B[place]
+        if y.dtype != B.dtype:
+            return y + (mixed @ B).to(y.dtype)
+        return torch.addmm(y.flatten(0, 1), mixed.flatten(0, 1), B).view_as(y)
+
+
+def _pad_rows(factor: Tensor, rank: int) -> Tensor:
+    return nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[0]))
