@@ -298,7 +298,7 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
             }
     except (OSError, SafetensorError):
         pass  # never written, or cut short: align again
-    aligned = _align_in_groups(adapter)
+    aligned = align_in_groups(adapter)
     tensors = {
         f"{path}.{part}": t for path, a in aligned.items() for part, t in a._asdict().items()
     }
@@ -318,7 +318,7 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
     return aligned
 
 
-def _align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
+def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
     """Layers of one shape are aligned in one batched SVD."""
     groups = defaultdict(list)
     for path, factors in adapter.factors.items():

@@ -324,7 +324,7 @@ class RoutingPlan:
                 group.least = (least_leads or {})[group.router]
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
-        self._has_merged = any(is_merged)
+        self._has_merged, self._all_merged = any(is_merged), all(is_merged)
         self._is_merged = torch.tensor(is_merged)[:, None, None, None, None]  # (R, 1, 1, 1, 1)
         self._constant = torch.tensor(
             [
@@ -368,12 +368,11 @@ class RoutingPlan:
         added.
         """
         z = bank.project(x)
-        weights = self.weights(bank, z).to(z.dtype).unsqueeze(-1)  # (R, T, P, E, 1)
-        mixed = weights * z
+        weights = self.weights(bank, z).to(z.dtype)
         if self._has_merged:
-            merged = weights * mixed.sum(dim=-2, keepdim=True)
-            mixed = torch.where(self._is_merged.to(z.device), merged, mixed)
-        return mixed
+            merged = weights.unsqueeze(-2) @ z  # (R, T, P, 1, r)
+            z = merged if self._all_merged else torch.where(self._is_merged.to(z.device), merged, z)
+        return weights.unsqueeze(-1) * z
 
     def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
         """A layer's output y (R, T, D_out) with the experts' contribution to it.
