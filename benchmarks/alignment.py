@@ -2,7 +2,7 @@
 
     python benchmarks/alignment.py [--quick] [--json FILE]
 
-`read` is safetensors' own reading of the file into memory, `read and check` what happens to it here.
+`read` is safetensors' own reading of the file into memory, `read and check` this project's.
 """
 
 import os
