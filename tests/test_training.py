@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spectr_demo import training, training_cost
 from spectr_demo.config import ASSETS
-from spectr_demo.evaluation.tasks import TASKS, Example, Split, Task
+from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example, Split, Task
 from spectr_demo.evaluation.tasks.baselines import copy_input
 from spectr_demo.loading import EMBEDDED_ID
 from spectr_demo.training import (
@@ -73,6 +73,22 @@ def example(prompt: str, answer: str) -> Example:
     return Example(
         prompt=prompt, answer=answer, text=prompt, key="k", wording="w", is_heldout_wording=False
     )
+
+
+def test_another_seed_has_the_same_split(
+    tmp_path: Path, few_questions: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an expert of another seed would be tested on what it was trained on."""
+    seeds = []
+
+    def build(seed: int) -> Split:
+        seeds.append(seed)
+        return few_questions.build(seed)
+
+    monkeypatch.setitem(TASKS, "sql", replace(few_questions, build=build))
+    recipe = Recipe(steps=1, batch_size=2, seed=5)
+    train("sql", output_dir=tmp_path / "sql", recipe=recipe, num_eval=2)
+    assert seeds == [SPLIT_SEED]
 
 
 def test_loss_is_on_the_answer_and_its_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
