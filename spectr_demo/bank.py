@@ -84,6 +84,21 @@ class ExpertBank:
             for p, path in enumerate(self.paths)
         ]
 
+    def only(self, expert_ids: Sequence[int]) -> "ExpertBank | None":
+        """A copy with these experts alone, without what they share; None if it has none of them."""
+        places = [e for e, i in enumerate(self.expert_ids.tolist()) if i in expert_ids]
+        if not places:
+            return None
+        P, E, r = self.singular_values.shape
+        return replace(
+            self,
+            expert_ids=self.expert_ids[places],
+            A=self.A.view(P, E, r, -1)[:, places].flatten(0, 2),
+            B=tuple(B.view(E, r, -1)[places].flatten(0, 1) for B in self.B),
+            singular_values=self.singular_values[:, places],
+            common=None,
+        )
+
     def with_common_directions(self) -> "ExpertBank":
         """The same bank, which knows what its experts have in common."""
         layers = self.A.float().unflatten(0, self.singular_values.shape)

@@ -326,13 +326,18 @@ class RoutingPlan:
         is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
         self._has_merged, self._all_merged = any(is_merged), all(is_merged)
         self._is_merged = torch.tensor(is_merged)[:, None, None, None, None]  # (R, 1, 1, 1, 1)
-        self._constant = torch.tensor(
-            [
-                [_constant_weight(r, name, len(expert_names)) for name in expert_names]
-                for r in routers
-            ]
-        )  # (R, E)
+        constant = [
+            [_constant_weight(r, name, len(expert_names)) for name in expert_names] for r in routers
+        ]
+        self._constant = torch.tensor(constant)  # (R, E)
         self._constant_of: dict[ExpertBank, Tensor] = {}
+        # Where no row scores, the experts that none uses need not be computed with.
+        self._used: list[int] | None = None  # all of them
+        if not self._groups:
+            self._used = [
+                e for e, weights in enumerate(zip(*constant, strict=True)) if any(weights)
+            ]
+        self._used_of: dict[ExpertBank, ExpertBank | None] = {}
         self._mixed: Tensor | None = None  # of the bank whose layers run now
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
@@ -360,12 +365,11 @@ class RoutingPlan:
             weights[group.rows] = group_weights
         return weights
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor | None:
+    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor:
         """What the bank's layers multiply by B*: (R, T, P, E, r) from their input x (R, T, D_in).
 
         `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
-        cross terms are part of SpectR. Both are one product with the stacked B*. None: nothing is
-        added.
+        cross terms are part of SpectR. Both are one product with the stacked B*.
         """
         z = bank.project(x)
         weights = self.weights(bank, z).to(z.dtype)
@@ -380,9 +384,21 @@ class RoutingPlan:
         The layers of a bank run in the order of their places, and all read x: the first one mixes
         for all of them.
         """
+        used = self._with_used(bank)
+        if used is None:
+            return y
         if place == 0:
-            self._mixed = self.mix(bank, x)
-        return y if self._mixed is None else bank.add(y, self._mixed, place)
+            self._mixed = self.mix(used, x)
+        assert self._mixed is not None
+        return used.add(y, self._mixed, place)
+
+    def _with_used(self, bank: ExpertBank) -> ExpertBank | None:
+        """The bank with the experts that some row may use; None if it has none of them."""
+        if self._used is None:
+            return bank
+        if bank not in self._used_of:
+            self._used_of[bank] = bank.only(self._used)
+        return self._used_of[bank]
 
 
 class Listening(RoutingPlan):
@@ -396,8 +412,10 @@ class Listening(RoutingPlan):
         """What to do with the input x (R, T, D_in) of a bank's layers."""
         raise NotImplementedError
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> None:
-        self.listen(bank, x)
+    def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
+        if place == 0:
+            self.listen(bank, x)
+        return y
 
 
 class FirstReading(Listening):

@@ -15,7 +15,7 @@ from spectr_demo.prompts import shared_length
 from spectr_demo.routing import (
     STANDARDISED,
     Calibration,
-    RoutingPlan,
+    Listening,
     Score,
     score_tokens,
     spectr_scores,
@@ -37,8 +37,8 @@ def scores_of(
     """The scores of all tokens of the prompts that count, by bank: (N, P, E)."""
     scores: dict[ExpertBank, list[torch.Tensor]] = {}
 
-    class Listen(RoutingPlan):
-        def mix(self, bank, x):  # type: ignore[no-untyped-def]
+    class Listen(Listening):
+        def listen(self, bank, x):  # type: ignore[no-untyped-def]
             values = score_tokens(score, bank, bank.project(x), RouterConfig(name="lag"))
             if known is not None:
                 values = known.standardise(bank, score, values)
@@ -47,9 +47,7 @@ def scores_of(
     for prompt in PROMPTS:
         ids = model.encode(prompt)
         opening = shared_length(model.template_opening, ids)
-        plan = Listen([], [])
-        plan.is_base_only = False
-        with torch.inference_mode(), routed(plan):
+        with torch.inference_mode(), routed(Listen()):
             model.model(torch.tensor([ids]))
     return {bank: torch.cat(parts) for bank, parts in scores.items()}
 

@@ -404,6 +404,24 @@ def test_delta_is_the_equation(
         assert_close(routed_y.float(), expected, atol=tolerance * scale, rtol=tolerance)
 
 
+@pytest.mark.parametrize("columns", [["single:green"], ["single:red", "base", "single:blue"]])
+def test_constant_rows_compute_with_their_own_experts_only(
+    columns: list[str], routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scored row beside them makes the layers compute with all experts; the answers stay."""
+    sizes, mix = set(), RoutingPlan.mix
+
+    def spy(self: RoutingPlan, bank: ExpertBank, x: Tensor) -> Tensor:
+        sizes.add(len(bank.expert_ids))
+        return mix(self, bank, x)
+
+    monkeypatch.setattr(RoutingPlan, "mix", spy)
+    alone = texts(run(routed_model, columns))
+    assert sizes == {sum(column != "base" for column in columns)}
+    assert texts(run(routed_model, [*columns, "spectr"]))[:-1] == alone
+    assert sizes == {sum(column != "base" for column in columns), 3}
+
+
 def _ids(column: ColumnTrace) -> Tensor:
     return torch.from_numpy(column.token_ids).long()
 

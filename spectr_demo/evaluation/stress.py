@@ -266,12 +266,11 @@ class _Decisions(RoutingPlan):
         }
         self._context = context
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor | None:
-        for path in bank.paths:
-            scores = self._scores(path, x[0])
-            for key, library in self._libraries.items():
-                self._decide(key, library, scores)
-        return super().mix(bank, x)
+    def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
+        scores = self._scores(bank.paths[place], x[0])
+        for key, library in self._libraries.items():
+            self._decide(key, library, scores)
+        return super().add(y, bank, place, x)
 
     def _scores(self, path: str, x: Tensor) -> Tensor:
         """(methods, T, V) of the tokens after the opening, -inf where a candidate is not there."""

@@ -54,9 +54,9 @@ class Spy(RoutingPlan):
         self.is_base_only = False
         self.inputs: dict[str, Tensor] = {}
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor | None:
-        self.inputs |= dict.fromkeys(bank.paths, x)
-        return super().mix(bank, x)
+    def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
+        self.inputs[bank.paths[place]] = x
+        return super().add(y, bank, place, x)
 
 
 def inputs(engine: SpectrModel, router: str, ids: list[int]) -> dict[str, Tensor]:
