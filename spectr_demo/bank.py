@@ -7,11 +7,20 @@ of the bank), E experts, r rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spectr_demo.spectral import Aligned, common_directions
+
+
+class Mixed(NamedTuple):
+    """What the layers of a bank multiply by B*: (R, T, P, K, r) values of the experts that are
+    chosen, and their places in the bank (R, T, P, K); None where they are all of the E experts."""
+
+    values: Tensor
+    experts: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,13 +149,17 @@ class ExpertBank:
         shared = torch.einsum("...pd,pkd->...pk", x.float().expand(*x.shape[:-2], len(V), -1), V)
         return x - torch.einsum("...pk,pkd->...pd", shared, V).to(x.dtype)
 
-    def add(self, y: Tensor, mixed: Tensor, place: int) -> Tensor:
-        """`y + sum_e B*_e mixed_e` at one layer: y (R, T, D_out), mixed (R, T, P, E, r)."""
-        mixed = mixed[:, :, place].flatten(-2)
-        B = self.B[place]
+    def add(self, y: Tensor, mixed: Mixed, place: int) -> Tensor:
+        """`y + sum_e B*_e mixed_e` at one layer: y (R, T, D_out)."""
+        values, B = mixed.values[:, :, place].flatten(-2), self.B[place]
+        if mixed.experts is not None:
+            E = len(self.expert_ids)
+            chosen = B.unflatten(0, (E, -1))[mixed.experts[:, :, place]]  # (R, T, K, r, D_out)
+            delta = (values.unsqueeze(-2) @ chosen.flatten(-3, -2)).squeeze(-2)
+            return y + delta.to(y.dtype)
         if y.dtype != B.dtype:
-            return y + (mixed @ B).to(y.dtype)
-        return torch.addmm(y.flatten(0, 1), mixed.flatten(0, 1), B).view_as(y)
+            return y + (values @ B).to(y.dtype)
+        return torch.addmm(y.flatten(0, 1), values.flatten(0, 1), B).view_as(y)
 
 
 def _pad_rows(factor: Tensor, rank: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectr_demo.bank import ExpertBank
+from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
 from spectr_demo.pooling import EvidencePool
 from spectr_demo.recorder import Recorder
@@ -338,7 +338,9 @@ class RoutingPlan:
                 e for e, weights in enumerate(zip(*constant, strict=True)) if any(weights)
             ]
         self._used_of: dict[ExpertBank, ExpertBank | None] = {}
-        self._mixed: Tensor | None = None  # of the bank whose layers run now
+        is_one = len(self._groups) == 1 and self._groups[0].is_whole
+        self._only_group = self._groups[0] if is_one else None
+        self._mixed: Mixed | None = None  # of the bank whose layers run now
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
         """(R, 1, 1, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
@@ -349,30 +351,42 @@ class RoutingPlan:
 
     def weights(self, bank: ExpertBank, z: Tensor) -> Tensor:
         """Weight of each expert for each token: (R, T, P, E) float32 from z (R, T, P, E, r)."""
-        weights = self.constant_weights(bank).expand(z.shape[:4])
-        is_shared = len(self._groups) > 1 or any(not group.is_whole for group in self._groups)
-        if is_shared:
-            weights = weights.clone()
+        weights = self.constant_weights(bank).expand(z.shape[:4]).clone()
         for group in self._groups:
-            scores = group.scores(bank, z if group.is_whole else z[group.rows])
-            experts, chosen, top = select(scores, group.router, group.least)
-            if self.recorder is not None:
-                for i, row in enumerate(group.rows):
-                    self.recorder.add_choice(bank, row, experts[i], chosen[i], top[i])
-            group_weights = torch.zeros_like(scores).scatter_(-1, experts, chosen)
-            if not is_shared:
-                return group_weights
-            weights[group.rows] = group_weights
+            experts, chosen = self._choose(group, bank, z)
+            scattered = weights.new_zeros(len(group.rows), *z.shape[1:4])
+            scattered.scatter_(-1, experts, chosen)
+            if group.is_whole:
+                return scattered
+            weights[group.rows] = scattered
         return weights
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Tensor:
-        """What the bank's layers multiply by B*: (R, T, P, E, r) from their input x (R, T, D_in).
+    def _choose(self, group: "_Group", bank: ExpertBank, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and weights of a group's rows, (rows, T, P, K) each, from z (R, T, P, E, r)."""
+        scores = group.scores(bank, z if group.is_whole else z[group.rows])
+        experts, weights, top = select(scores, group.router, group.least)
+        if self.recorder is not None:
+            for i, row in enumerate(group.rows):
+                self.recorder.add_choice(bank, row, experts[i], weights[i], top[i])
+        return experts, weights
+
+    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
+        """What the bank's layers multiply by B*, from their input x (R, T, D_in).
 
         `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
-        cross terms are part of SpectR. Both are one product with the stacked B*.
+        cross terms are part of SpectR. Both are one product with the stacked B*, or with the rows
+        of the chosen experts, where these are fewer.
         """
         z = bank.project(x)
-        weights = self.weights(bank, z).to(z.dtype)
+        R, T, _, E, _ = z.shape
+        if self._only_group is not None and R * T * (self._only_group.router.top_k or E) < E:
+            experts, weights = self._choose(self._only_group, bank, z)
+            z = z.take_along_dim(experts.unsqueeze(-1), dim=-2)
+            return Mixed(self._weigh(weights.to(z.dtype), z), experts)
+        return Mixed(self._weigh(self.weights(bank, z).to(z.dtype), z), None)
+
+    def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
+        """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
         if self._has_merged:
             merged = weights.unsqueeze(-2) @ z  # (R, T, P, 1, r)
             z = merged if self._all_merged else torch.where(self._is_merged.to(z.device), merged, z)
