@@ -130,13 +130,11 @@ def arrow_model(config: LlamaConfig, device: torch.device, num_experts: int, fol
         path = folder / f"{config.hidden_size}-{e}"
         path.mkdir(exist_ok=True)
         peft.peft_config["default"].save_pretrained(path)
-        from safetensors.torch import save_file
-
-        weights = {n.replace(".default", ""): 0.02 * torch.randn(s) for n, s in shapes.items()}
-        save_file(
-            {n: w.to(torch.bfloat16) for n, w in weights.items()},
-            path / "adapter_model.safetensors",
-        )
+        weights = {
+            name.replace(".default", ""): 0.02 * torch.randn(shape, dtype=torch.bfloat16)
+            for name, shape in shapes.items()
+        }
+        save_file(weights, path / WEIGHTS_FILE)
         folders.append(str(path))
     return create_arrow_model(random_base(config, device), folders, ArrowConfig(top_k=3)).eval()
 
