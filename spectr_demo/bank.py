@@ -128,6 +128,18 @@ class ExpertBank:
         z = nn.functional.linear(x.to(self.A.dtype), self.A)
         return z.unflatten(-1, self.singular_values.shape)
 
+    def project_first(self, x: Tensor) -> Tensor:
+        """The first entry of `z` alone, (R, T, P, E): the token along each expert's arrow."""
+        P, E, r = self.singular_values.shape
+        return nn.functional.linear(x.to(self.A.dtype), self.A[::r]).unflatten(-1, (P, E))
+
+    def project_chosen(self, x: Tensor, experts: Tensor) -> Tensor:
+        """`z` of a few experts for each token: (R, T, P, F, r) from their places (R, T, P, F)."""
+        P, E, r = self.singular_values.shape
+        layers = torch.arange(P, device=self.A.device)[:, None]
+        A = self.A.view(P, E, r, -1)[layers, experts]  # (R, T, P, F, r, D_in)
+        return (A @ x.to(A.dtype)[:, :, None, None, :, None]).squeeze(-1)
+
     def distinct(self, z: Tensor) -> Tensor:
         """(R, T, P, E, r) float32 from z: what is left of it without the common directions."""
         z = z.float()

@@ -36,6 +36,13 @@ class Recorder:
         self._hidden = [torch.cat(self._hidden, dim=1)]
         return self._hidden[0]
 
+    def choices(self, bank: ExpertBank, row: int) -> Choice:
+        """Those of one row over all tokens read so far."""
+        passes = self._choices[row, bank]
+        experts, weights, scores = map(torch.cat, zip(*passes, strict=True))
+        self._choices[row, bank] = [(experts, weights, scores)]  # need not be joined again
+        return experts, weights, scores
+
     def routing(
         self, library: ExpertLibrary, row: int, num_tokens: int, top_k: int
     ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
@@ -48,11 +55,7 @@ class Recorder:
         weights = np.zeros(shape, np.float32)
         scores = np.full(shape, np.nan, np.float32)
         for bank in library.banks:
-            passes = self._choices[row, bank]
-            experts_read, weights_read, scores_read = map(torch.cat, zip(*passes, strict=True))
-            joined = (experts_read, weights_read, scores_read)
-            self._choices[row, bank] = [joined]  # a partial trace need not be joined again
-            chosen, weight, score = (part[: num_tokens - 1].cpu() for part in joined)
+            chosen, weight, score = (p[: num_tokens - 1].cpu() for p in self.choices(bank, row))
             T, _, K = chosen.shape
             projections = [library.projections.index(name) for name in bank.projections]
             place = np.s_[:T, bank.layers, projections, :K]

@@ -353,7 +353,7 @@ class RoutingPlan:
         """Weight of each expert for each token: (R, T, P, E) float32 from z (R, T, P, E, r)."""
         weights = self.constant_weights(bank).expand(z.shape[:4]).clone()
         for group in self._groups:
-            experts, chosen = self._choose(group, bank, z)
+            experts, chosen = self._choose(group, bank, z if group.is_whole else z[group.rows])
             scattered = weights.new_zeros(len(group.rows), *z.shape[1:4])
             scattered.scatter_(-1, experts, chosen)
             if group.is_whole:
@@ -361,29 +361,40 @@ class RoutingPlan:
             weights[group.rows] = scattered
         return weights
 
-    def _choose(self, group: "_Group", bank: ExpertBank, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts and weights of a group's rows, (rows, T, P, K) each, from z (R, T, P, E, r)."""
-        scores = group.scores(bank, z if group.is_whole else z[group.rows])
-        experts, weights, top = select(scores, group.router, group.least)
+    def _choose(
+        self, group: "_Group", bank: ExpertBank, z: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What a group's rows choose among the experts of z (R, T, P, E, r): their places there and
+        their weights, (R, T, P, K) each. kept: (R, T, P, E) their places in the bank."""
+        experts, weights, top = select(group.scores(bank, z), group.router, group.least)
         if self.recorder is not None:
+            places = experts if kept is None else kept.gather(-1, experts)
             for i, row in enumerate(group.rows):
-                self.recorder.add_choice(bank, row, experts[i], weights[i], top[i])
+                self.recorder.add_choice(bank, row, places[i], weights[i], top[i])
         return experts, weights
 
     def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
         """What the bank's layers multiply by B*, from their input x (R, T, D_in).
 
         `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
-        cross terms are part of SpectR. Both are one product with the stacked B*, or with the rows
-        of the chosen experts, where these are fewer.
+        cross terms are part of SpectR. Both are one product with the stacked factors; where all
+        rows share a router, and its tokens need fewer rows of a factor than are stacked, with these
+        rows alone.
         """
-        z = bank.project(x)
-        R, T, _, E, _ = z.shape
-        if self._only_group is not None and R * T * (self._only_group.router.top_k or E) < E:
-            experts, weights = self._choose(self._only_group, bank, z)
-            z = z.take_along_dim(experts.unsqueeze(-1), dim=-2)
-            return Mixed(self._weigh(weights.to(z.dtype), z), experts)
-        return Mixed(self._weigh(self.weights(bank, z).to(z.dtype), z), None)
+        group, kept = self._only_group, None
+        (R, T, _), E = x.shape, len(bank.expert_ids)
+        if group is None or (group.router.top_k or E) * R * T >= E:
+            z = bank.project(x)
+            return Mixed(self._weigh(self.weights(bank, z).to(z.dtype), z), None)
+        if group.num_filtered * R * T < E:
+            kept = bank.project_first(x).float().abs().topk(group.num_filtered, dim=-1).indices
+            z = bank.project_chosen(x, kept)
+        else:
+            z = bank.project(x)
+        experts, weights = self._choose(group, bank, z, kept)
+        z = z.take_along_dim(experts.unsqueeze(-1), dim=-2)
+        places = experts if kept is None else kept.gather(-1, experts)
+        return Mixed(self._weigh(weights.to(z.dtype), z), places)
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
@@ -500,6 +511,9 @@ class _Group:
         self._is_evidence = None if is_evidence is None else is_evidence[rows]
         self.pool: EvidencePool | None = None
         self._weights_of: dict[ExpertBank, Tensor] = {}
+        # LAG needs the whole z of few experts; what is pooled needs that of all.
+        is_filtered = score is lag_scores and router.decay is None
+        self.num_filtered = router.prefilter if is_filtered else num_experts
         self.least: float | None = None  # the best expert's score must exceed it
         if router.decay is not None:
             self.pool = EvidencePool(router.decay, num_experts, self._is_evidence)

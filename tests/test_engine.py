@@ -20,6 +20,7 @@ from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine import SpectrModel, Step, mean_logprob
 from spectr_demo.layers import RoutedLinear, routed
 from spectr_demo.prompts import request_start
+from spectr_demo.recorder import Recorder
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
 from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
 from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert
@@ -402,6 +403,53 @@ def test_delta_is_the_equation(
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         scale = float(expected.abs().max()) + 1
         assert_close(routed_y.float(), expected, atol=tolerance * scale, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        *("lag", "spectr", "spectr-paper", "arrow", "norm"),
+        RouterConfig(name="lag", top_k=3, weighting="softmax", composition="parameters"),
+        RouterConfig(name="lag", prefilter=39),
+    ],
+)
+def test_chosen_rows_give_what_stacked_ones_give(router: str | RouterConfig) -> None:
+    """A token of many experts gathers rows of the factors, many tokens multiply by all of them."""
+    from spectr_demo.spectral import align
+
+    generator = torch.Generator().manual_seed(0)
+    num_experts, num_tokens, D_outs = 40, 45, (24, 8)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    aligned = {
+        e: [align(randn(4, 16), randn(D_out, 4), 1.0) for D_out in D_outs]
+        for e in range(num_experts)
+    }
+    paths = ("layers.0.q_proj", "layers.0.k_proj")
+    device = torch.device("cpu")
+    bank = ExpertBank.from_aligned(paths, aligned, device=device, dtype=torch.float32)
+    names = [f"e{e}" for e in aligned]
+    config = parse_router(router, names)
+
+    def read(*parts: Tensor) -> tuple[list[Tensor], Recorder]:
+        recorder = Recorder()
+        plan = RoutingPlan([config], names, recorder)
+        mixed = [plan.mix(bank, part) for part in parts]
+        assert all((m.experts is None) == (len(parts) == 1) for m in mixed)
+        outputs = [
+            torch.cat([bank.add(torch.zeros(1, m.values.shape[1], D), m, p) for m in mixed], dim=1)
+            for p, D in enumerate(D_outs)
+        ]
+        return outputs, recorder
+
+    x = randn(1, num_tokens, 16)
+    (stacked, at_once), (chosen, one_by_one) = read(x), read(*x.split(1, dim=1))
+    for expected, found in zip(stacked, chosen, strict=True):
+        assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for expected, found in zip(at_once.choices(bank, 0), one_by_one.choices(bank, 0), strict=True):
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("columns", [["single:green"], ["single:red", "base", "single:blue"]])
