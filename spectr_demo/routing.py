@@ -340,7 +340,7 @@ class RoutingPlan:
         self._used_of: dict[ExpertBank, ExpertBank | None] = {}
         is_one = len(self._groups) == 1 and self._groups[0].is_whole
         self._only_group = self._groups[0] if is_one else None
-        self._mixed: Mixed | None = None  # of the bank whose layers run now
+        self._mixed: dict[ExpertBank, Mixed] = {}  # of the banks of which a layer is still to run
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
         """(R, 1, 1, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
@@ -413,9 +413,10 @@ class RoutingPlan:
         if used is None:
             return y
         if place == 0:
-            self._mixed = self.mix(used, x)
-        assert self._mixed is not None
-        return used.add(y, self._mixed, place)
+            self._mixed[bank] = self.mix(used, x)
+        is_last = place == len(bank.paths) - 1
+        mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
+        return used.add(y, mixed, place)
 
     def _with_used(self, bank: ExpertBank) -> ExpertBank | None:
         """The bank with the experts that some row may use; None if it has none of them."""

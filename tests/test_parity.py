@@ -1,20 +1,23 @@
 """The same adapters give the same logits in PEFT and here: on the tiny model and the default."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import ArrowConfig, PeftModel, create_arrow_model
+from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel
 
 from spectr_demo.config import RouterConfig, shipped_experts
 from spectr_demo.engine import SpectrModel, load
-from spectr_demo.layers import routed
+from spectr_demo.experts import load_experts
+from spectr_demo.layers import attach_, routed
 from spectr_demo.loading import load_base
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
 from tests.conftest import IN_CONTEXT, BuildModel, tiny_llama
@@ -154,3 +157,29 @@ def test_one_expert_alone_serves_context(
     single, context = trace.columns
     np.testing.assert_array_equal(context.token_ids, single.token_ids)
     np.testing.assert_array_equal(context.weights[:-1], 1)
+
+
+def test_layers_of_one_input_need_not_run_one_after_another(tmp_path: Path) -> None:
+    """Falcon's attention and feed-forward read one input, and other layers run between them."""
+    config = FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False
+    )
+    modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    torch.manual_seed(0)
+    base = FalconForCausalLM(config).eval()
+    folders = []
+    for name in ("one", "two"):
+        adapter = LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
+        peft = get_peft_model(deepcopy(base), adapter)
+        peft.save_pretrained(tmp_path / name)
+        folders.append(str(tmp_path / name))
+    theirs = PeftModel.from_pretrained(deepcopy(base), folders[1]).eval()
+    library = load_experts(folders, base)
+    assert ("query_key_value", "dense_h_to_4h") in [bank.projections for bank in library.banks]
+    attach_(base, library)
+    ids = torch.arange(10)[None]
+    plan = RoutingPlan([parse_router("single:two", library.names)], library.names)
+    with torch.inference_mode(), routed(plan):
+        ours = base(ids).logits
+    with torch.inference_mode():
+        assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=1e-4)
