@@ -78,6 +78,12 @@ class ExpertBank:
         """(P,) names such as `q_proj`."""
         return tuple(path.rpartition(".")[2] for path in self.paths)
 
+    def factors(self, expert: int, place: int, rank: int) -> Aligned:
+        """The first `rank` directions of one expert at one layer, as views."""
+        P, E, r = self.singular_values.shape
+        A, B = self.A.view(P, E, r, -1)[place, expert], self.B[place].view(E, r, -1)[expert]
+        return Aligned(A[:rank], B[:rank].mT)
+
     def split(self) -> "list[ExpertBank]":
         """A bank for each layer alone; views of the same tensors."""
         A = self.A.chunk(len(self.paths))

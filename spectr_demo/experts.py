@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +371,7 @@ class ExpertLibrary:
         """
         if problems := check_adapters(adapters, model):
             raise AdapterError(problems)
-        aligned = tuple(align_adapter(adapter) for adapter in adapters)
+        aligned = [align_adapter(adapter) for adapter in adapters]
         modules = dict(model.named_modules())
         touched = {path for expert in aligned for path in expert}
         banks = []
@@ -387,7 +388,10 @@ class ExpertLibrary:
                     dtype=torch.float32 if device.type == "cpu" else model.dtype,
                 )
                 banks.append(bank.with_common_directions())
-        return cls(adapters=tuple(adapters), aligned=aligned, banks=tuple(banks))
+                if device.type == "cpu":  # the stacked factors are the only copy
+                    for (i, e), (p, path) in product(enumerate(ids), enumerate(paths)):
+                        aligned[e][path] = bank.factors(i, p, rank=aligned[e][path].A.shape[0])
+        return cls(adapters=tuple(adapters), aligned=tuple(aligned), banks=tuple(banks))
 
 
 def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:

@@ -326,6 +326,22 @@ def test_what_experts_of_one_initialisation_share_is_left_out(
             assert_close(layer.distinct(layer.project(x)), left[:, :, p : p + 1])
 
 
+def test_the_stacked_factors_are_the_only_copy(
+    expert_folders: list[str], llama: LlamaForCausalLM, save_expert: SaveExpert
+) -> None:
+    """... and give every expert its own again, whatever rank it is padded to."""
+    folders = [*expert_folders, save_expert("small", seed=9, r=2, target_modules=["v_proj"])]
+    library = load_experts(folders, llama)
+    for adapter, expert in zip(library.adapters, library.aligned, strict=True):
+        expected = align_adapter(adapter)
+        assert expert.keys() == expected.keys()
+        for path, layer in expert.items():
+            assert_close(layer, expected[path])
+    stacked = {t.untyped_storage().data_ptr() for b in library.banks for t in (b.A, *b.B)}
+    held = {t.untyped_storage().data_ptr() for e in library.aligned for a in e.values() for t in a}
+    assert held == stacked
+
+
 def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: list[str]) -> None:
     import bitsandbytes as bnb
 
