@@ -20,7 +20,6 @@ from spectr_demo.routing import STANDARDISED, Calibration, Listening, score_toke
 
 GENERIC_TEXT = ASSETS / "generic_text.json"
 _ROWS_AT_ONCE = 8
-MIN_SPREAD = 0.25  # so that no single layer decides alone
 
 
 def generic_prompts() -> list[str]:
@@ -42,10 +41,8 @@ class _Statistics(Listening):
         scores = torch.stack([score_tokens(f, bank, z, config) for f in STANDARDISED])
         is_evidence = self._is_evidence[..., None, None]
         scores = torch.where(is_evidence, scores, 0).double()  # (S, R, T, P, E)
-        of_text = scores.sum(2)
-        length = is_evidence.sum(1)
-        sums = (of_text.sum(1), scores.square().sum((1, 2)), (of_text.square() / length).sum(1))
-        self._totals[bank] = self._totals.get(bank, 0) + torch.stack(sums, dim=1)
+        sums = torch.stack([scores.sum((1, 2)), scores.square().sum((1, 2))], dim=1)
+        self._totals[bank] = self._totals.get(bank, 0) + sums
 
 
 def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
@@ -69,12 +66,10 @@ def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
             decoder(input_ids=input_ids.to(device), use_cache=False)
     statistics = {}
     for bank, sums in totals.items():
-        mean, of_squares, of_texts = (sums / num_tokens).unbind(1)
+        mean, of_squares = (sums / num_tokens).unbind(1)
         variance = (of_squares - mean.square()).clamp(min=0)
-        # An expert that never responds has no spread, and its scores stay 0.
+        # An expert that never responds has no deviation, and its scores stay 0.
         is_flat = variance <= (1e-6 * mean).square() + 1e-24
         std = torch.where(is_flat, 1.0, variance.sqrt())
-        between = (of_texts - mean.square()).clamp(min=0) * (num_tokens / len(texts))
-        spread = torch.where(is_flat, 1.0, between / std.square()).clamp(min=MIN_SPREAD)
-        statistics[bank] = torch.stack([mean, std, spread], dim=1).float()  # (S, 3, P, E)
+        statistics[bank] = torch.stack([mean, std], dim=1).float()  # (S, 2, P, E)
     return Calibration(statistics)

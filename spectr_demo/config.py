@@ -69,8 +69,6 @@ class RouterConfig:
     calibrated: whether scores are standardised by what generic text gives, in standard deviations.
     decay: pools scores over the text so far, older tokens counting less by this factor a token; 1
         weighs the whole text alike. None looks at each token alone.
-    reliability: when pooling calibrated scores, a layer counts by its spread (see
-        `routing.Calibration`) to the power of minus this; 0 weighs all layers alike.
     reads_first: the bare base reads the prompt before the experts do; what all its layers tell is
         the evidence that a router which pools starts from.
     confidence: no expert is used where the best one stands out from the mean of all no more than
@@ -87,7 +85,6 @@ class RouterConfig:
     prefilter: int = 20
     calibrated: bool = False
     decay: float | None = None
-    reliability: float = 0.0
     reads_first: bool = False
     confidence: float | None = None
 
@@ -106,10 +103,6 @@ class RouterConfig:
         _require(_is_int(f) and f >= 1, "prefilter", f, "a whole number of at least 1")
         d, c = self.decay, self.confidence
         _require(d is None or (_is_number(d) and 0 < d <= 1), "decay", d, "above 0 and at most 1")
-        r = self.reliability
-        _require(
-            _is_number(r) and 0 <= r < float("inf"), "reliability", r, "0 or a positive number"
-        )
         _require(c is None or (_is_number(c) and 0 <= c <= 1), "confidence", c, "from 0 to 1")
         can_read_first = self.calibrated and d is not None
         if (self.reads_first and not can_read_first) or (c is not None and not self.reads_first):

@@ -14,10 +14,11 @@ _TOKENS_AT_ONCE = 256  # of a long prompt: the matrix that decays them is this n
 class EvidencePool:
     """Scores averaged over the tokens up to now and the linear layers up to here.
 
-    Evidence is never negative: what an expert responds to speaks for it, what it does not respond
-    to says nothing. A token that is n tokens back counts `decay ** n`. The state is a sum for each
-    row, layer and expert, so a text read at once and the same tokens read one by one give the
-    same evidence.
+    A token in a layer speaks for one expert: the one with the best score there, by that score, if
+    it is positive. A token that is n tokens back counts `decay ** n`, and a layer by the square
+    root of its depth, since later ones know more of the text. The state is a sum for each row,
+    layer and expert, so a text read at once and the same tokens read one by one give the same
+    evidence.
 
     A prompt may be read twice: the first reading gives what all layers know of it, from which the
     second one starts (`read_again`). There is then no layer that knows little.
@@ -28,6 +29,7 @@ class EvidencePool:
         (padding, the opening of the chat template); all tokens after these T count."""
         self._decay = decay
         self._num_experts = num_experts
+        self._weights: dict[ExpertBank, Tensor] = {}
         self._first: tuple[Tensor, Tensor] | None = None  # sums (R, 1, E) and their weights
         self._restart(is_evidence)
 
@@ -59,20 +61,19 @@ class EvidencePool:
         weights = self._token_weight[:, -1] * self._layer_weight
         return self._total[:, -1] / weights.clamp(min=1e-12)
 
-    def add(self, bank: ExpertBank, scores: Tensor, weights: Tensor) -> Tensor:
-        """Add the scores (R, T, P, E) of a bank's layers; return the pooled ones, same shape.
-
-        weights: (P,) of the layers in the average over layers. 0 for an expert that nothing speaks
-        for.
-        """
+    def add(self, bank: ExpertBank, scores: Tensor) -> Tensor:
+        """Add the scores (R, T, P, E) of a bank's layers; return the pooled ones, same shape; 0 for
+        an expert that nothing speaks for."""
         if self._first_bank is None or bank is self._first_bank:
             self._first_bank = bank
             self._start_pass(scores)
-        scores = scores.clamp(min=0)
+        is_best = scores == scores.amax(-1, keepdim=True)
+        scores = torch.where(is_best, scores, 0).clamp(min=0)
         if self._counts is not None:
             scores = scores * self._counts[..., None]
         sums = self._over_tokens(scores, self._sums.get(bank))
         self._sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
+        weights = self._depth_weights(bank)
         # A layer knows what the layers before it know, those of its own bank included.
         sums = (weights[:, None] * sums).cumsum(2)
         layers = weights.cumsum(0)[:, None]
@@ -87,6 +88,13 @@ class EvidencePool:
         if self._first_weight is not None:
             num = num + self._first_weight[..., None, ids]
         return sums / num.clamp(min=1e-12)
+
+    def _depth_weights(self, bank: ExpertBank) -> Tensor:
+        """(P,) of the bank's layers in the average over layers."""
+        if bank not in self._weights:
+            depth = torch.tensor(bank.layers, device=bank.A.device) + 1
+            self._weights[bank] = depth.sqrt()
+        return self._weights[bank]
 
     def _start_pass(self, scores: Tensor) -> None:
         R, T, *_ = scores.shape

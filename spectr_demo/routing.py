@@ -151,15 +151,14 @@ _ROWS = (
     Router(
         key="spectr-context",
         display_name="SpectR in context",
-        equation="mean over the text so far of max(0, (||A*_e P x|| - mean_e) / std_e)",
+        equation="mean over the text so far of (||A*_e P x|| - mean_e) / std_e where e is the best",
         paper="this project's: calibrated, pooled, prompt read first; P leaves common parts out",
         preset=RouterConfig(
             name="spectr-context",
             weighting="softmax",
             temperature=0.05,
             calibrated=True,
-            decay=0.93,
-            reliability=1.0,
+            decay=0.9,
             reads_first=True,
             confidence=0.8,
         ),
@@ -272,23 +271,17 @@ def lead(evidence: Tensor) -> Tensor:
 
 
 class Calibration:
-    """What text of no domain says about each score, by layer and expert: mean, standard deviation,
-    and spread, the variance of a text's mean relative to that of as many independent tokens."""
+    """What text of no domain says about each score, by layer and expert: mean and deviation."""
 
     def __init__(self, statistics: Mapping[ExpertBank, Tensor]) -> None:
-        """statistics: (S, 3, P, E) float32 of each bank: the scores in the order of `STANDARDISED`,
-        the three statistics, the bank's layers and experts."""
+        """statistics: (S, 2, P, E) float32 of each bank: the scores in the order of `STANDARDISED`,
+        the two statistics, the bank's layers and experts."""
         self._statistics = statistics
 
     def standardise(self, bank: ExpertBank, score: Score, values: Tensor) -> Tensor:
         """`(values - mean) / std`: values (R, T, P, E), in standard deviations."""
-        mean, std, _ = self._statistics[bank][STANDARDISED.index(score)]
+        mean, std = self._statistics[bank][STANDARDISED.index(score)]
         return (values - mean) / std
-
-    def spread(self, bank: ExpertBank, score: Score) -> Tensor:
-        """(P,): the mean spread of each layer's experts. About 1 where every token is news; large
-        where neighbouring tokens repeat each other, or where texts of no domain differ anyway."""
-        return self._statistics[bank][STANDARDISED.index(score), 2].mean(-1)
 
 
 class RoutingPlan:
@@ -511,7 +504,6 @@ class _Group:
         self._calibration = calibration if router.calibrated else None
         self._is_evidence = None if is_evidence is None else is_evidence[rows]
         self.pool: EvidencePool | None = None
-        self._weights_of: dict[ExpertBank, Tensor] = {}
         # LAG needs the whole z of few experts; what is pooled needs that of all.
         is_filtered = score is lag_scores and router.decay is None
         self.num_filtered = router.prefilter if is_filtered else num_experts
@@ -537,18 +529,8 @@ class _Group:
             scores = self._calibration.standardise(bank, self._score, scores)
         if self.pool is None:
             return scores
-        evidence = self.pool.add(bank, scores, self._weights(bank))
+        evidence = self.pool.add(bank, scores)
         return evidence if self.router.confidence is None else lead(evidence)
-
-    def _weights(self, bank: ExpertBank) -> Tensor:
-        """(P,) of the bank's layers in the average over layers."""
-        if bank not in self._weights_of:
-            weights = torch.ones(len(bank.paths), device=bank.A.device)
-            if self._calibration is not None and self.router.reliability > 0:
-                spread = self._calibration.spread(bank, self._score)
-                weights = spread**-self.router.reliability
-            self._weights_of[bank] = weights
-        return self._weights_of[bank]
 
 
 def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:

@@ -18,7 +18,6 @@ from spectr_demo.routing import (
     Listening,
     Score,
     score_tokens,
-    spectr_scores,
 )
 
 PROMPTS = ["How are you?", "Tell me of a walk in the rain"]
@@ -62,19 +61,3 @@ def test_generic_text_has_mean_zero_and_deviation_one(
         mean, std = values.mean(0), values.std(0, correction=0)
         torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-3, rtol=0)
         torch.testing.assert_close(std, torch.ones_like(std), atol=1e-3, rtol=0)
-
-
-def test_spread_is_the_variance_of_text_means_relative_to_independent_tokens(
-    routed_model: SpectrModel,
-) -> None:
-    bank = routed_model.library.banks[0]
-    lengths = []
-    for prompt in PROMPTS:
-        ids = routed_model.encode(prompt)
-        lengths.append(len(ids) - shared_length(routed_model.template_opening, ids))
-    values = scores_of(routed_model, spectr_scores, routed_model.calibration)[bank]
-    standard = [text.mean(0).square() * len(text) for text in values.split(lengths)]
-    expected = torch.stack(standard).sum(0) / len(PROMPTS)
-    spread = routed_model.calibration.spread(bank, spectr_scores)
-    expected = expected.clamp(min=calibration.MIN_SPREAD).mean(-1)
-    torch.testing.assert_close(spread, expected, rtol=1e-3, atol=0)

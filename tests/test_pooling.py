@@ -21,7 +21,6 @@ def bank(expert_ids: list[int], *paths: str) -> ExpertBank:
 
 
 FIRST, SECOND = bank([0, 1, 2], "first"), bank([2, 0], "second")
-ONE = torch.ones(1)
 
 
 def scores(num_rows: int, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,15 +34,21 @@ def scores(num_rows: int, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor,
 def read(pool: EvidencePool, *parts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     """The pooled scores of both layers over all parts, each part one pass."""
     passes = [
-        (pool.add(FIRST, first[:, :, None], ONE), pool.add(SECOND, second[:, :, None], ONE))
+        (pool.add(FIRST, first[:, :, None]), pool.add(SECOND, second[:, :, None]))
         for first, second in parts
     ]
     return [torch.cat(layer, dim=1)[:, :, 0] for layer in zip(*passes, strict=True)]
 
 
+def winners(scores: torch.Tensor) -> torch.Tensor:
+    """A token in a layer speaks for its best expert alone."""
+    return torch.where(scores == scores.amax(-1, keepdim=True), scores, 0)
+
+
 def test_it_is_the_decayed_mean_over_tokens_and_layers() -> None:
     first, second = scores(1, 3)
     pooled_first, pooled_second = read(EvidencePool(0.5, 3, None), (first, second))
+    first, second = winners(first), winners(second)
     weights = torch.tensor([0.25, 0.5, 1])
     over_first = (weights[:, None] * first[0]).sum(0) / weights.sum()
     over_second = (weights[:, None] * second[0]).sum(0) / weights.sum()
@@ -91,12 +96,13 @@ def test_rows_do_not_mix() -> None:
         torch.testing.assert_close(one[1:2], other)
 
 
-def test_a_layer_counts_by_its_weight() -> None:
+def test_a_layer_counts_by_the_root_of_its_depth() -> None:
     first, second = scores(1, 1)
     pool = EvidencePool(1.0, 3, None)
-    pool.add(FIRST, first[:, :, None], 3 * ONE)
-    pooled = pool.add(SECOND, second[:, :, None], ONE)[:, :, 0]
-    torch.testing.assert_close(pooled, (3 * first[..., [2, 0]] + second) / 4)
+    pool.add(bank([0, 1, 2], "layers.0"), first[:, :, None])
+    pooled = pool.add(bank([2, 0], "layers.8"), second[:, :, None])[:, :, 0]
+    expected = (winners(first)[..., [2, 0]] + 3 * winners(second)) / 4
+    torch.testing.assert_close(pooled, expected)
 
 
 @pytest.mark.parametrize("expert_ids", [[0, 1, 2], [2, 0]])
@@ -104,25 +110,25 @@ def test_layers_of_one_bank_pool_as_if_they_had_one_each(expert_ids: list[int]) 
     """Each knows the layers before it, those of its bank too, and not those after it."""
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(2, 6, 3, len(expert_ids), generator=generator)
-    weights = torch.tensor([3.0, 1.0, 0.5])
     together = EvidencePool(0.9, 3, None)
     alone = EvidencePool(0.9, 3, None)
-    shared = bank(expert_ids, "a", "b", "c")
+    shared = bank(expert_ids, "layers.1.a", "layers.1.b", "layers.3.a")
     single = [bank(expert_ids, path) for path in shared.paths]
     first = torch.rand(2, 6, 1, 3, generator=generator)
     for part in (slice(0, 4), slice(4, 5), slice(5, 6)):  # prefill, then two tokens
-        together.add(FIRST, first[:, part], ONE)
-        alone.add(FIRST, first[:, part], ONE)
-        found = together.add(shared, values[:, part], weights)
+        together.add(FIRST, first[:, part])
+        alone.add(FIRST, first[:, part])
+        found = together.add(shared, values[:, part])
         for p, own in enumerate(single):
-            expected = alone.add(own, values[:, part, p : p + 1], weights[p : p + 1])
+            expected = alone.add(own, values[:, part, p : p + 1])
             torch.testing.assert_close(found[:, :, p : p + 1], expected)
     torch.testing.assert_close(together.latest, alone.latest)
 
 
 def test_what_does_not_respond_says_nothing() -> None:
-    pooled = EvidencePool(1.0, 3, None).add(FIRST, torch.tensor([[[[2.0, -9, 0]]]]), ONE)
-    assert pooled.tolist() == [[[[2.0, 0.0, 0.0]]]]
+    pool = EvidencePool(1.0, 3, None)
+    assert pool.add(FIRST, torch.tensor([[[[-2.0, -9, -1]]]])).tolist() == [[[[0, 0, 0]]]]
+    assert pool.add(FIRST, torch.tensor([[[[2.0, -9, 1]]]])).tolist() == [[[[1, 0, 0]]]]
 
 
 def test_a_second_reading_starts_from_what_all_layers_know_and_that_fades() -> None:
@@ -140,7 +146,7 @@ def test_a_second_reading_starts_from_what_all_layers_know_and_that_fades() -> N
     # Two tokens of the prompt in two layers (one where expert 1 is not), faded by one token ...
     weight = 0.5 * 1.5 * torch.tensor([2.0, 1.0, 2.0])
     # ... and one token of the answer in one layer.
-    expected = (weight * before[0] + answer[0][0, 0]) / (weight + 1)
+    expected = (weight * before[0] + winners(answer[0])[0, 0]) / (weight + 1)
     torch.testing.assert_close(first[0, 3], expected)
 
 

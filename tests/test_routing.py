@@ -170,7 +170,6 @@ def test_no_experts_to_choose_from() -> None:
         {"prefilter": 0},
         {"decay": 0.0},
         {"decay": 1.1},
-        {"reliability": -1.0},
         {"confidence": 1.1},
         {"confidence": 0.5},
         {"reads_first": True},

@@ -34,7 +34,7 @@ from spectr_demo.inspection import ExpertSummary, overlaps
 from spectr_demo.layers import routed
 from spectr_demo.pooling import EvidencePool
 from spectr_demo.prompts import shared_length
-from spectr_demo.routing import ROUTERS, Listening, RoutingPlan, distinct_scores, parse_router
+from spectr_demo.routing import ROUTERS, Listening, RoutingPlan, parse_router
 
 RANKS = (8, 4, 2, 1)
 SIGMAS = (0.1, 0.3, 1.0, 3.0)
@@ -183,46 +183,58 @@ def read_generic(
 
 
 class _Context:
-    """The evidence of `spectr-context` for every candidate, summed over the layers up to here."""
+    """The evidence of `spectr-context` in each library, pooled as the router does."""
 
-    def __init__(self, engine: SpectrModel, variants: Variants, is_evidence: Tensor) -> None:
+    def __init__(
+        self, variants: Variants, libraries: Mapping[_Key, _Library], is_evidence: Tensor
+    ) -> None:
         """is_evidence: (T,) bool."""
         self._variants = variants
-        self._calibration = engine.calibration
-        self._is_evidence = is_evidence[None]
-        self._router = ROUTERS["spectr-context"].preset
-        assert self._router.decay is not None
-        counted = is_evidence.cumsum(0)[:, None]
-        self._fading = self._router.decay**counted  # of what was read before
-        # All tokens from the first that counts do: 1 + decay + decay ** 2 ...
-        steps = self._router.decay ** torch.arange(len(is_evidence), device=counted.device)
-        sums = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
-        self._token_weight = sums[counted]  # (T, 1)
-        self.sums = self._token_weight.new_zeros(len(is_evidence), variants.num_candidates)
-        self.weights = torch.zeros_like(self.sums)
+        decay = ROUTERS["spectr-context"].preset.decay
+        assert decay is not None
+        self._ids = {key: torch.cat(library) for key, library in libraries.items()}
+        self._pools = {
+            key: EvidencePool(decay, len(ids), is_evidence[None]) for key, ids in self._ids.items()
+        }
+        self._banks: dict[tuple[str, int], ExpertBank] = {}
 
-    def start_from(self, before: _Context) -> None:
+    def read_again(self, is_evidence: Tensor) -> None:
         """Start from what a reading of the prompt gave at its end."""
-        self.sums = self._fading * before.sums[-1]
-        self.weights = self._fading * before.weights[-1]
+        for pool in self._pools.values():
+            pool.read_again(is_evidence[None])
 
-    def add(self, path: str, standard: Tensor) -> Tensor:
-        """(T, V) of the candidates that touch a layer, from their columns' scores (T, C)."""
+    def add(self, path: str, standard: Tensor) -> dict[_Key, Tensor]:
+        """By library (T, right and rivals), -inf where a candidate does not touch the layer, from
+        its columns' scores (T, C)."""
         layer = self._variants.layers[path]
-        # Over the tokens by column, over the layers by candidate: a thousand distractors cost no
-        # more decay than the columns they are drawn from.
-        assert self._router.decay is not None
-        pool = EvidencePool(self._router.decay, standard.shape[-1], self._is_evidence)
-        alone = standard.new_ones(1)
-        means = pool.add(layer.bank, standard[None, :, None], alone)[0, :, 0]
-        means = means.index_select(-1, layer.columns)
-        # A layer's reliability is that of the library: its variants are much alike.
-        spread = self._calibration.spread(layer.shared, distinct_scores)[layer.place]
-        weight = self._token_weight * spread**-self._router.reliability
-        ids = layer.candidates
-        self.sums[:, ids] += weight * means
-        self.weights[:, ids] += weight
-        return self.sums[:, ids] / self.weights[:, ids].clamp(min=1e-12)
+        scores = everywhere(self._variants, path, standard.index_select(-1, layer.columns))
+        pooled = {}
+        for key, ids in self._ids.items():
+            own = scores.index_select(-1, ids)
+            places = (own[0] > -torch.inf).nonzero()[:, 0]
+            pooled[key] = torch.full_like(own, -torch.inf)
+            if len(places) == 0:
+                continue
+            found = self._pools[key].add(self._bank(path, key, places), own[None, :, None, places])
+            pooled[key] = pooled[key].index_copy(-1, places, found[0, :, 0])
+        return pooled
+
+    def _bank(self, path: str, key: _Key, places: Tensor) -> ExpertBank:
+        """What tells the pool the layer and the candidates; the same one in both readings."""
+        name = path, list(self._ids).index(key)
+        if name not in self._banks:
+            library = self._variants.layers[path].library
+            self._banks[name] = replace(library, expert_ids=places.cpu())
+        return self._banks[name]
+
+
+def everywhere(variants: Variants, path: str, scores: Tensor) -> Tensor:
+    """(..., V) of all candidates from those that touch the layer, -inf for the others."""
+    layer = variants.layers[path]
+    if len(layer.candidates) == variants.num_candidates:
+        return scores
+    shape = (*scores.shape[:-1], variants.num_candidates)
+    return scores.new_full(shape, -torch.inf).index_copy(-1, layer.candidates, scores)
 
 
 class _FirstReading(Listening):
@@ -231,12 +243,12 @@ class _FirstReading(Listening):
     def __init__(self, variants: Variants, context: _Context) -> None:
         super().__init__()
         self._variants = variants
-        self.context = context
+        self._context = context
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
         for path in bank.paths:
             raw = self._variants.scores(path, x[0])
-            self.context.add(path, self._variants.standardise(path, raw, DISTINCT))
+            self._context.add(path, self._variants.standardise(path, raw, DISTINCT))
 
 
 class _Decisions(RoutingPlan):
@@ -267,28 +279,29 @@ class _Decisions(RoutingPlan):
         self._context = context
 
     def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
-        scores = self._scores(bank.paths[place], x[0])
-        for key, library in self._libraries.items():
-            self._decide(key, library, scores)
+        self._decide(bank.paths[place], x[0])
         return super().add(y, bank, place, x)
 
-    def _scores(self, path: str, x: Tensor) -> Tensor:
-        """(methods, T, V) of the tokens after the opening, -inf where a candidate is not there."""
+    def _decide(self, path: str, x: Tensor) -> None:
         layer, variants = self._variants.layers[path], self._variants
         raw = variants.scores(path, x)
         standard = variants.standardise(path, raw, SPECTR)
         in_context = self._context.add(path, variants.standardise(path, raw, DISTINCT))
         alone = torch.cat([raw[: len(METHODS) - 2], standard[None]])
-        scores = torch.cat([alone.index_select(-1, layer.columns), in_context[None]])
-        scores = scores[:, self._start :]
-        if len(layer.candidates) == variants.num_candidates:
-            return scores
-        everywhere = scores.new_full((*scores.shape[:2], variants.num_candidates), -torch.inf)
-        return everywhere.index_copy(-1, layer.candidates, scores)
+        alone = everywhere(variants, path, alone.index_select(-1, layer.columns))
+        for key, library in self._libraries.items():
+            num_right = len(library.right)
+            pooled = in_context[key][None]
+            self._count(
+                key,
+                torch.cat([alone.index_select(-1, library.right), pooled[..., :num_right]]),
+                torch.cat([alone.index_select(-1, library.rivals), pooled[..., num_right:]]),
+            )
 
-    def _decide(self, key: _Key, library: _Library, scores: Tensor) -> None:
-        right, right_ids = scores.index_select(-1, library.right).max(-1)
-        rival, rival_ids = scores.index_select(-1, library.rivals).max(-1)
+    def _count(self, key: _Key, right: Tensor, rival: Tensor) -> None:
+        """right, rival: (methods, T, candidates), -inf where one does not touch the layer."""
+        right, right_ids = right[:, self._start :].max(-1)
+        rival, rival_ids = rival[:, self._start :].max(-1)
         counts = (right > -torch.inf) & (rival > -torch.inf)
         lead = torch.where(counts, right - rival, 0)
         # Equal scores may differ by rounding, which goes with the layer's scores.
@@ -321,10 +334,9 @@ def _read(
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
     places = torch.arange(len(ids), device=engine.model.device)
     start = shared_length(engine.template_opening, text.prompt_ids)
-    before = _Context(engine, variants, places[:num_prompt] >= start)
-    _forward(engine, text.prompt_ids, _FirstReading(variants, before))
-    context = _Context(engine, variants, places >= num_prompt)
-    context.start_from(before)
+    context = _Context(variants, libraries, places[:num_prompt] >= start)
+    _forward(engine, text.prompt_ids, _FirstReading(variants, context))
+    context.read_again(places >= num_prompt)
     plan = _Decisions(engine, variants, name, libraries, text, context)
     _forward(engine, ids, plan)
     bar.update()

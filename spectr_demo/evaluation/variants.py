@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,19 +69,15 @@ def _without_outputs(layer: Aligned) -> Aligned:
 class _Layer:
     """pairs: the experts of all layers with this projection and D_in, shared by those layers; own:
     this layer's among them. noisy: sigma by sigma. candidates, columns: (V,) those that touch the
-    layer and where their scores are. bank: numbers the columns, as the pool wants it. library: the
-    experts' own bank of this layer, which knows their common directions. shared, place: the bank it
-    is part of, and where."""
+    layer and where their scores are. library: the experts' own bank of this
+    layer, which knows their common directions."""
 
     pairs: ExpertBank
     own: slice
     noisy: ExpertBank
     candidates: Tensor
     columns: Tensor
-    bank: ExpertBank
     library: ExpertBank
-    shared: ExpertBank
-    place: int
 
 
 class Variants:
@@ -144,17 +140,13 @@ class Variants:
                 columns.append(torch.where(drawn < own.start, drawn, drawn + num_own))
                 first = self.num_blocks * E + s * self.num_distractors
                 candidates.append(first + torch.arange(self.num_distractors))
-        num_columns = num_pairs + (self.num_blocks - 1) * num_own
         return _Layer(
             pairs=pairs,
             own=own,
             noisy=_stack(bank, [experts[e][bank.paths[place]] for experts in noisy for e in ids]),
             candidates=torch.cat(candidates).to(bank.A.device),
             columns=torch.cat(columns).to(bank.A.device),
-            bank=replace(bank, expert_ids=torch.arange(num_columns)),
             library=bank.split()[place],
-            shared=bank,
-            place=place,
         )
 
     def scores(self, path: str, x: Tensor) -> Tensor:

@@ -109,15 +109,6 @@ def read_by(
     config = replace(parse_router(key, engine.library.names, top_k=1), confidence=None)
     score, pool, banks = ROUTERS[key].score, None, banks_by_path(engine.library)
     assert score is not None
-    spread = (
-        {
-            path: engine.calibration.spread(bank, score)[p : p + 1]
-            for bank in engine.library.banks
-            for p, path in enumerate(bank.paths)
-        }
-        if config.reads_first
-        else {}
-    )
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
     num_opening = shared_length(engine.template_opening, ids)
     places = torch.arange(len(ids))
@@ -130,7 +121,7 @@ def read_by(
                 mean, std = statistics[path]
                 scores = (scores - mean) / std
             if pool is not None:
-                scores = pool.add(bank, scores, spread[path] ** -config.reliability)
+                scores = pool.add(bank, scores)
             yield scores[:, :, 0]
 
     if config.reads_first:
