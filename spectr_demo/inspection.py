@@ -13,8 +13,9 @@ from spectr_demo.experts import Adapter, ExpertLibrary
 from spectr_demo.spectral import Aligned
 
 # Mean subspace overlap from which two experts cannot be told apart, and the share of the median
-# update below which one is called weak: docs/results.md, "Weak and alike experts".
-ALIKE, WEAK = 0.95, 0.25
+# update below which one is called weak: docs/results.md, "Weak and alike experts" and "Experts
+# trained again".
+ALIKE, WEAK = 0.95, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
