@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from spectr_demo import (
+    bank,
     calibration,
     engine,
     experts,
@@ -32,6 +33,7 @@ from spectr_demo import (
     prompts,
     recorder,
     routing,
+    shared_inputs,
     spectral,
 )
 from spectr_demo.calibration import GENERIC_TEXT, generic_prompts
@@ -68,7 +70,8 @@ MERGE_SEEDS = (0, 1, 2)
 NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
-    *(calibration, engine, experts, layers, pooling, prompts, recorder, routing, spectral),
+    *(bank, calibration, engine, experts, layers, pooling, prompts, recorder, routing),
+    *(shared_inputs, spectral),
     *(accuracy, compositional, heldout, merging, reading, retrained, stress_tests, variants),
 )
 

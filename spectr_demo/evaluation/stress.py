@@ -196,7 +196,7 @@ class _Context:
         self._pools = {
             key: EvidencePool(decay, len(ids), is_evidence[None]) for key, ids in self._ids.items()
         }
-        self._banks: dict[tuple[str, int], ExpertBank] = {}
+        self._banks: dict[tuple[str, _Key], ExpertBank] = {}
 
     def read_again(self, is_evidence: Tensor) -> None:
         """Start from what a reading of the prompt gave at its end."""
@@ -221,11 +221,10 @@ class _Context:
 
     def _bank(self, path: str, key: _Key, places: Tensor) -> ExpertBank:
         """What tells the pool the layer and the candidates; the same one in both readings."""
-        name = path, list(self._ids).index(key)
-        if name not in self._banks:
+        if (path, key) not in self._banks:
             library = self._variants.layers[path].library
-            self._banks[name] = replace(library, expert_ids=places.cpu())
-        return self._banks[name]
+            self._banks[path, key] = replace(library, expert_ids=places.cpu())
+        return self._banks[path, key]
 
 
 def everywhere(variants: Variants, path: str, scores: Tensor) -> Tensor:
