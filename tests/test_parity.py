@@ -96,12 +96,13 @@ def test_arrow_equals_peft(
     pair: Pair, top_k: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT finds the first direction by 15 power iterations, which is not exact where two singular
-    values are close; here it may take as many as it needs, so that both sides mean the same."""
+    values are close (in the shipped experts the second is up to 0.984 of the first); here it may
+    take as many as it needs, so that both sides mean the same."""
     original = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
     monkeypatch.setattr(
         ArrowLoraLinearLayer,
         "top_right_singular_vec_from_BA",
-        lambda self, A, B: original(self, A, B, iters=300),
+        lambda self, A, B: original(self, A, B, iters=800),
     )
     config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
     theirs_model = create_arrow_model(pair.peft_base(), pair.folders, config).eval()
