@@ -97,6 +97,18 @@ def rows(times: Mapping[str, Sequence[float]], baseline: str, **facts: Any) -> l
     ]
 
 
+def conditions(command: str, base: LoadedBase | None) -> dict[str, Any]:
+    """What was run, on what."""
+    device = base.device if base else "cpu"
+    return {
+        "command": command,
+        **({"base": base.source, "quantization": base.quantization} if base else {}),
+        "device": f"{device}, {platform.processor() or platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
+    }
+
+
 def report(
     command: str,
     results: Sequence[Mapping[str, Any]],
@@ -104,15 +116,7 @@ def report(
     base: LoadedBase | None = None,
 ) -> None:
     """Print the table, and write the JSON file if one is asked for. base: that was measured."""
-    device = base.device if base else "cpu"
-    document = {
-        "command": command,
-        **({"base": base.source, "quantization": base.quantization} if base else {}),
-        "device": f"{device}, {platform.processor() or platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "versions": library_versions(),
-        "results": results,
-    }
+    document = {**conditions(command, base), "results": results}
     table = Table(*results[0])
     for row in results:
         table.add_row(

@@ -1,6 +1,6 @@
 """Decode speed on the embedded default: the bare base, PEFT, and this project, in one run.
 
-python benchmarks/decode.py [--quick] [--json FILE]
+    python benchmarks/decode.py [--quick] [--json FILE]
 
 Each case decodes the same prompt greedily, without an end token, and reports tokens per second from
 its first token to its last, and the seconds until the first. Rounds go through all cases in turn,
@@ -8,10 +8,8 @@ so that a machine whose speed drifts is unfair to none; the median over rounds c
 beyond the shipped ones are random, of the same shapes and size.
 """
 
-import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,19 +22,17 @@ import torch
 from peft import ArrowConfig, PeftModel, create_arrow_model
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
-from spectr_demo.config import GenerationSettings, shipped_experts
+from benchmarks.common import PROMPT, arguments, conditions, endless_base, expert_folders
+from spectr_demo.config import GenerationSettings
 from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import WEIGHTS_FILE, load_experts
+from spectr_demo.experts import load_experts
 from spectr_demo.loading import LoadedBase, load_base
-from spectr_demo.tracing import library_versions
 
-PROMPT = "Explain what an aeroplane is, and how it stays in the air."
 FOUR_COLUMNS = ["base", "single", "uniform", "spectr"]
 # Number of tokens -> tokens per second of one column, and seconds to the first token.
 Case = Callable[[int], tuple[float, float]]
@@ -53,14 +49,6 @@ class Clock(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-def endless_base() -> LoadedBase:
-    """The embedded default, without an end token: every case decodes as many tokens."""
-    base = load_base(None)
-    base.model.generation_config.eos_token_id = None
-    base.tokenizer.eos_token = None
-    return base
 
 
 def hugging_face_case(model: Any, base: LoadedBase) -> Case:
@@ -93,26 +81,6 @@ def our_case(model: SpectrModel, columns: list[str]) -> Case:
     return run
 
 
-def expert_folders(num_experts: int, folder: Path) -> list[str]:
-    """The shipped experts, then random ones with a shipped one's shapes and standard deviations."""
-    shipped = [Path(source) for source in shipped_experts()][:num_experts]
-    generator = torch.Generator().manual_seed(0)
-    folders = [str(path) for path in shipped]
-    for i in range(len(shipped), num_experts):
-        path = folder / f"random-{i}"
-        if not path.is_dir():
-            path.mkdir()
-            config = json.loads((shipped[0] / "adapter_config.json").read_text())
-            (path / "adapter_config.json").write_text(json.dumps(config))
-            weights = {
-                key: (torch.randn(t.shape, generator=generator) * t.float().std()).to(t.dtype)
-                for key, t in load_file(shipped[0] / WEIGHTS_FILE).items()
-            }
-            save_file(weights, path / WEIGHTS_FILE)
-        folders.append(str(path))
-    return folders
-
-
 def cases(num_experts: int, folder: Path) -> dict[str, Case]:
     folders = expert_folders(num_experts, folder)
     bare, one, many, ours = (endless_base() for _ in range(4))
@@ -136,16 +104,10 @@ def cases(num_experts: int, folder: Path) -> dict[str, Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    arguments = parser.parse_args()
-    num_tokens, num_rounds = (12, 3) if arguments.quick else (32, 5)
+    options = arguments(__doc__)
+    num_tokens, num_rounds = (12, 3) if options.quick else (32, 5)
 
     results = []
-    base = None
     with tempfile.TemporaryDirectory() as folder:
         for num_experts in (4, 32):
             todo = cases(num_experts, Path(folder))
@@ -176,12 +138,7 @@ def main() -> None:
             gc.collect()
     base = load_base(None)
     report = {
-        "command": "python benchmarks/decode.py" + (" --quick" if arguments.quick else ""),
-        "base": base.source,
-        "quantization": base.quantization,
-        "device": f"{base.device}, {platform.processor() or platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "versions": library_versions(),
+        **conditions("python benchmarks/decode.py" + (" --quick" if options.quick else ""), base),
         "num_tokens": num_tokens,
         "num_rounds": num_rounds,
         "results": results,
@@ -200,8 +157,8 @@ def main() -> None:
         )
     Console().print(table)
     print(json.dumps(report, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
