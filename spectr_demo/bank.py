@@ -56,9 +56,7 @@ class ExpertBank:
         by_layer = list(zip(*experts.values(), strict=True))  # (P, E)
         A = [_pad_rows(e.A, rank) for layer in by_layer for e in layer]
         B = [torch.cat([_pad_rows(e.B.mT, rank) for e in layer]) for layer in by_layer]
-        S = [
-            torch.stack([_pad_rows(e.B.mT, rank).norm(dim=1) for e in layer]) for layer in by_layer
-        ]
+        S = [b.unflatten(0, (-1, rank)).norm(dim=-1) for b in B]
         return cls(
             paths=tuple(paths),
             expert_ids=torch.tensor(list(experts)),

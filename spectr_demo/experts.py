@@ -18,7 +18,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -356,6 +358,11 @@ class ExpertLibrary:
     @cached_property
     def projections(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for bank in self.banks for name in bank.projections))
+
+    def places(self, bank: ExpertBank) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Layers and projections (P,) of a bank, as places in arrays with these two axes."""
+        projections = [self.projections.index(name) for name in bank.projections]
+        return np.array(bank.layers), np.array(projections)
 
     def index(self, name: str) -> int:
         if name not in self.names:

@@ -57,8 +57,7 @@ class Recorder:
         for bank in library.banks:
             chosen, weight, score = (p[: num_tokens - 1].cpu() for p in self.choices(bank, row))
             T, _, K = chosen.shape
-            projections = [library.projections.index(name) for name in bank.projections]
-            place = np.s_[:T, bank.layers, projections, :K]
+            place = np.s_[:T, *library.places(bank), :K]
             experts[place] = np.where(weight > 0, bank.expert_ids[chosen], NOT_ROUTED)
             weights[place] = weight.numpy()
             scores[place] = np.where(weight > 0, score, np.nan)

@@ -346,7 +346,7 @@ class RoutingPlan:
         """Weight of each expert for each token: (R, T, P, E) float32 from z (R, T, P, E, r)."""
         weights = self.constant_weights(bank).expand(z.shape[:4]).clone()
         for group in self._groups:
-            experts, chosen = self._choose(group, bank, z if group.is_whole else z[group.rows])
+            experts, _, chosen = self._choose(group, bank, z if group.is_whole else z[group.rows])
             scattered = weights.new_zeros(len(group.rows), *z.shape[1:4])
             scattered.scatter_(-1, experts, chosen)
             if group.is_whole:
@@ -356,15 +356,16 @@ class RoutingPlan:
 
     def _choose(
         self, group: "_Group", bank: ExpertBank, z: Tensor, kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What a group's rows choose among the experts of z (R, T, P, E, r): their places there and
-        their weights, (R, T, P, K) each. kept: (R, T, P, E) their places in the bank."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a group's rows choose among the experts of z (R, T, P, E, r): their places there, in
+        the bank, and their weights, (R, T, P, K) each. kept: (R, T, P, E) where those of z are in
+        the bank; None where z has all of it."""
         experts, weights, top = select(group.scores(bank, z), group.router, group.least)
+        places = experts if kept is None else kept.gather(-1, experts)
         if self.recorder is not None:
-            places = experts if kept is None else kept.gather(-1, experts)
             for i, row in enumerate(group.rows):
                 self.recorder.add_choice(bank, row, places[i], weights[i], top[i])
-        return experts, weights
+        return experts, places, weights
 
     def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
         """What the bank's layers multiply by B*, from their input x (R, T, D_in).
@@ -384,9 +385,8 @@ class RoutingPlan:
             z = bank.project_chosen(x, kept)
         else:
             z = bank.project(x)
-        experts, weights = self._choose(group, bank, z, kept)
+        experts, places, weights = self._choose(group, bank, z, kept)
         z = z.take_along_dim(experts.unsqueeze(-1), dim=-2)
-        places = experts if kept is None else kept.gather(-1, experts)
         return Mixed(self._weigh(weights.to(z.dtype), z), places)
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:

@@ -121,9 +121,8 @@ def _routing(
     weights = np.zeros((*places, len(library.names)), np.float32)
     for bank in library.banks:
         constant = plan.constant_weights(bank)[row, 0, 0].cpu().numpy()
-        for layer, name in zip(bank.layers, bank.projections, strict=True):
-            place = np.s_[0, layer, library.projections.index(name)]
-            weights[place][bank.expert_ids.numpy()] = constant
+        layers, projections = (places[:, None] for places in library.places(bank))
+        weights[0, layers, projections, bank.expert_ids.numpy()] = constant
     used = np.flatnonzero(weights.any(axis=(0, 1, 2)))
     weights = weights[..., used]
     experts = np.where(weights > 0, used, NOT_ROUTED).astype(np.int16)

@@ -66,8 +66,7 @@ class _Choices(Recorder):
 
     def __init__(self, engine: SpectrModel, shape: tuple[int, int], top_k: int) -> None:
         super().__init__()
-        library = engine.library
-        self._projections = library.projections
+        self._library = library = engine.library
         places = (library.num_layers, len(library.projections))
         self.experts = np.full((*shape, *places, top_k), NOT_ROUTED, np.int16)
 
@@ -76,10 +75,8 @@ class _Choices(Recorder):
     ) -> None:
         chosen = bank.expert_ids[experts.cpu()].to(torch.int16)
         chosen = torch.where(weights.cpu() > 0, chosen, NOT_ROUTED)
-        projections = [self._projections.index(name) for name in bank.projections]
-        self.experts[row, :, bank.layers, projections, : chosen.shape[-1]] = (
-            chosen.numpy().swapaxes(0, 1)
-        )
+        place = np.s_[:, *self._library.places(bank), : chosen.shape[-1]]
+        self.experts[row][place] = chosen.numpy()
 
     def add_hidden(self, hidden: Tensor) -> None:
         """The caller has them already."""
