@@ -67,6 +67,7 @@ from spectr_demo.tracing import library_versions
 
 RESAMPLING_SEED = 0
 MERGE_SEEDS = (0, 1, 2)
+EXAMPLES_AT_ONCE = 16  # a part of the results; more examples than before are new parts alone
 NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
@@ -190,8 +191,9 @@ class Evaluation:
         readings: dict[str, dict[str, Any]] = {}
         offdomain: dict[str, Any] = {}
         compositional: dict[str, Any] = {}
-        parts = len(self.contenders) * (2 * len(self.names) + 1 + len(LAYOUTS))
-        parts += len(self.merges) * 2 * len(self.names)
+        of_domains = 2 * len(self.names) * len(self._spans)
+        parts = len(self.contenders) * (of_domains + 1 + len(LAYOUTS))
+        parts += len(self.merges) * of_domains
         parts += (self.settings.stress_texts > 0) + len(self.retrained)
         with tqdm(total=parts, unit="part") as bar:
             self._bar = bar
@@ -201,10 +203,15 @@ class Evaluation:
                     bar.update(1 + len(LAYOUTS))  # no single expert is right for these
                     continue
                 config = contender.config("", self.engine.library.names)
-                offdomain[contender.label] = self._part("off-domain", config, self._offdomain)
+                offdomain[contender.label] = self._part(
+                    "off-domain", config, self._offdomain, self.settings.num_offdomain
+                )
                 compositional[contender.label] = {
                     layout: self._part(
-                        f"compositional, {layout}", config, partial(self._pairs, layout=layout)
+                        f"compositional, {layout}",
+                        config,
+                        partial(self._pairs, layout=layout),
+                        self.settings.num_pairs,
                     )
                     for layout in LAYOUTS
                 }
@@ -231,15 +238,29 @@ class Evaluation:
 
     def _domains(self, contender: Contender) -> tuple[dict[str, list[float]], dict[str, Any]]:
         """Scores of the generated answers, and readings of the reference ones, by domain."""
-        answers, readings = {}, {}
+        answers: dict[str, list[float]] = {}
+        readings: dict[str, dict[str, Any]] = {}
         for name in self.names:
             config = contender.config(name, self.engine.library.names)
-            answers[name] = self._part("answers", config, partial(self._answers, name=name), name)
-            readings[name] = self._part("reading", config, partial(self._reading, name=name), name)
+            answers[name], parts = [], []
+            for start, stop in self._spans:
+                examples = self.examples[name][start:stop]
+                answer = partial(self._answers, name=name, examples=examples)
+                answers[name] += self._part("answers", config, answer, name, start, stop)
+                reading = partial(self._reading, name=name, examples=examples)
+                parts.append(self._part("reading", config, reading, name, start, stop))
+            readings[name] = _joined(parts)
         return answers, readings
 
-    def _answers(self, config: RouterConfig, name: str) -> list[float]:
-        task, examples = TASKS[name], self.examples[name]
+    @property
+    def _spans(self) -> list[tuple[int, int]]:
+        """The examples of a domain, in parts."""
+        num = self.settings.num_examples
+        starts = range(0, num, EXAMPLES_AT_ONCE)
+        return [(start, min(start + EXAMPLES_AT_ONCE, num)) for start in starts]
+
+    def _answers(self, config: RouterConfig, name: str, examples: Sequence[Example]) -> list[float]:
+        task = TASKS[name]
         answers = continue_texts(
             self.engine.model,
             self.engine.tokenizer,
@@ -250,8 +271,9 @@ class Evaluation:
         )
         return [task.score(a, e) for a, e in zip(answers, examples, strict=True)]
 
-    def _reading(self, config: RouterConfig, name: str) -> dict[str, Any]:
-        examples = self.examples[name]
+    def _reading(
+        self, config: RouterConfig, name: str, examples: Sequence[Example]
+    ) -> dict[str, Any]:
         texts = [make_text(self.engine, e.prompt, e.answer) for e in examples]
         rows = read(self.engine, config, texts, description=f"{config.name}: {name}")
         result: dict[str, Any] = {"nll": [row.nll for row in rows]}
@@ -263,7 +285,7 @@ class Evaluation:
                 "held-out wording": _where(rows, examples, is_heldout=True),
             }
             result["accuracy"] = {
-                group: routing_accuracy(of_group, expert)
+                group: {"num": len(of_group), **routing_accuracy(of_group, expert)}
                 for group, of_group in groups.items()
                 if of_group
             }
@@ -295,9 +317,9 @@ class Evaluation:
                 description="chat",
             )
 
-        return list(
-            zip(self.offdomain, self._part("chat", RouterConfig(name="base"), answers), strict=True)
-        )
+        base = RouterConfig(name="base")
+        texts = self._part("chat", base, answers, self.settings.num_offdomain)
+        return list(zip(self.offdomain, texts, strict=True))
 
     def _pairs(self, config: RouterConfig, layout: Layout) -> dict[str, Any]:
         return compositional_scores(self.engine, config, self.pairs, layout)
@@ -312,6 +334,7 @@ class Evaluation:
             "stress",
             RouterConfig(name="base"),
             lambda config: stress(self.engine, texts, generic_prompts()),
+            num,
         )
 
     def _retrained(self, name: str, adapter: Adapter) -> dict[str, Any]:
@@ -322,7 +345,9 @@ class Evaluation:
             result, self.engine = retrained_test(self.engine, name, adapter, texts)
             return result
 
-        return self._part("retrained", RouterConfig(name="base"), compute, adapter.sha256)
+        return self._part(
+            "retrained", RouterConfig(name="base"), compute, adapter.sha256, len(examples)
+        )
 
     def _merged(self) -> SpectrModel:
         """The same base with the static merges as its experts."""
@@ -331,12 +356,17 @@ class Evaluation:
         return attach(self.engine, merged)
 
     def _part(
-        self, kind: str, config: RouterConfig, compute: Callable[[RouterConfig], Any], of: str = ""
+        self,
+        kind: str,
+        config: RouterConfig,
+        compute: Callable[[RouterConfig], Any],
+        *of: str | int,
     ) -> Any:
-        """What `compute(config)` gives, from the cache where this very part was measured before."""
-        # Rows and retrained experts may be measured at any time.
-        amount = {**asdict(self.settings), "labels": None, "retrained": None}
-        key = json.dumps([kind, of, config.to_json(), amount], sort_keys=True)
+        """What `compute(config)` gives, from the cache where this very part was measured before.
+
+        of: what else the part depends on.
+        """
+        key = json.dumps([kind, *of, config.to_json()], sort_keys=True)
         file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
@@ -454,6 +484,29 @@ def _likelihood(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             way = (macro["base"] - macro[label]) / (macro["base"] - macro["oracle"])
             result[label]["way"] = round(way, 4)
     return result
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One reading from those of its parts; a mean counts as much as it has texts."""
+    result: dict[str, Any] = {"nll": [nll for part in parts for nll in part["nll"]]}
+    groups = [part["accuracy"] for part in parts if "accuracy" in part]
+    if groups:
+        result["accuracy"] = {
+            name: _mean([group[name] for group in groups if name in group])
+            for name in dict.fromkeys(name for group in groups for name in group)
+        }
+    return result
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means of equal keys, weighted by the rows' `num`, and their sum."""
+    nums = [row["num"] for row in rows]
+    means = {
+        key: np.average([row[key] for row in rows], axis=0, weights=nums).tolist()
+        for key in rows[0]
+        if key != "num"
+    }
+    return {"num": sum(nums), **means}
 
 
 def _where(

@@ -80,6 +80,28 @@ def test_an_interrupted_evaluation_goes_on(
     assert {**again, "meta": 0} == {**results, "meta": 0}
 
 
+def test_more_examples_leave_what_is_measured(
+    build_engine: BuildModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "EXAMPLES_AT_ONCE", 2)
+    few = replace(SETTINGS, labels=("base", "oracle", "spectr"))
+    more = replace(few, num_examples=5)
+    Evaluation(build_engine(), few).run()
+    lengths = []
+    read = evaluate.read
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "read", lambda *a, **k: lengths.append(len(a[2])) or read(*a, **k))
+        in_parts = Evaluation(build_engine(), more).run()
+    assert lengths == [2, 1] * 2 * 3  # of two domains and three rows; not the first two texts
+    monkeypatch.setattr(evaluate, "EXAMPLES_AT_ONCE", 5)
+    whole = Evaluation(build_engine(), more).run()
+    assert in_parts["scores"] == whole["scores"]
+    for name, groups in whole["accuracy"]["spectr"].items():
+        for group, row in groups.items():
+            for key, value in row.items():
+                assert in_parts["accuracy"]["spectr"][name][group][key] == pytest.approx(value)
+
+
 def test_retrained_experts_are_put_in_place_and_beside(
     build_engine: BuildModel, save_expert: SaveExpert
 ) -> None:
