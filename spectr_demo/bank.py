@@ -7,6 +7,7 @@ of the bank), E experts, r rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,18 @@ from spectr_demo.spectral import Aligned, common_directions
 
 
 class Mixed(NamedTuple):
-    """What the layers of a bank multiply by B*: (R, T, P, K, r) values of the experts that are
-    chosen, and their places in the bank (R, T, P, K); None where they are all of the E experts."""
+    """What the layers of a bank multiply by B*: for each of them values (R * T, K * r) of the
+    experts that are chosen, and their places in the bank (R * T, K); None where they are all of
+    the E experts."""
 
-    values: Tensor
-    experts: Tensor | None
+    values: tuple[Tensor, ...]
+    experts: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, values: Tensor, experts: Tensor | None) -> "Mixed":
+        """values: (R, T, P, K, r). experts: (R, T, P, K), or None."""
+        by_layer = values.flatten(0, 1).flatten(-2).unbind(1)
+        return cls(by_layer, None if experts is None else experts.flatten(0, 1).unbind(1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,22 +135,30 @@ class ExpertBank:
                 read[p, :num], answer[p, :, :num] = factors
         return replace(self, common=(read, answer))
 
+    @cached_property
+    def _shape(self) -> tuple[int, int, int]:
+        P, E, r = self.singular_values.shape
+        return P, E, r
+
     def project(self, x: Tensor) -> Tensor:
         """`z = A* x` for every expert: (R, T, P, E, r) from (R, T, D_in), in the bank's dtype."""
-        z = nn.functional.linear(x.to(self.A.dtype), self.A)
-        return z.unflatten(-1, self.singular_values.shape)
+        z = x.to(self.A.dtype).flatten(0, 1) @ self.A.mT
+        return z.view(*x.shape[:2], *self._shape)
 
     def project_first(self, x: Tensor) -> Tensor:
         """The first entry of `z` alone, (R, T, P, E): the token along each expert's arrow."""
-        P, E, r = self.singular_values.shape
-        return nn.functional.linear(x.to(self.A.dtype), self.A[::r]).unflatten(-1, (P, E))
+        P, E, r = self._shape
+        z = x.to(self.A.dtype).flatten(0, 1) @ self.A[::r].mT
+        return z.view(*x.shape[:2], P, E)
 
     def project_chosen(self, x: Tensor, experts: Tensor) -> Tensor:
         """`z` of a few experts for each token: (R, T, P, F, r) from their places (R, T, P, F)."""
-        P, E, r = self.singular_values.shape
-        layers = torch.arange(P, device=self.A.device)[:, None]
-        A = self.A.view(P, E, r, -1)[layers, experts]  # (R, T, P, F, r, D_in)
-        return (A @ x.to(A.dtype)[:, :, None, None, :, None]).squeeze(-1)
+        P, E, r = self._shape
+        places = experts + E * torch.arange(P, device=experts.device)[:, None]
+        A = self.A.view(P * E, -1).index_select(0, places.flatten())
+        x = x.to(A.dtype).flatten(0, 1)
+        z = A.view(len(x), -1, x.shape[-1]) @ x.unsqueeze(-1)  # (R * T, P * F * r, 1)
+        return z.view(*experts.shape, r)
 
     def distinct(self, z: Tensor) -> Tensor:
         """(R, T, P, E, r) float32 from z: what is left of it without the common directions."""
@@ -150,9 +166,9 @@ class ExpertBank:
         if self.common is None:
             return z
         read, answer = self.common
-        by_layer = z.flatten(0, 1).flatten(-2).transpose(0, 1)  # (P, R * T, E * r)
-        shared = by_layer @ read.mT @ answer.mT
-        return z - shared.transpose(0, 1).reshape(z.shape)
+        by_layer = z.flatten(-2).flatten(0, 1).transpose(0, 1)  # (P, R * T, E * r)
+        left = torch.baddbmm(by_layer, by_layer @ read.mT, answer.mT, alpha=-1)
+        return left.transpose(0, 1).reshape(z.shape)
 
     def without_common(self, x: Tensor) -> Tensor:
         """`(I - V^T V) x`, the input without the common directions; (..., P, D_in) from
@@ -165,17 +181,20 @@ class ExpertBank:
         shared = torch.einsum("...pd,pkd->...pk", x.float().expand(*x.shape[:-2], len(V), -1), V)
         return x - torch.einsum("...pk,pkd->...pd", shared, V).to(x.dtype)
 
-    def add(self, y: Tensor, mixed: Mixed, place: int) -> Tensor:
-        """`y + sum_e B*_e mixed_e` at one layer: y (R, T, D_out)."""
-        values, B = mixed.values[:, :, place].flatten(-2), self.B[place]
+    def add_(self, y: Tensor, mixed: Mixed, place: int) -> Tensor:
+        """`y += sum_e B*_e mixed_e` at one layer, in place: y (R, T, D_out)."""
+        values, B = mixed.values[place], self.B[place]
         if mixed.experts is not None:
-            E = len(self.expert_ids)
-            chosen = B.unflatten(0, (E, -1))[mixed.experts[:, :, place]]  # (R, T, K, r, D_out)
-            delta = (values.unsqueeze(-2) @ chosen.flatten(-3, -2)).squeeze(-2)
-            return y + delta.to(y.dtype)
+            chosen = B.view(len(self.expert_ids), -1).index_select(
+                0, mixed.experts[place].flatten()
+            )
+            B = chosen.view(*values.shape, B.shape[-1])  # (R * T, K * r, D_out)
+            values = values.unsqueeze(1)
         if y.dtype != B.dtype:
-            return y + (values @ B).to(y.dtype)
-        return torch.addmm(y.flatten(0, 1), values.flatten(0, 1), B).view_as(y)
+            return y.add_((values @ B).view_as(y))
+        rows = y.view(*values.shape[:-1], -1)
+        (rows.addmm_ if B.dim() == 2 else rows.baddbmm_)(values, B)
+        return y
 
 
 def _pad_rows(factor: Tensor, rank: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from spectr_demo.bank import ExpertBank
 
 _TOKENS_AT_ONCE = 256  # of a long prompt: the matrix that decays them is this number squared
+_LEAST_WEIGHT = 1e-12  # of no token at all, so that nothing is divided by zero
 
 
 class EvidencePool:
@@ -29,7 +30,8 @@ class EvidencePool:
         (padding, the opening of the chat template); all tokens after these T count."""
         self._decay = decay
         self._num_experts = num_experts
-        self._weights: dict[ExpertBank, Tensor] = {}
+        self._layers: dict[ExpertBank, tuple[Tensor, Tensor]] = {}  # see `_weights_of`
+        self._layer_weight = torch.zeros(num_experts)  # (E,) of all layers seen
         self._first: tuple[Tensor, Tensor] | None = None  # sums (R, 1, E) and their weights
         self._restart(is_evidence)
 
@@ -40,7 +42,7 @@ class EvidencePool:
         self._sums: dict[ExpertBank, Tensor] = {}  # (R, 1, P, E) up to the last token read
         self._token_weight: Tensor | None = None  # (R, T, 1) decayed number of tokens that count
         self._num_counted: Tensor | None = None  # (R, T, 1) tokens that counted, up to each
-        self._total = self._layer_weight = torch.empty(0)  # (R, T, E) and (E,), of this pass
+        self._total = torch.empty(0)  # (R, T, E) of the layers so far in this pass
         self._first_weight: Tensor | None = None  # (R, T, E) of the first reading, by now
 
     def read_again(self, is_evidence: Tensor) -> None:
@@ -50,7 +52,7 @@ class EvidencePool:
         first reading fades as tokens come that count.
         """
         if self._token_weight is not None:
-            weight = self._token_weight[:, -1:] * self._layer_weight
+            weight = self._token_weight[:, -1:] * self._layer_weight.to(self._total.device)
             self._first = self._total[:, -1:].clone(), weight
         self._restart(is_evidence)
 
@@ -58,8 +60,8 @@ class EvidencePool:
     def latest(self) -> Tensor:
         """(R, E): the evidence at the last token read, from all layers."""
         assert self._token_weight is not None
-        weights = self._token_weight[:, -1] * self._layer_weight
-        return self._total[:, -1] / weights.clamp(min=1e-12)
+        weights = self._token_weight[:, -1] * self._layer_weight.to(self._total.device)
+        return self._total[:, -1] / weights.clamp(min=_LEAST_WEIGHT)
 
     def add(self, bank: ExpertBank, scores: Tensor) -> Tensor:
         """Add the scores (R, T, P, E) of a bank's layers; return the pooled ones, same shape; 0 for
@@ -67,34 +69,45 @@ class EvidencePool:
         if self._first_bank is None or bank is self._first_bank:
             self._first_bank = bank
             self._start_pass(scores)
-        is_best = scores == scores.amax(-1, keepdim=True)
-        scores = torch.where(is_best, scores, 0).clamp(min=0)
+        best, expert = scores.max(-1, keepdim=True)
+        best = best.clamp_(min=0)
         if self._counts is not None:
-            scores = scores * self._counts[..., None]
-        sums = self._over_tokens(scores, self._sums.get(bank))
-        self._sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
-        weights = self._depth_weights(bank)
+            best = best * self._counts[..., None]
+        before = self._sums.get(bank)
+        if before is not None and scores.shape[1] == 1:
+            sums = before.mul_(self._decay).scatter_add_(-1, expert, best)
+        else:
+            spoken = torch.zeros_like(scores).scatter_(-1, expert, best)
+            sums = self._over_tokens(spoken, before)
+            self._sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
+        weights, layers = self._weights_of(bank)
         # A layer knows what the layers before it know, those of its own bank included.
-        sums = (weights[:, None] * sums).cumsum(2)
-        layers = weights.cumsum(0)[:, None]
-        ids: Tensor | slice = slice(None)
-        if len(bank.expert_ids) < self._num_experts:
+        sums = (weights * sums).cumsum(2)
+        if len(bank.expert_ids) == self._num_experts:
+            sums, first_weight = sums.add_(self._total[..., None, :]), self._first_weight
+            self._total = sums[:, :, -1]
+        else:
             ids = bank.expert_ids.to(scores.device)
-        sums = sums + self._total[..., None, ids]
-        layers = layers + self._layer_weight[ids]
-        self._total[..., ids], self._layer_weight[ids] = sums[:, :, -1], layers[-1]
+            sums = sums.add_(self._total[..., None, ids])
+            first_weight = None if self._first_weight is None else self._first_weight[..., ids]
+            self._total[..., ids] = sums[:, :, -1]
         assert self._token_weight is not None
         num = self._token_weight[..., None] * layers
-        if self._first_weight is not None:
-            num = num + self._first_weight[..., None, ids]
-        return sums / num.clamp(min=1e-12)
+        if first_weight is not None:
+            num = num.add_(first_weight[..., None, :])
+        return sums / num
 
-    def _depth_weights(self, bank: ExpertBank) -> Tensor:
-        """(P,) of the bank's layers in the average over layers."""
-        if bank not in self._weights:
-            depth = torch.tensor(bank.layers, device=bank.A.device) + 1
-            self._weights[bank] = depth.sqrt()
-        return self._weights[bank]
+    def _weights_of(self, bank: ExpertBank) -> tuple[Tensor, Tensor]:
+        """Weights (P, 1) of the bank's layers in the average over layers; and (P, E), for each
+        expert, their sum from the first layer up to each of these."""
+        if bank not in self._layers:
+            device = bank.A.device
+            weights = (torch.tensor(bank.layers, device=device) + 1).sqrt()[:, None]
+            before = self._layer_weight.to(device)[bank.expert_ids.to(device)]
+            layers = weights.cumsum(0) + before
+            self._layer_weight[bank.expert_ids] = layers[-1].cpu()
+            self._layers[bank] = weights, layers
+        return self._layers[bank]
 
     def _start_pass(self, scores: Tensor) -> None:
         R, T, *_ = scores.shape
@@ -106,8 +119,7 @@ class EvidencePool:
             self._counts[:, : known.shape[1]] = known.to(scores)
         counts = scores.new_ones(R, T, 1) if self._counts is None else self._counts
         before = None if self._token_weight is None else self._token_weight[:, -1:]
-        self._token_weight = self._over_tokens(counts, before)
-        self._layer_weight = scores.new_zeros(self._num_experts)
+        self._token_weight = self._over_tokens(counts, before).clamp(min=_LEAST_WEIGHT)
         if self._first is None:
             self._total = scores.new_zeros(R, T, self._num_experts)
             return

@@ -19,6 +19,8 @@ from spectr_demo.pooling import EvidencePool
 from spectr_demo.recorder import Recorder
 
 Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
+# Copying an expert's factor and multiplying by the copy takes as long as multiplying by this many.
+_COPY = 2
 
 
 def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
@@ -256,7 +258,7 @@ def select(
     else:
         weights = torch.full_like(top, 1 / top.shape[-1])
     if least is not None:
-        weights = torch.where(top[..., :1] > least, weights, 0)
+        weights = weights * (top[..., :1] > least)
     return indices, weights, top
 
 
@@ -276,7 +278,7 @@ class Calibration:
     def __init__(self, statistics: Mapping[ExpertBank, Tensor]) -> None:
         """statistics: (S, 2, P, E) float32 of each bank: the scores in the order of `STANDARDISED`,
         the two statistics, the bank's layers and experts."""
-        self._statistics = statistics
+        self._statistics = {bank: [tuple(of) for of in each] for bank, each in statistics.items()}
 
     def standardise(self, bank: ExpertBank, score: Score, values: Tensor) -> Tensor:
         """`(values - mean) / std`: values (R, T, P, E), in standard deviations."""
@@ -344,14 +346,17 @@ class RoutingPlan:
 
     def weights(self, bank: ExpertBank, z: Tensor) -> Tensor:
         """Weight of each expert for each token: (R, T, P, E) float32 from z (R, T, P, E, r)."""
-        weights = self.constant_weights(bank).expand(z.shape[:4]).clone()
+        constant = self.constant_weights(bank)
+        if not self._groups:
+            return constant.expand(z.shape[:4])
+        if self._only_group is not None:
+            experts, _, chosen = self._choose(self._only_group, bank, z)
+            return torch.zeros(z.shape[:4], device=z.device).scatter_(-1, experts, chosen)
+        weights = constant.expand(z.shape[:4]).clone()
         for group in self._groups:
-            experts, _, chosen = self._choose(group, bank, z if group.is_whole else z[group.rows])
+            experts, _, chosen = self._choose(group, bank, z[group.rows])
             scattered = weights.new_zeros(len(group.rows), *z.shape[1:4])
-            scattered.scatter_(-1, experts, chosen)
-            if group.is_whole:
-                return scattered
-            weights[group.rows] = scattered
+            weights[group.rows] = scattered.scatter_(-1, experts, chosen)
         return weights
 
     def _choose(
@@ -371,23 +376,23 @@ class RoutingPlan:
         """What the bank's layers multiply by B*, from their input x (R, T, D_in).
 
         `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
-        cross terms are part of SpectR. Both are one product with the stacked factors; where all
-        rows share a router, and its tokens need fewer rows of a factor than are stacked, with these
-        rows alone.
+        cross terms are part of SpectR. Both are one product with the stacked factors, or with
+        copies of the chosen ones where all rows share a router and that is less to read.
         """
         group, kept = self._only_group, None
         (R, T, _), E = x.shape, len(bank.expert_ids)
-        if group is None or (group.router.top_k or E) * R * T >= E:
+        is_less = group is not None and _COPY * (group.router.top_k or E) * R * T < E
+        if group is None or not is_less:
             z = bank.project(x)
-            return Mixed(self._weigh(self.weights(bank, z).to(z.dtype), z), None)
-        if group.num_filtered * R * T < E:
+            return Mixed.of(self._weigh(self.weights(bank, z).to(z.dtype), z), None)
+        if _COPY * group.num_filtered * R * T < E:
             kept = bank.project_first(x).float().abs().topk(group.num_filtered, dim=-1).indices
             z = bank.project_chosen(x, kept)
         else:
             z = bank.project(x)
         experts, places, weights = self._choose(group, bank, z, kept)
-        z = z.take_along_dim(experts.unsqueeze(-1), dim=-2)
-        return Mixed(self._weigh(weights.to(z.dtype), z), places)
+        z = z.gather(-2, experts.unsqueeze(-1).expand(*experts.shape, z.shape[-1]))
+        return Mixed.of(self._weigh(weights.to(z.dtype), z), places)
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
@@ -409,7 +414,7 @@ class RoutingPlan:
             self._mixed[bank] = self.mix(used, x)
         is_last = place == len(bank.paths) - 1
         mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
-        return used.add(y, mixed, place)
+        return used.add_(y, mixed, place)
 
     def _with_used(self, bank: ExpertBank) -> ExpertBank | None:
         """The bank with the experts that some row may use; None if it has none of them."""

@@ -388,7 +388,7 @@ def test_delta_is_the_equation(
     r = max(ranks)
     for p, D_out in enumerate(D_outs):
         y = randn(R, T, D_out).to(dtype)
-        routed_y = plan.add(y, bank, p, x)
+        routed_y = plan.add(y.clone(), bank, p, x)
         assert routed_y.dtype == dtype
         weights, layer = all_weights[:, :, p], [expert[p] for expert in aligned.values()]
         A = torch.stack([torch.nn.functional.pad(a.A, (0, 0, 0, r - len(a.A))) for a in layer])
@@ -439,7 +439,7 @@ def test_chosen_rows_give_what_stacked_ones_give(router: str | RouterConfig) -> 
         mixed = [plan.mix(bank, part) for part in parts]
         assert all((m.experts is None) == (len(parts) == 1) for m in mixed)
         outputs = [
-            torch.cat([bank.add(torch.zeros(1, m.values.shape[1], D), m, p) for m in mixed], dim=1)
+            torch.cat([bank.add_(torch.zeros(1, len(m.values[p]), D), m, p) for m in mixed], dim=1)
             for p, D in enumerate(D_outs)
         ]
         return outputs, recorder

@@ -129,7 +129,7 @@ def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
     assert P == 3, "q, k and v read one input"
     for p, (stacked, B) in enumerate(zip(bank.A.chunk(P), bank.B, strict=True)):
         A, B = stacked.view(E, r, -1).mean(0), B.view(E, r, -1).mean(0)
-        ours = bank.add(torch.zeros(1, 3, B.shape[1]), mixed, p)
+        ours = bank.add_(torch.zeros(1, 3, B.shape[1]), mixed, p)
         assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
 
 
