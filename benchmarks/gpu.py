@@ -113,7 +113,7 @@ def random_library(model: LlamaForCausalLM, num_experts: int) -> ExpertLibrary:
             )
         )
     adapters = [
-        Adapter(name=f"e{e}", source="random", base_model="random", sha256=str(e), factors={})
+        Adapter.of({}, name=f"e{e}", source="random", base_model="random", sha256=str(e))
         for e in range(num_experts)
     ]
     return ExpertLibrary(adapters=tuple(adapters), aligned=(), banks=tuple(banks))

@@ -5,15 +5,18 @@ the stacked A* scores the experts of all of them. Axes: R rows, T tokens, P proj
 of the bank), E experts, r rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectr_demo.spectral import Aligned, common_directions
+
+Zeros = Callable[..., Tensor]
+_TOKENS_AT_ONCE = 32
 
 
 class Mixed(NamedTuple):
@@ -39,8 +42,6 @@ class ExpertBank:
     places in the model. expert_ids: (E,) int64, places in the library's list of names.
     A: (P * E * r, D_in), B: for each layer (E * r, D_out), the transposed B*, in the bank's dtype.
     singular_values: (P, E, r) float32.
-    common: what most of the experts read alike in each layer, see `spectral.common_directions`:
-    (P, k, E * r) and (P, E * r, k), padded with zeros; None where there is nothing.
     """
 
     paths: tuple[str, ...]
@@ -48,7 +49,29 @@ class ExpertBank:
     A: Tensor
     B: tuple[Tensor, ...]
     singular_values: Tensor
-    common: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        paths: Sequence[str],
+        expert_ids: Sequence[int],
+        rank: int,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        zeros: Zeros = torch.zeros,
+    ) -> "ExpertBank":
+        """Room for experts up to this rank. shapes: (D_out, D_in) of each layer. zeros: makes the
+        tensors, like `torch.zeros`."""
+        num_rows, (_, D_in) = len(expert_ids) * rank, shapes[0]
+        return cls(
+            paths=tuple(paths),
+            expert_ids=torch.tensor(expert_ids),
+            A=zeros((len(paths) * num_rows, D_in), dtype=dtype, device=device),
+            B=tuple(zeros((num_rows, D_out), dtype=dtype, device=device) for D_out, _ in shapes),
+            singular_values=torch.zeros(len(paths), len(expert_ids), rank, device=device),
+        )
 
     @classmethod
     def from_aligned(
@@ -61,17 +84,21 @@ class ExpertBank:
     ) -> "ExpertBank":
         """experts: by expert id, its factors at each of the layers."""
         rank = max(layer.A.shape[0] for expert in experts.values() for layer in expert)
-        by_layer = list(zip(*experts.values(), strict=True))  # (P, E)
-        A = [_pad_rows(e.A, rank) for layer in by_layer for e in layer]
-        B = [torch.cat([_pad_rows(e.B.mT, rank) for e in layer]) for layer in by_layer]
-        S = [b.unflatten(0, (-1, rank)).norm(dim=-1) for b in B]
-        return cls(
-            paths=tuple(paths),
-            expert_ids=torch.tensor(list(experts)),
-            A=torch.cat(A).to(device, dtype),
-            B=tuple(b.to(device, dtype) for b in B),
-            singular_values=torch.stack(S).to(device),
-        )
+        shapes = [(e.B.shape[0], e.A.shape[1]) for e in next(iter(experts.values()))]
+        bank = cls.empty(paths, list(experts), rank, shapes, device=device, dtype=dtype)
+        for expert, layers in enumerate(experts.values()):
+            bank.put_(expert, layers)
+        return bank
+
+    def put_(self, expert: int, layers: Sequence[Aligned]) -> None:
+        """Write the factors of one expert at each of the layers to its place."""
+        P, E, r = self._shape
+        A = self.A.view(P, E, r, -1)
+        for p, layer in enumerate(layers):
+            rank = layer.A.shape[0]
+            A[p, expert, :rank] = layer.A
+            self.B[p].view(E, r, -1)[expert, :rank] = layer.B.mT
+            self.singular_values[p, expert, :rank] = layer.singular_values
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -85,10 +112,12 @@ class ExpertBank:
         return tuple(path.rpartition(".")[2] for path in self.paths)
 
     def factors(self, expert: int, place: int, rank: int) -> Aligned:
-        """The first `rank` directions of one expert at one layer, as views."""
-        P, E, r = self.singular_values.shape
+        """The first `rank` directions of one expert at one layer, float32 on the CPU: views where
+        the bank is."""
+        P, E, r = self._shape
         A, B = self.A.view(P, E, r, -1)[place, expert], self.B[place].view(E, r, -1)[expert]
-        return Aligned(A[:rank], B[:rank].mT)
+        A, B = (factor[:rank].to("cpu", torch.float32) for factor in (A, B))
+        return Aligned(A, B.mT)
 
     def split(self) -> "list[ExpertBank]":
         """A bank for each layer alone; views of the same tensors."""
@@ -100,40 +129,48 @@ class ExpertBank:
                 A=A[p],
                 B=(self.B[p],),
                 singular_values=self.singular_values[p : p + 1],
-                common=self.common and (self.common[0][p : p + 1], self.common[1][p : p + 1]),
             )
             for p, path in enumerate(self.paths)
         ]
 
     def only(self, expert_ids: Sequence[int]) -> "ExpertBank | None":
-        """A copy with these experts alone, without what they share; None if it has none of them."""
+        """A copy with these experts alone; None if it has none of them."""
         places = [e for e, i in enumerate(self.expert_ids.tolist()) if i in expert_ids]
         if not places:
             return None
-        P, E, r = self.singular_values.shape
+        P, E, r = self._shape
         return replace(
             self,
             expert_ids=self.expert_ids[places],
             A=self.A.view(P, E, r, -1)[:, places].flatten(0, 2),
             B=tuple(B.view(E, r, -1)[places].flatten(0, 1) for B in self.B),
             singular_values=self.singular_values[:, places],
-            common=None,
         )
 
-    def with_common_directions(self) -> "ExpertBank":
-        """The same bank, which knows what its experts have in common."""
-        layers = self.A.float().unflatten(0, self.singular_values.shape)
-        found = [common_directions(A) for A in layers]
+    @cached_property
+    def common(self) -> tuple[Tensor, Tensor] | None:
+        """What most of the experts read alike in each layer, see `spectral.common_directions`:
+        (P, k, E * r) and (P, E * r, k) float32, padded with zeros; None where there is nothing."""
+        found = [common_directions(A.float()) for A in self.A.unflatten(0, self._shape)]
         k = max((read.shape[0] for read, _ in filter(None, found)), default=0)
         if k == 0:
-            return self
-        P, E, r = self.singular_values.shape
+            return None
+        P, E, r = self._shape
         read, answer = self.A.new_zeros(P, k, E * r).float(), self.A.new_zeros(P, E * r, k).float()
         for p, factors in enumerate(found):
             if factors is not None:
                 num = factors[0].shape[0]
                 read[p, :num], answer[p, :, :num] = factors
-        return replace(self, common=(read, answer))
+        return read, answer
+
+    @cached_property
+    def arrows(self) -> Tensor:
+        """(P * E, D_in): the first row of each A*, where one product can read them fast."""
+        return self.A[:: self._shape[-1]].contiguous()
+
+    @cached_property
+    def num_experts(self) -> int:
+        return len(self.expert_ids)
 
     @cached_property
     def _shape(self) -> tuple[int, int, int]:
@@ -141,24 +178,25 @@ class ExpertBank:
         return P, E, r
 
     def project(self, x: Tensor) -> Tensor:
-        """`z = A* x` for every expert: (R, T, P, E, r) from (R, T, D_in), in the bank's dtype."""
-        z = x.to(self.A.dtype).flatten(0, 1) @ self.A.mT
-        return z.view(*x.shape[:2], *self._shape)
+        """`z = A* x` for every expert: (..., P, E, r) from (..., D_in), in the bank's dtype."""
+        z = x.to(self.A.dtype).flatten(0, -2) @ self.A.mT
+        return z.view(*x.shape[:-1], *self._shape)
 
     def project_first(self, x: Tensor) -> Tensor:
         """The first entry of `z` alone, (R, T, P, E): the token along each expert's arrow."""
-        P, E, r = self._shape
-        z = x.to(self.A.dtype).flatten(0, 1) @ self.A[::r].mT
-        return z.view(*x.shape[:2], P, E)
+        z = x.to(self.A.dtype).flatten(0, 1) @ self.arrows.mT
+        return z.view(*x.shape[:2], *self._shape[:2])
 
     def project_chosen(self, x: Tensor, experts: Tensor) -> Tensor:
         """`z` of a few experts for each token: (R, T, P, F, r) from their places (R, T, P, F)."""
         P, E, r = self._shape
-        places = experts + E * torch.arange(P, device=experts.device)[:, None]
-        A = self.A.view(P * E, -1).index_select(0, places.flatten())
-        x = x.to(A.dtype).flatten(0, 1)
-        z = A.view(len(x), -1, x.shape[-1]) @ x.unsqueeze(-1)  # (R * T, P * F * r, 1)
-        return z.view(*experts.shape, r)
+        places = (experts + E * torch.arange(P, device=experts.device)[:, None]).flatten(0, 1)
+        x, A = x.flatten(0, 1), self.A.view(P * E, -1)
+        z = [
+            _rows(A, some.flatten(1), x.shape[1]) @ tokens.to(_compute_dtype(A)).unsqueeze(-1)
+            for some, tokens in zip(_parts(places), _parts(x), strict=True)
+        ]
+        return torch.cat(z).view(*experts.shape, r)
 
     def distinct(self, z: Tensor) -> Tensor:
         """(R, T, P, E, r) float32 from z: what is left of it without the common directions."""
@@ -184,18 +222,38 @@ class ExpertBank:
     def add_(self, y: Tensor, mixed: Mixed, place: int) -> Tensor:
         """`y += sum_e B*_e mixed_e` at one layer, in place: y (R, T, D_out)."""
         values, B = mixed.values[place], self.B[place]
-        if mixed.experts is not None:
-            chosen = B.view(len(self.expert_ids), -1).index_select(
-                0, mixed.experts[place].flatten()
-            )
-            B = chosen.view(*values.shape, B.shape[-1])  # (R * T, K * r, D_out)
-            values = values.unsqueeze(1)
-        if y.dtype != B.dtype:
-            return y.add_((values @ B).view_as(y))
-        rows = y.view(*values.shape[:-1], -1)
-        (rows.addmm_ if B.dim() == 2 else rows.baddbmm_)(values, B)
+        rows = y.view(-1, y.shape[-1])
+        if mixed.experts is None:
+            return _add_(rows, values, B).view_as(y)
+        B = B.view(self.num_experts, -1)
+        parts = (
+            _parts(rows.unsqueeze(1)),
+            _parts(values.unsqueeze(1)),
+            _parts(mixed.experts[place]),
+        )
+        for some, value, experts in zip(*parts, strict=True):
+            _add_(some, value, _rows(B, experts, y.shape[-1]))
         return y
 
 
-def _pad_rows(factor: Tensor, rank: int) -> Tensor:
-    return nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[0]))
+def _add_(y: Tensor, values: Tensor, B: Tensor) -> Tensor:
+    """`y += values B` in place, of matrices or stacks of them, whatever their dtypes."""
+    if y.dtype == values.dtype == B.dtype:
+        return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(values, B)
+    return y.add_(values.to(B.dtype) @ B)
+
+
+def _rows(factors: Tensor, places: Tensor, width: int) -> Tensor:
+    """Copies (N, K * r, width) of the rows of chosen experts (N, K) from (E, r * width)."""
+    rows = factors.index_select(0, places.flatten()).to(_compute_dtype(factors))
+    return rows.view(len(places), -1, width)
+
+
+def _parts(values: Tensor) -> tuple[Tensor, ...]:
+    """Of a few tokens each, so that copies of what each has chosen stay small."""
+    return values.split(_TOKENS_AT_ONCE)
+
+
+def _compute_dtype(factors: Tensor) -> torch.dtype:
+    """Products with copies of a few rows: on a CPU they are fastest in float32."""
+    return torch.float32 if factors.device.type == "cpu" else factors.dtype

@@ -8,15 +8,15 @@ import hashlib
 import json
 import math
 import os
+import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import product
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +26,21 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spectr_demo.bank import ExpertBank
+from spectr_demo.bank import ExpertBank, Zeros
 from spectr_demo.config import cache_dir, unknown_name
+from spectr_demo.memory import available_memory, zeros_on_disk
 from spectr_demo.shared_inputs import shared_inputs
 from spectr_demo.spectral import Aligned, align
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ALIGNMENT_VERSION = 1  # part of the cache key: raise it when `align` changes its result
 _KEY_PREFIX = "base_model.model."
+# A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
+# it is kept in memory at all.
+FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
@@ -56,30 +61,56 @@ class LoraFactors:
     scaling: float
 
 
+class LoraShape(NamedTuple):
+    """Of one adapter at one layer."""
+
+    D_out: int
+    D_in: int
+    rank: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA adapter as read from its folder. factors: by the layer's path in the base model."""
+    """A LoRA adapter that was read and found sound. shapes: by the layer's path in the base model.
+    read: gives the weights, by path too; they are not kept, since the library has its own."""
 
     name: str
     source: str
     base_model: str
     sha256: str
-    factors: Mapping[str, LoraFactors]
+    num_bytes: int
+    shapes: Mapping[str, LoraShape]
+    read: Callable[[], Mapping[str, LoraFactors]] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        factors: Mapping[str, LoraFactors],
+        *,
+        read: Callable[[], Mapping[str, LoraFactors]] | None = None,
+        **facts: str,
+    ) -> "Adapter":
+        """The adapter with these weights, which are kept where nothing can read them again."""
+        return cls(
+            num_bytes=sum(f.lora_A.nbytes + f.lora_B.nbytes for f in factors.values()),
+            shapes={
+                sys.intern(path): LoraShape(f.lora_B.shape[0], f.lora_A.shape[1], len(f.lora_A))
+                for path, f in factors.items()
+            },
+            read=read or (lambda: factors),
+            **facts,
+        )
 
     @property
     def ranks(self) -> tuple[int, int]:
         """Smallest and largest rank over the layers."""
-        ranks = [factor.lora_A.shape[0] for factor in self.factors.values()]
+        ranks = [shape.rank for shape in self.shapes.values()]
         return min(ranks), max(ranks)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(f.lora_A.nbytes + f.lora_B.nbytes for f in self.factors.values())
 
     @property
     def projections(self) -> list[str]:
         """Names of the projections it touches, such as `q_proj`, in the order of the file."""
-        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.factors))
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.shapes))
 
 
 def read_adapter(source: str, name: str | None = None) -> Adapter:
@@ -106,22 +137,32 @@ def read_adapter(source: str, name: str | None = None) -> Adapter:
         )
         raise AdapterError(problems)
     try:
-        state = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        problems.append(
-            f"expert {name!r}: {weights} is corrupt or truncated ({error}); download it again"
-        )
-        raise AdapterError(problems) from None
-    factors, more = _parse_factors(state, config, name)
-    if problems or more:
-        raise AdapterError(problems + more)
-    return Adapter(
+        factors = _read_factors(weights, config, name)
+    except AdapterError as error:
+        problems += error.problems
+    if problems:
+        raise AdapterError(problems)
+    return Adapter.of(
+        factors,
+        read=partial(_read_factors, weights, config, name),
         name=name,
         source=source,
         base_model=config.base_model_name_or_path or "an unnamed base",
         sha256=hashlib.sha256(config_bytes + weights.read_bytes()).hexdigest(),
-        factors=factors,
     )
+
+
+def _read_factors(weights: Path, config: LoraConfig, name: str) -> dict[str, LoraFactors]:
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            [f"expert {name!r}: {weights} is corrupt or truncated ({error}); download it again"]
+        ) from None
+    factors, problems = _parse_factors(state, config, name)
+    if problems:
+        raise AdapterError(problems)
+    return factors
 
 
 def _resolve(source: str, name: str) -> Path:
@@ -240,7 +281,7 @@ def check_against_base(adapter: Adapter, model: PreTrainedModel) -> list[str]:
     modules = dict(model.named_modules())
     output = model.get_output_embeddings()
     missing, misfits, unsupported = [], [], []
-    for path, factors in adapter.factors.items():
+    for path, shape in adapter.shapes.items():
         layer = modules.get(path)
         layer = getattr(layer, "base_layer", layer)  # already wrapped: look at what is inside
         if layer is None:
@@ -249,17 +290,16 @@ def check_against_base(adapter: Adapter, model: PreTrainedModel) -> list[str]:
             kind = "the output embedding" if layer is output else type(layer).__name__
             unsupported.append(f"{path} ({kind})")
         else:
-            D_in, D_out = factors.lora_A.shape[1], factors.lora_B.shape[0]
-            if (D_in, D_out) != (layer.in_features, layer.out_features):
+            if (shape.D_in, shape.D_out) != (layer.in_features, layer.out_features):
                 misfits.append(
-                    f"{path} has {D_in} inputs and {D_out} outputs, the base has "
+                    f"{path} has {shape.D_in} inputs and {shape.D_out} outputs, the base has "
                     f"{layer.in_features} and {layer.out_features}"
                 )
     problems = []
     wrong_base = f"it was trained on another base model ({adapter.base_model})"
     if missing:
         problems.append(
-            f"expert {adapter.name!r}: {len(missing)} of its {len(adapter.factors)} layers are not "
+            f"expert {adapter.name!r}: {len(missing)} of its {len(adapter.shapes)} layers are not "
             f"in the base ({missing[0]}, ...); {wrong_base}"
         )
     if misfits:
@@ -297,7 +337,7 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
         with safe_open(cached, "pt") as file:
             return {
                 path: Aligned(file.get_tensor(f"{path}.A"), file.get_tensor(f"{path}.B"))
-                for path in adapter.factors
+                for path in adapter.shapes
             }
     except (OSError, SafetensorError):
         pass  # never written, or cut short: align again
@@ -324,11 +364,11 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
 def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
     """Layers of one shape are aligned in one batched SVD."""
     groups = defaultdict(list)
-    for path, factors in adapter.factors.items():
-        groups[factors.lora_A.shape, factors.lora_B.shape].append(path)
-    aligned = {}
+    for path, shape in adapter.shapes.items():
+        groups[shape].append(path)
+    aligned, factors = {}, adapter.read()
     for paths in groups.values():
-        layers = [adapter.factors[path] for path in paths]
+        layers = [factors[path] for path in paths]
         stacked = align(
             torch.stack([layer.lora_A for layer in layers]),
             torch.stack([layer.lora_B for layer in layers]),
@@ -371,34 +411,92 @@ class ExpertLibrary:
 
     @classmethod
     def from_adapters(cls, adapters: Sequence[Adapter], model: PreTrainedModel) -> "ExpertLibrary":
-        """Check all adapters against the base, then align and stack them.
+        """Check all adapters against the base, then align and stack them, one after another.
 
-        Factors are float32 on a CPU, where small products are fastest in it, and the model's own
-        dtype on a GPU. Raises AdapterError with everything that does not fit.
+        Factors are in the model's own dtype on a GPU. On a CPU they are float32, in which small
+        products are fastest; a library that would take too much of the memory so is kept in 16
+        bits, and mapped from a file in the cache if that is too much too.
+        Raises AdapterError with everything that does not fit.
         """
         if problems := check_adapters(adapters, model):
             raise AdapterError(problems)
-        aligned = [align_adapter(adapter) for adapter in adapters]
         modules = dict(model.named_modules())
-        touched = {path for expert in aligned for path in expert}
+        touched = {path for adapter in adapters for path in adapter.shapes}
+        dtype, zeros = _storage(adapters)
         banks = []
         for group in shared_inputs(model, [path for path in modules if path in touched]):
             together: dict[Any, list[str]] = defaultdict(list)
             for path in group:
-                ids = tuple(e for e, expert in enumerate(aligned) if path in expert)
+                ids = tuple(e for e, adapter in enumerate(adapters) if path in adapter.shapes)
                 together[ids, next(modules[path].parameters()).device].append(path)
             for (ids, device), paths in together.items():
-                bank = ExpertBank.from_aligned(
+                is_cpu = device.type == "cpu"
+                bank = ExpertBank.empty(
                     paths,
-                    {e: [aligned[e][path] for path in paths] for e in ids},
+                    ids,
+                    max(adapters[e].shapes[path].rank for e in ids for path in paths),
+                    [adapters[ids[0]].shapes[path][:2] for path in paths],
                     device=device,
-                    dtype=torch.float32 if device.type == "cpu" else model.dtype,
+                    dtype=dtype if is_cpu else model.dtype,
+                    zeros=zeros if is_cpu else torch.zeros,
                 )
-                banks.append(bank.with_common_directions())
-                if device.type == "cpu":  # the stacked factors are the only copy
-                    for (i, e), (p, path) in product(enumerate(ids), enumerate(paths)):
-                        aligned[e][path] = bank.factors(i, p, rank=aligned[e][path].A.shape[0])
-        return cls(adapters=tuple(adapters), aligned=tuple(aligned), banks=tuple(banks))
+                banks.append(bank)
+        places = [{e: i for i, e in enumerate(bank.expert_ids.tolist())} for bank in banks]
+        for e, adapter in enumerate(tqdm(adapters, "aligning", disable=len(adapters) < 50)):
+            aligned = align_adapter(adapter)
+            for bank, place in zip(banks, places, strict=True):
+                if e in place:
+                    bank.put_(place[e], [aligned[path] for path in bank.paths])
+        where = {
+            path: (bank, p, place)
+            for bank, place in zip(banks, places, strict=True)
+            for p, path in enumerate(bank.paths)
+        }
+        return cls(
+            adapters=tuple(adapters),
+            aligned=tuple(_Stacked(e, a.shapes, where) for e, a in enumerate(adapters)),
+            banks=tuple(banks),
+        )
+
+
+class _Stacked(Mapping[str, Aligned]):
+    """An expert's factors by layer, as they are in the banks."""
+
+    def __init__(
+        self,
+        expert: int,
+        shapes: Mapping[str, LoraShape],
+        where: Mapping[str, tuple[ExpertBank, int, Mapping[int, int]]],
+    ) -> None:
+        """where: by layer, its bank, its place in it, and those of the experts."""
+        self._expert, self._shapes, self._where = expert, shapes, where
+
+    def __getitem__(self, path: str) -> Aligned:
+        rank = self._shapes[path].rank
+        bank, place, experts = self._where[path]
+        return bank.factors(experts[self._expert], place, rank)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _storage(adapters: Sequence[Adapter]) -> tuple[torch.dtype, Zeros]:
+    """How factors are kept on a CPU: their dtype, and what makes their tensors."""
+    layers = [shape for adapter in adapters for shape in adapter.shapes.values()]
+    num_values = sum(shape.rank * (shape.D_in + shape.D_out) for shape in layers)
+    free = available_memory()
+    if num_values * torch.float32.itemsize <= FLOAT32_SHARE * free:
+        return torch.float32, torch.zeros
+    if num_values * torch.bfloat16.itemsize <= MEMORY_SHARE * free:
+        return torch.bfloat16, torch.zeros
+
+    def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return zeros_on_disk(shape, dtype, cache_dir() / "banks")
+
+    return torch.bfloat16, zeros
 
 
 def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:

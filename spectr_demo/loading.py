@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import cast
 
 import bitsandbytes as bnb
-import psutil
 import torch
 import transformers
 from bitsandbytes.functional import has_avx512bf16
@@ -48,6 +47,7 @@ from spectr_demo.embedded import (
     publish,
     scratch_dir,
 )
+from spectr_demo.memory import available_memory
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Dense float32 weights beside the NF4 checkpoint: the most that is on disk while converting.
@@ -245,19 +245,6 @@ def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
     del model.is_loaded_in_4bit
     model.requires_grad_(False)
-
-
-def available_memory() -> int:
-    """Bytes this process can still take: the machine's free memory, less in a limited container."""
-    free = int(psutil.virtual_memory().available)
-    # psutil reports the host; a container's limit (cgroup v2) is only here.
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no such files, or the limit is "max"
-        return free
-    return min(free, max(limit - used, 0))
 
 
 def _settle_4bit_(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:

@@ -69,21 +69,17 @@ class EvidencePool:
         if self._first_bank is None or bank is self._first_bank:
             self._first_bank = bank
             self._start_pass(scores)
-        best, expert = scores.max(-1, keepdim=True)
-        best = best.clamp_(min=0)
+        best = scores.amax(-1, keepdim=True)
+        spoken = (scores == best) * best.clamp(min=0)
         if self._counts is not None:
-            best = best * self._counts[..., None]
-        before = self._sums.get(bank)
-        if before is not None and scores.shape[1] == 1:
-            sums = before.mul_(self._decay).scatter_add_(-1, expert, best)
-        else:
-            spoken = torch.zeros_like(scores).scatter_(-1, expert, best)
-            sums = self._over_tokens(spoken, before)
-            self._sums[bank] = sums[:, -1:].clone()  # not a view that keeps all tokens' sums
+            spoken = spoken * self._counts[..., None]
+        sums = self._over_tokens(spoken, self._sums.get(bank))
+        # Of a longer pass a copy: a view would keep all tokens' sums.
+        self._sums[bank] = sums if sums.shape[1] == 1 else sums[:, -1:].clone()
         weights, layers = self._weights_of(bank)
         # A layer knows what the layers before it know, those of its own bank included.
         sums = (weights * sums).cumsum(2)
-        if len(bank.expert_ids) == self._num_experts:
+        if bank.num_experts == self._num_experts:
             sums, first_weight = sums.add_(self._total[..., None, :]), self._first_weight
             self._total = sums[:, :, -1]
         else:
@@ -135,7 +131,7 @@ class EvidencePool:
         """Decayed running sums over tokens, (R, T, ...); `before` (R, 1, ...) is the sum so far."""
         T = values.shape[1]
         if T == 1:
-            return values if before is None else values + self._decay * before
+            return values if before is None else values.add(before, alpha=self._decay)
         parts, shape = [], values.shape
         values = values.flatten(2)
         before = None if before is None else before.flatten(2)

@@ -19,8 +19,9 @@ from spectr_demo.pooling import EvidencePool
 from spectr_demo.recorder import Recorder
 
 Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
-# Copying an expert's factor and multiplying by the copy takes as long as multiplying by this many.
-_COPY = 2
+# Copying an expert's factor for a token, and multiplying by the copy, takes as long as multiplying
+# one token by this many experts; with more tokens a product is so many times as fast for each.
+_COPY, _REUSE = 2, 16
 
 
 def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
@@ -380,12 +381,11 @@ class RoutingPlan:
         copies of the chosen ones where all rows share a router and that is less to read.
         """
         group, kept = self._only_group, None
-        (R, T, _), E = x.shape, len(bank.expert_ids)
-        is_less = group is not None and _COPY * (group.router.top_k or E) * R * T < E
-        if group is None or not is_less:
+        (R, T, _), E = x.shape, bank.num_experts
+        if group is None or not _copying_pays(group.router.top_k or E, R * T, E):
             z = bank.project(x)
             return Mixed.of(self._weigh(self.weights(bank, z).to(z.dtype), z), None)
-        if _COPY * group.num_filtered * R * T < E:
+        if _copying_pays(group.num_filtered, R * T, E):
             kept = bank.project_first(x).float().abs().topk(group.num_filtered, dim=-1).indices
             z = bank.project_chosen(x, kept)
         else:
@@ -536,6 +536,11 @@ class _Group:
             return scores
         evidence = self.pool.add(bank, scores)
         return evidence if self.router.confidence is None else lead(evidence)
+
+
+def _copying_pays(num_chosen: int, num_tokens: int, num_experts: int) -> bool:
+    """Whether copies of what each token chose are faster than a product with all experts."""
+    return _COPY * num_chosen * num_tokens < num_experts * max(1, num_tokens / _REUSE)
 
 
 def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:

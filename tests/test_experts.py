@@ -43,9 +43,9 @@ def spoil_weights(folder: Path, change: object) -> None:
 def test_factors_and_scaling(folder: Path) -> None:
     adapter = read_adapter(str(folder))
     assert adapter.name == "sound"
-    assert len(adapter.factors) == 14
+    assert len(adapter.read()) == 14
     assert adapter.ranks == (4, 4)
-    factors = adapter.factors["model.layers.1.mlp.down_proj"]
+    factors = adapter.read()["model.layers.1.mlp.down_proj"]
     assert factors.lora_A.shape == (4, 128)
     assert factors.lora_B.shape == (64, 4)
     assert factors.scaling == 8 / 4  # PEFT's default lora_alpha is 8
@@ -60,7 +60,7 @@ def test_patterns_and_rslora_scale_as_in_peft(save_expert: SaveExpert) -> None:
         rank_pattern={"q_proj": 2, "layers.1.self_attn.k_proj": 6},
         alpha_pattern={"q_proj": 4},
     )
-    factors = read_adapter(folder).factors
+    factors = read_adapter(folder).read()
     assert factors["model.layers.0.self_attn.q_proj"].scaling == pytest.approx(4 / math.sqrt(2))
     assert factors["model.layers.1.self_attn.k_proj"].lora_A.shape[0] == 6
     assert factors["model.layers.1.self_attn.k_proj"].scaling == pytest.approx(16 / math.sqrt(6))
@@ -356,7 +356,7 @@ def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: l
     library = load_experts(expert_folders, llama)
     bank = banks_by_path(library)["model.layers.0.mlp.up_proj"]
     layer, x = RoutedLinear(quantized, bank, 0).eval(), torch.randn(1, 3, 64)
-    factors = library.adapters[1].factors["model.layers.0.mlp.up_proj"]
+    factors = library.adapters[1].read()["model.layers.0.mlp.up_proj"]
     expected = quantized(x) + factors.scaling * x @ factors.lora_A.mT @ factors.lora_B.mT
     plan = RoutingPlan([parse_router("single:green", library.names)], library.names)
     with torch.no_grad(), routed(plan):

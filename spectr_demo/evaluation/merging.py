@@ -38,10 +38,9 @@ def dare_merge(adapters: Sequence[Adapter], seed: int) -> Adapter:
 def _merge(
     adapters: Sequence[Adapter], name: str, combine: Callable[[list[Tensor]], Tensor]
 ) -> Adapter:
-    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.factors))
-    merged = {}
-    for path in paths:
-        factors = [adapter.factors[path] for adapter in adapters if path in adapter.factors]
+    experts, merged = [adapter.read() for adapter in adapters], {}
+    for path in dict.fromkeys(path for expert in experts for path in expert):
+        factors = [expert[path] for expert in experts if path in expert]
         ranks = {layer.lora_A.shape[0] for layer in factors}
         if len(factors) < len(adapters) or len(ranks) > 1:
             raise ValueError(
@@ -55,10 +54,10 @@ def _merge(
             scaling=1.0,
         )
     parts = "\n".join([name, str(DENSITY), *(adapter.sha256 for adapter in adapters)])
-    return Adapter(
+    return Adapter.of(
+        merged,
         name=name,
         source=f"{name} merge of {len(adapters)} adapters",
         base_model=adapters[0].base_model,
         sha256=hashlib.sha256(parts.encode()).hexdigest(),
-        factors=merged,
     )

@@ -49,7 +49,7 @@ def with_noise(library: ExpertLibrary, sigmas: Sequence[float], seed: int) -> li
         tuple({} for _ in library.adapters) for _ in sigmas
     ]
     for e, adapter in enumerate(library.adapters):
-        for path, layer in adapter.factors.items():
+        for path, layer in adapter.read().items():
             factors = []
             for factor in (layer.lora_A.float(), layer.lora_B.float()):
                 noise = torch.randn(factor.shape, generator=generator)

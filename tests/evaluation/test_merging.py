@@ -23,8 +23,8 @@ def test_ties_equals_pefts_merge(
     )
     merged = ties_merge([read_adapter(folder) for folder in expert_folders])
     modules = dict(model.get_base_model().named_modules())
-    assert merged.factors
-    for path, factors in merged.factors.items():
+    assert merged.read()
+    for path, factors in merged.read().items():
         layer = modules[path]
         expected = layer.get_delta_weight("ties")
         torch.testing.assert_close(factors.lora_B @ factors.lora_A, expected, atol=1e-5, rtol=1e-4)
@@ -37,9 +37,9 @@ def test_dare_follows_its_seed_and_leaves_the_global_one(expert_folders: Sequenc
     torch.manual_seed(5)
     one, again, other = dare_merge(adapters, 0), dare_merge(adapters, 0), dare_merge(adapters, 1)
     torch.testing.assert_close(torch.rand(3), expected)
-    path = next(iter(one.factors))
-    assert torch.equal(one.factors[path].lora_A, again.factors[path].lora_A)
-    assert not torch.equal(one.factors[path].lora_A, other.factors[path].lora_A)
+    path = next(iter(one.read()))
+    assert torch.equal(one.read()[path].lora_A, again.read()[path].lora_A)
+    assert not torch.equal(one.read()[path].lora_A, other.read()[path].lora_A)
     assert one.sha256 == again.sha256 != other.sha256
 
 

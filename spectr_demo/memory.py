@@ -1,0 +1,32 @@
+"""How much memory there is, and tensors that need not be in it."""
+
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import psutil
+import torch
+from torch import Tensor
+
+
+def available_memory() -> int:
+    """Bytes this process can still take: the machine's free memory, less in a limited container."""
+    free = int(psutil.virtual_memory().available)
+    # psutil reports the host; a container's limit (cgroup v2) is only here.
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such files, or the limit is "max"
+        return free
+    return min(free, max(limit - used, 0))
+
+
+def zeros_on_disk(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
+    """Zeros that are mapped from a file in `folder`: the system keeps in memory what is used.
+
+    The file has no name any more when this returns, and is gone with the tensor.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    num_values = torch.Size(shape).numel()
+    with NamedTemporaryFile(dir=folder) as file:
+        return torch.from_file(file.name, shared=True, size=num_values, dtype=dtype).view(shape)
