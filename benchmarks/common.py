@@ -1,37 +1,46 @@
-"""What the benchmarks share: experts of any number and rank, fair timing, and the report."""
+"""What the benchmarks share: experts of any number and rank, decoding, fair timing, the report."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from spectr_demo.config import shipped_experts
-from spectr_demo.experts import WEIGHTS_FILE
+from spectr_demo.engine import SpectrModel
+from spectr_demo.experts import WEIGHTS_FILE, ExpertLibrary, load_experts
+from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase, load_base
+from spectr_demo.routing import RoutingPlan, parse_router
 from spectr_demo.tracing import library_versions
 
 PROMPT = "Explain what an aeroplane is, and how it stays in the air."
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The options that every benchmark has."""
+def arguments(description: str | None, **paths: str) -> argparse.Namespace:
+    """The options that every benchmark has. paths: names of further ones, and their help."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="less of everything, less exact")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    for name, text in paths.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
     return parser.parse_args()
 
 
@@ -48,11 +57,11 @@ def expert_folders(num_experts: int, folder: Path, rank: int = 8) -> list[str]:
     rank than theirs all are random."""
     shipped = [Path(source) for source in shipped_experts()]
     folders = [str(path) for path in shipped][: num_experts if rank == 8 else 0]
-    generator = torch.Generator().manual_seed(0)
     for i in range(len(folders), num_experts):
         path = folder / f"random-{i}-rank-{rank}"
-        if not path.is_dir():
-            path.mkdir()
+        if not (path / WEIGHTS_FILE).is_file():
+            path.mkdir(exist_ok=True)
+            generator = torch.Generator().manual_seed(i)
             config = json.loads((shipped[0] / "adapter_config.json").read_text())
             config["r"] = rank
             (path / "adapter_config.json").write_text(json.dumps(config))
@@ -66,35 +75,92 @@ def expert_folders(num_experts: int, folder: Path, rank: int = 8) -> list[str]:
     return folders
 
 
+def load_library(experts: Sequence[str], base: LoadedBase, folder: Path) -> ExpertLibrary:
+    """Experts on a base. Their alignments are cached in this folder, not among the user's own."""
+    with patch.dict(os.environ, SPECTR_CACHE=str(folder)):
+        return load_experts(experts, base.model)
+
+
+def repeated_prompt(base: LoadedBase, num_tokens: int) -> list[int]:
+    """Token ids of the prompt's text, again and again up to this length."""
+    ids = base.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    return (ids * (num_tokens // len(ids) + 1))[:num_tokens]
+
+
+# Decodes so many tokens, from the end of a prompt that was read before.
+Decoding = Callable[[int], None]
+
+
+def decoding(
+    model: Any, prompt: Tensor, plan: RoutingPlan | None = None, **inputs: Any
+) -> Decoding:
+    """A model that has read a prompt, and decodes from there.
+
+    prompt: (R, T) token ids; they are read here, so this takes no time of the decoding. inputs:
+    further ones of the model. A token is fed whatever the logits say. At the end of a call the
+    cache is back at the end of the prompt; what a plan has pooled is not, and its size is the same.
+    """
+    token = prompt[:, -1:]
+    with torch.inference_mode(), routed(plan):
+        cache = model(input_ids=prompt, logits_to_keep=1, **inputs).past_key_values
+
+    @torch.inference_mode()
+    def decode(num_tokens: int) -> None:
+        with routed(plan):
+            for _ in range(num_tokens):
+                model(input_ids=token, past_key_values=cache, **inputs)
+        cache.crop(-num_tokens)
+
+    return decode
+
+
+def routed_decoding(model: SpectrModel, routers: Sequence[str], prompt: list[int]) -> Decoding:
+    """The same prompt in each row of a batch, and a router for each row."""
+    configs = [parse_router(router, model.library.names) for router in routers]
+    prompts = [prompt] * len(routers)
+    plan = model.plan(configs, prompts)
+    return decoding(model.model, torch.tensor(prompts, device=model.model.device), plan)
+
+
 def seconds(cases: Mapping[str, Callable[[], Any]], num_rounds: int) -> dict[str, list[float]]:
     """Wall time of each case in each round. Rounds go through all cases in turn, so that a machine
-    whose speed drifts is unfair to none; a round before the first warms up."""
+    whose speed drifts is unfair to none. `Timer` calls a case twice to warm up, in every round."""
     timers = {
         name: Timer("case()", globals={"case": case}, num_threads=torch.get_num_threads())
         for name, case in cases.items()
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for number in tqdm(range(num_rounds + 1), unit="round"):
+    for _ in tqdm(range(num_rounds), unit="round"):
         for name, timer in timers.items():
-            time = timer.timeit(1).median
-            if number > 0:
-                times[name].append(time)
+            times[name].append(timer.timeit(1).median)
     return times
 
 
-def rows(times: Mapping[str, Sequence[float]], baseline: str, **facts: Any) -> list[dict[str, Any]]:
+def rows(
+    times: Mapping[str, Sequence[float]], baseline: str, unit: str = "seconds", **facts: Any
+) -> list[dict[str, Any]]:
     """A row for each case. ratio: how many times as fast as the baseline, the median of rounds."""
     return [
         {
             "case": name,
             **facts,
-            "seconds": statistics.median(values),
+            unit: statistics.median(values),
             "min": min(values),
             "max": max(values),
             "ratio": statistics.median(b / v for v, b in zip(values, times[baseline], strict=True)),
         }
         for name, values in times.items()
     ]
+
+
+def decoding_rows(
+    cases: Mapping[str, Decoding], is_quick: bool, **facts: Any
+) -> list[dict[str, Any]]:
+    """A row for each case; the baseline is the one named `bare base`."""
+    num_tokens, num_rounds = (6, 3) if is_quick else (16, 5)
+    times = seconds({name: partial(case, num_tokens) for name, case in cases.items()}, num_rounds)
+    per_token = {name: [time / num_tokens for time in values] for name, values in times.items()}
+    return rows(per_token, "bare base", "seconds_per_token", **facts)
 
 
 def conditions(command: str, base: LoadedBase | None) -> dict[str, Any]:
