@@ -91,24 +91,22 @@ def repeated_prompt(base: LoadedBase, num_tokens: int) -> list[int]:
 Decoding = Callable[[int], None]
 
 
-def decoding(
-    model: Any, prompt: Tensor, plan: RoutingPlan | None = None, **inputs: Any
-) -> Decoding:
+def decoding(model: Any, prompt: Tensor, plan: RoutingPlan | None = None) -> Decoding:
     """A model that has read a prompt, and decodes from there.
 
-    prompt: (R, T) token ids; they are read here, so this takes no time of the decoding. inputs:
-    further ones of the model. A token is fed whatever the logits say. At the end of a call the
-    cache is back at the end of the prompt; what a plan has pooled is not, and its size is the same.
+    prompt: (R, T) token ids; they are read here, so this takes no time of the decoding. The same
+    token is fed whatever the logits say. At the end of a call the cache is back at the end of the
+    prompt. What a router has pooled is not; it is as large, and costs the same.
     """
     token = prompt[:, -1:]
     with torch.inference_mode(), routed(plan):
-        cache = model(input_ids=prompt, logits_to_keep=1, **inputs).past_key_values
+        cache = model(input_ids=prompt, logits_to_keep=1).past_key_values
 
     @torch.inference_mode()
     def decode(num_tokens: int) -> None:
         with routed(plan):
             for _ in range(num_tokens):
-                model(input_ids=token, past_key_values=cache, **inputs)
+                model(input_ids=token, past_key_values=cache)
         cache.crop(-num_tokens)
 
     return decode
@@ -188,6 +186,6 @@ def report(
         table.add_row(
             *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
         )
-    Console().print(table)
+    Console(width=100).print(table)  # as wide as the code; a pipe would get 80
     if output:
         output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

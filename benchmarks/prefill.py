@@ -16,7 +16,7 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
-from benchmarks.common import PROMPT, arguments, expert_folders, report, rows, seconds
+from benchmarks.common import arguments, expert_folders, repeated_prompt, report, rows, seconds
 from spectr_demo.engine import SpectrModel
 from spectr_demo.experts import load_experts
 from spectr_demo.layers import routed
@@ -35,9 +35,8 @@ def main() -> None:
         peft_one = PeftModel.from_pretrained(one.model, experts[0]).eval()
         arrow = create_arrow_model(many.model, experts, ArrowConfig(top_k=3)).eval()
         model = SpectrModel(ours, load_experts(experts, ours.model))
-        words = bare.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
         for num_tokens in (100,) if options.quick else (100, 1000):
-            ids = (words * (num_tokens // len(words) + 1))[:num_tokens]
+            ids = repeated_prompt(bare, num_tokens)
             input_ids = torch.tensor([ids], device=bare.device)
 
             def theirs(model: Any, input_ids: torch.Tensor = input_ids) -> Callable[[], None]:
