@@ -159,11 +159,11 @@ _ROWS = (
         preset=RouterConfig(
             name="spectr-context",
             weighting="softmax",
-            temperature=0.05,
+            temperature=0.02,
             calibrated=True,
             decay=0.9,
             reads_first=True,
-            confidence=0.8,
+            confidence=0.6,
         ),
         score=distinct_scores,
         default_top_k=2,
