@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from safetensors.torch import load
 
 from benchmarks.common import arguments, expert_folders, report, rows, seconds
-from spectr_demo.experts import WEIGHTS_FILE, align_adapter, align_in_groups, read_adapter
+from spectr_demo.adapters import WEIGHTS_FILE, read_adapter
+from spectr_demo.experts import align_adapter, align_in_groups
 
 
 def cases(source: str, cache: Path) -> dict[str, Callable[[], object]]:

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+from spectr_demo.adapters import WEIGHTS_FILE
 from spectr_demo.config import shipped_experts
 from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import WEIGHTS_FILE, ExpertLibrary, load_experts
+from spectr_demo.experts import ExpertLibrary, load_experts
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase, load_base
 from spectr_demo.routing import RoutingPlan, parse_router

@@ -36,8 +36,8 @@ from benchmarks.common import (
     report,
     routed_decoding,
 )
+from spectr_demo.adapters import WEIGHTS_FILE
 from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import WEIGHTS_FILE
 from spectr_demo.loading import load_base
 
 ROUTERS = ("spectr", "spectr-paper", "lag")

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spectr_demo.experts import Adapter, ExpertLibrary
+from spectr_demo.adapters import Adapter
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.spectral import Aligned
 
 # Mean subspace overlap from which two experts cannot be told apart, and the share of the median

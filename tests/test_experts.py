@@ -11,14 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
-from spectr_demo.experts import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterError,
-    align_adapter,
-    load_experts,
-    read_adapter,
-)
+from spectr_demo.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_adapter
+from spectr_demo.experts import align_adapter, load_experts
 from spectr_demo.spectral import Aligned
 from tests.conftest import EXPERT_NAMES, BuildModel, SaveExpert, banks_by_path
 

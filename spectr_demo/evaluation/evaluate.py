@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from spectr_demo import (
+    adapters,
     bank,
     calibration,
     engine,
     experts,
     layers,
+    memory,
     pooling,
     prompts,
     recorder,
@@ -36,6 +38,7 @@ from spectr_demo import (
     shared_inputs,
     spectral,
 )
+from spectr_demo.adapters import Adapter
 from spectr_demo.calibration import GENERIC_TEXT, generic_prompts
 from spectr_demo.config import RouterConfig, cache_dir, unknown_name
 from spectr_demo.engine import SpectrModel
@@ -58,7 +61,6 @@ from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.evaluation.retrained import attach, read_retrained, retrained_test
 from spectr_demo.evaluation.stress import stress
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
-from spectr_demo.experts import Adapter
 from spectr_demo.layers import routed
 from spectr_demo.prompts import encode, encode_answered
 from spectr_demo.routing import ROUTERS, parse_router
@@ -71,8 +73,8 @@ EXAMPLES_AT_ONCE = 16  # a part of the results; more examples than before are ne
 NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
-    *(bank, calibration, engine, experts, layers, pooling, prompts, recorder, routing),
-    *(shared_inputs, spectral),
+    *(adapters, bank, calibration, engine, experts, layers, memory, pooling, prompts),
+    *(recorder, routing, shared_inputs, spectral),
     *(accuracy, compositional, heldout, merging, reading, retrained, stress_tests, variants),
 )
 

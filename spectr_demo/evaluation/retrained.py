@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from spectr_demo.adapters import Adapter, read_adapter
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Text, read
-from spectr_demo.experts import Adapter, ExpertLibrary, read_adapter
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.inspection import ExpertSummary, overlaps, warnings
 from spectr_demo.routing import parse_router
 
