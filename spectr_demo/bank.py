@@ -147,6 +147,26 @@ class ExpertBank:
             singular_values=self.singular_values[:, places],
         )
 
+    def folded(self, weights: Tensor, *, is_merged: bool) -> "ExpertBank | None":
+        """A bank of the experts whose weight (E,) is not 0, with the weights in the factors; None
+        if there is none. is_merged: both factors are summed, to one expert in the place of all."""
+        places = weights.nonzero().flatten().to(self.A.device)
+        if len(places) == 0:
+            return None
+        P, E, r = self._shape
+        scale = weights.to(self.A)[places, None, None]
+        A = self.A.view(P, E, r, -1)[:, places] * scale
+        B = [B.view(E, r, -1)[places] for B in self.B]
+        if is_merged:
+            A, B = A.sum(1, keepdim=True), [(b * scale).sum(0, keepdim=True) for b in B]
+        return replace(
+            self,
+            expert_ids=self.expert_ids[places.cpu()][: A.shape[1]],
+            A=A.flatten(0, 2),
+            B=tuple(b.flatten(0, 1) for b in B),
+            singular_values=self.singular_values[:, places][:, : A.shape[1]],
+        )
+
     @cached_property
     def common(self) -> tuple[Tensor, Tensor] | None:
         """What most of the experts read alike in each layer, see `spectral.common_directions`:

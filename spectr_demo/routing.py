@@ -327,6 +327,8 @@ class RoutingPlan:
         ]
         self._constant = torch.tensor(constant)  # (R, E)
         self._constant_of: dict[ExpertBank, Tensor] = {}
+        # Rows that all have the same weights: these can be put into the factors once.
+        self._is_folded = not self._groups and len(set(self.routers)) == 1
         # Where no row scores, the experts that none uses need not be computed with.
         self._used: list[int] | None = None  # all of them
         if not self._groups:
@@ -380,6 +382,8 @@ class RoutingPlan:
         cross terms are part of SpectR. Both are one product with the stacked factors, or with
         copies of the chosen ones where all rows share a router and that is less to read.
         """
+        if self._is_folded:
+            return Mixed.of(bank.project(x), None)
         group, kept = self._only_group, None
         (R, T, _), E = x.shape, bank.num_experts
         if group is None or not _copying_pays(group.router.top_k or E, R * T, E):
@@ -421,7 +425,12 @@ class RoutingPlan:
         if self._used is None:
             return bank
         if bank not in self._used_of:
-            self._used_of[bank] = bank.only(self._used)
+            if self._is_folded:
+                weights = self._constant[0, bank.expert_ids]
+                used = bank.folded(weights, is_merged=self._all_merged)
+            else:
+                used = bank.only(self._used)
+            self._used_of[bank] = used
         return self._used_of[bank]
 
 

@@ -124,12 +124,12 @@ def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
     names = pair.model.library.names
     x = torch.randn(1, 3, bank.A.shape[1])
     config = RouterConfig(name="uniform", composition="parameters")
-    mixed = RoutingPlan([config], names).mix(bank, x)
+    plan = RoutingPlan([config], names)
     P, E, r = bank.singular_values.shape
     assert P == 3, "q, k and v read one input"
     for p, (stacked, B) in enumerate(zip(bank.A.chunk(P), bank.B, strict=True)):
         A, B = stacked.view(E, r, -1).mean(0), B.view(E, r, -1).mean(0)
-        ours = bank.add_(torch.zeros(1, 3, B.shape[1]), mixed, p)
+        ours = plan.add(torch.zeros(1, 3, B.shape[1]), bank, p, x)
         assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
 
 
