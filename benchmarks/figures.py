@@ -1,0 +1,71 @@
+"""The figures of docs/performance.md, drawn from the benchmarks' JSON files.
+
+    python benchmarks/figures.py
+
+Reads `benchmarks/results/decode.json` and `number_of_experts.json`, writes SVG files to
+`docs/figures/`. Needs `pip install kaleido` and a Chrome or Chromium.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+LAYOUT = {
+    "template": "plotly_white",
+    "font": {"family": "sans-serif", "size": 14},
+    "margin": {"l": 10, "r": 20, "t": 10, "b": 10},
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+}
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))["results"]
+
+
+def decode_figure() -> go.Figure:
+    figure = go.Figure()
+    by_number: dict[int, list[dict[str, Any]]] = {}
+    for row in results("decode.json"):
+        by_number.setdefault(row["experts"], []).append(row)
+    for (num, rows), color in zip(by_number.items(), ("#4C78A8", "#F58518"), strict=True):
+        figure.add_bar(
+            y=[row["case"] for row in rows],
+            x=[row["ratio"] for row in rows],
+            text=[f"{row['ratio']:.2f}" for row in rows],
+            name=f"{num} experts",
+            orientation="h",
+            marker_color=color,
+        )
+    figure.update_layout(**LAYOUT, barmode="group", height=620, width=760)
+    figure.update_xaxes(title="decode speed, bare base = 1", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return figure
+
+
+def number_figure() -> go.Figure:
+    figure, rows = go.Figure(), results("number_of_experts.json")
+    for router in ("spectr", "spectr-paper", "lag"):
+        figure.add_scatter(
+            x=[row["experts"] for row in rows],
+            y=[row[router] for row in rows],
+            name=router,
+            mode="lines+markers",
+        )
+    figure.update_layout(**LAYOUT, height=420, width=760)
+    figure.update_xaxes(title="experts", type="log", tickvals=[row["experts"] for row in rows])
+    figure.update_yaxes(title="decode speed, bare base = 1", range=[0, 1])
+    return figure
+
+
+def main() -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    decode_figure().write_image(FIGURES / "decode.svg")
+    number_figure().write_image(FIGURES / "number_of_experts.svg")
+
+
+if __name__ == "__main__":
+    main()
