@@ -327,14 +327,15 @@ class RoutingPlan:
         ]
         self._constant = torch.tensor(constant)  # (R, E)
         self._constant_of: dict[ExpertBank, Tensor] = {}
-        # Rows that all have the same weights: these can be put into the factors once.
-        self._is_folded = not self._groups and len(set(self.routers)) == 1
-        # Where no row scores, the experts that none uses need not be computed with.
+        # Where no row scores, the experts that none uses need not be computed with; and weights
+        # that are the same for all rows are put into the factors once.
         self._used: list[int] | None = None  # all of them
+        self._is_folded = False
         if not self._groups:
-            self._used = [
-                e for e, weights in enumerate(zip(*constant, strict=True)) if any(weights)
-            ]
+            used = [e for e, weights in enumerate(zip(*constant, strict=True)) if any(weights)]
+            is_few = len(used) < len(expert_names)
+            self._is_folded = len(set(self.routers)) == 1 and (is_few or self._all_merged)
+            self._used = used if is_few or self._is_folded else None
         self._used_of: dict[ExpertBank, ExpertBank | None] = {}
         is_one = len(self._groups) == 1 and self._groups[0].is_whole
         self._only_group = self._groups[0] if is_one else None
