@@ -271,7 +271,8 @@ def _rows(factors: Tensor, places: Tensor, width: int) -> Tensor:
 
 def _parts(values: Tensor) -> tuple[Tensor, ...]:
     """Of a few tokens each, so that copies of what each has chosen stay small."""
-    return values.split(_TOKENS_AT_ONCE)
+    is_few = values.shape[0] <= _TOKENS_AT_ONCE
+    return (values,) if is_few else values.split(_TOKENS_AT_ONCE)
 
 
 def _compute_dtype(factors: Tensor) -> torch.dtype:

@@ -20,8 +20,9 @@ from spectr_demo.recorder import Recorder
 
 Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
 # Copying an expert's factor for a token, and multiplying by the copy, takes as long as multiplying
-# one token by this many experts; with more tokens a product is so many times as fast for each.
-_COPY, _REUSE = 2, 16
+# one token by this many experts, and its calls as long as this many more; with more tokens a
+# product is so many times as fast for each.
+_COPY, _CALLS, _REUSE = 2, 16, 16
 
 
 def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
@@ -550,7 +551,8 @@ class _Group:
 
 def _copying_pays(num_chosen: int, num_tokens: int, num_experts: int) -> bool:
     """Whether copies of what each token chose are faster than a product with all experts."""
-    return _COPY * num_chosen * num_tokens < num_experts * max(1, num_tokens / _REUSE)
+    copies = _COPY * num_chosen * num_tokens + _CALLS
+    return copies < num_experts * max(1, num_tokens / _REUSE)
 
 
 def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:
