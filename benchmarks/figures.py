@@ -1,9 +1,9 @@
-"""The figures of docs/performance.md, drawn from the benchmarks' JSON files.
+"""The figure of docs/performance.md, drawn from a benchmark's JSON file.
 
     python benchmarks/figures.py
 
-Reads `benchmarks/results/decode.json` and `number_of_experts.json`, writes SVG files to
-`docs/figures/`. Needs `pip install kaleido` and a Chrome or Chromium.
+Reads `benchmarks/results/decode.json`, writes `docs/figures/decode.svg`. Needs `pip install kaleido`
+and a Chrome or Chromium.
 """
 
 import json
@@ -46,25 +46,9 @@ def decode_figure() -> go.Figure:
     return figure
 
 
-def number_figure() -> go.Figure:
-    figure, rows = go.Figure(), results("number_of_experts.json")
-    for router in ("spectr", "spectr-paper", "lag"):
-        figure.add_scatter(
-            x=[row["experts"] for row in rows],
-            y=[row[router] for row in rows],
-            name=router,
-            mode="lines+markers",
-        )
-    figure.update_layout(**LAYOUT, height=420, width=760)
-    figure.update_xaxes(title="experts", type="log", tickvals=[row["experts"] for row in rows])
-    figure.update_yaxes(title="decode speed, bare base = 1", range=[0, 1])
-    return figure
-
-
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     decode_figure().write_image(FIGURES / "decode.svg")
-    number_figure().write_image(FIGURES / "number_of_experts.svg")
 
 
 if __name__ == "__main__":
