@@ -2,8 +2,8 @@
 
     python benchmarks/figures.py
 
-Reads `benchmarks/results/decode.json`, writes `docs/figures/decode.svg`. Needs `pip install kaleido`
-and a Chrome or Chromium.
+Reads `benchmarks/results/decode.json`, writes `docs/figures/decode.svg`. Needs `pip install
+kaleido` and a Chrome or Chromium.
 """
 
 import json
