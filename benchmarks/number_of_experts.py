@@ -14,6 +14,7 @@ run.
 import ctypes
 import gc
 import multiprocessing
+import os
 import re
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -36,8 +38,9 @@ from benchmarks.common import (
     report,
     routed_decoding,
 )
-from spectr_demo.adapters import WEIGHTS_FILE
+from spectr_demo.adapters import WEIGHTS_FILE, read_adapter
 from spectr_demo.engine import SpectrModel
+from spectr_demo.experts import align_adapter
 from spectr_demo.loading import load_base
 
 ROUTERS = ("spectr", "spectr-paper", "lag")
@@ -59,9 +62,9 @@ def held_memory() -> float:
 
 def align(experts: list[str], folder: Path) -> None:
     """Fill the cache of alignments."""
-    base = load_base(None)
-    for expert in experts:
-        load_library([expert], base, folder)
+    with patch.dict(os.environ, SPECTR_CACHE=str(folder)):
+        for expert in experts:
+            align_adapter(read_adapter(expert))
 
 
 def measure(experts: list[str], folder: Path, is_quick: bool) -> dict[str, Any]:

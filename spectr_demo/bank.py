@@ -133,20 +133,6 @@ class ExpertBank:
             for p, path in enumerate(self.paths)
         ]
 
-    def only(self, expert_ids: Sequence[int]) -> "ExpertBank | None":
-        """A copy with these experts alone; None if it has none of them."""
-        places = [e for e, i in enumerate(self.expert_ids.tolist()) if i in expert_ids]
-        if not places:
-            return None
-        P, E, r = self._shape
-        return replace(
-            self,
-            expert_ids=self.expert_ids[places],
-            A=self.A.view(P, E, r, -1)[:, places].flatten(0, 2),
-            B=tuple(B.view(E, r, -1)[places].flatten(0, 1) for B in self.B),
-            singular_values=self.singular_values[:, places],
-        )
-
     def folded(self, weights: Tensor, *, is_merged: bool) -> "ExpertBank | None":
         """A bank of the experts whose weight (E,) is not 0, with the weights in the factors; None
         if there is none. is_merged: both factors are summed, to one expert in the place of all."""

@@ -330,13 +330,16 @@ class RoutingPlan:
         self._constant_of: dict[ExpertBank, Tensor] = {}
         # Where no row scores, the experts that none uses need not be computed with; and weights
         # that are the same for all rows are put into the factors once.
-        self._used: list[int] | None = None  # all of them
+        self._used: Tensor | None = None  # (E,) those used, by their weights; None is all of them
         self._is_folded = False
         if not self._groups:
-            used = [e for e, weights in enumerate(zip(*constant, strict=True)) if any(weights)]
-            is_few = len(used) < len(expert_names)
+            used = (self._constant != 0).any(0)
+            is_few = not used.all()
             self._is_folded = len(set(self.routers)) == 1 and (is_few or self._all_merged)
-            self._used = used if is_few or self._is_folded else None
+            if self._is_folded:
+                self._used = self._constant[0]
+            elif is_few:
+                self._used = used
         self._used_of: dict[ExpertBank, ExpertBank | None] = {}
         is_one = len(self._groups) == 1 and self._groups[0].is_whole
         self._only_group = self._groups[0] if is_one else None
@@ -427,12 +430,8 @@ class RoutingPlan:
         if self._used is None:
             return bank
         if bank not in self._used_of:
-            if self._is_folded:
-                weights = self._constant[0, bank.expert_ids]
-                used = bank.folded(weights, is_merged=self._all_merged)
-            else:
-                used = bank.only(self._used)
-            self._used_of[bank] = used
+            is_merged = self._is_folded and self._all_merged
+            self._used_of[bank] = bank.folded(self._used[bank.expert_ids], is_merged=is_merged)
         return self._used_of[bank]
 
 
