@@ -39,7 +39,7 @@ class _Statistics(Listening):
         z = bank.project(x)
         config = RouterConfig(name="spectr")
         scores = torch.stack([score_tokens(f, bank, z, config) for f in STANDARDISED])
-        is_evidence = self._is_evidence[..., None, None]
+        is_evidence = self._is_evidence.to(z.device)[..., None, None]
         scores = torch.where(is_evidence, scores, 0).double()  # (S, R, T, P, E)
         sums = torch.stack([scores.sum((1, 2)), scores.square().sum((1, 2))], dim=1)
         self._totals[bank] = self._totals.get(bank, 0) + sums
@@ -51,7 +51,7 @@ def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
     opening = template_opening(tokenizer)
     texts = [encode(tokenizer, prompt) for prompt in generic_prompts()]
     texts.sort(key=len)
-    decoder, device = base.model.get_decoder(), base.model.device
+    decoder, device = base.model.get_decoder(), base.device
     num_tokens = 0
     for start in range(0, len(texts), _ROWS_AT_ONCE):
         rows = texts[start : start + _ROWS_AT_ONCE]

@@ -32,6 +32,11 @@ def base_from_environment() -> str | None:
     return os.environ.get("SPECTR_BASE_MODEL") or None
 
 
+def device_map_from_environment() -> str | None:
+    """`SPECTR_DEVICE_MAP`: how accelerate spreads a base over devices, such as "auto"."""
+    return os.environ.get("SPECTR_DEVICE_MAP") or None
+
+
 def experts_from_environment() -> list[str]:
     """Adapter sources in `SPECTR_EXPERTS` (separated by commas); where unset, the shipped ones."""
     listed = [source.strip() for source in os.environ.get("SPECTR_EXPERTS", "").split(",")]

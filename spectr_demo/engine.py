@@ -35,7 +35,7 @@ from spectr_demo.config import (
 )
 from spectr_demo.experts import ExpertLibrary, load_experts
 from spectr_demo.layers import attach_, detach_, record_hidden_states, routed
-from spectr_demo.loading import LoadedBase, load_base
+from spectr_demo.loading import DeviceMap, LoadedBase, load_base
 from spectr_demo.prompts import (
     Message,
     decoder_inputs,
@@ -73,14 +73,20 @@ class Step:
     trace: RoutingTrace | None = None
 
 
-def load(base: str | None = None, experts: Sequence[str] | None = None) -> "SpectrModel":
+def load(
+    base: str | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    device_map: DeviceMap | None = None,
+) -> "SpectrModel":
     """The routed model: a base in 4-bit, and LoRA experts on it.
 
     base: Hub id or folder of a causal language model; None is `SPECTR_BASE_MODEL`, or the embedded
         default. experts: Hub ids or folders of PEFT adapters, `NAME=SOURCE` to rename one; None is
-        `SPECTR_EXPERTS`, or the shipped ones.
+        `SPECTR_EXPERTS`, or the shipped ones. device_map: spreads a base that is too large for one
+        GPU, such as "auto"; see `load_base`.
     """
-    loaded = load_base(base)
+    loaded = load_base(base, device_map=device_map)
     sources = experts_from_environment() if experts is None else list(experts)
     return SpectrModel(loaded, load_experts(sources, loaded.model))
 
@@ -206,7 +212,7 @@ class SpectrModel:
         width = max(map(len, texts))
         firsts = [width - len(ids) + start for ids, start in zip(texts, starts, strict=True)]
         is_evidence = torch.arange(width) >= torch.tensor(firsts)[:, None]
-        return is_evidence.to(self.model.device)
+        return is_evidence.to(self.base.device)
 
     @torch.inference_mode()
     def _read_first(
@@ -221,7 +227,7 @@ class SpectrModel:
             is_evidence=self._is_evidence(prompts, starts),
         )
         with routed(reading):
-            self.model.get_decoder()(**decoder_inputs(prompts, self.model.device), use_cache=False)
+            self.model.get_decoder()(**decoder_inputs(prompts, self.base.device), use_cache=False)
         return reading
 
     def _least_lead(self, router: RouterConfig) -> float:
@@ -299,7 +305,9 @@ class _Run:
     def _generate(self) -> None:
         model: Any = self.engine.model
         settings = self.settings
-        input_ids = torch.tensor([self.prompt_ids] * len(self.answers), device=model.device)
+        input_ids = torch.tensor(
+            [self.prompt_ids] * len(self.answers), device=self.engine.base.device
+        )
         processors = LogitsProcessorList()
         if settings.temperature > 0:
             processors.append(TemperatureLogitsWarper(float(settings.temperature)))

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from spectr_demo.adapters import Adapter, AdapterError, LoraShape, check_adapters, read_adapter
 from spectr_demo.bank import ExpertBank, Zeros
 from spectr_demo.config import cache_dir, unknown_name
-from spectr_demo.memory import available_memory, zeros_on_disk
+from spectr_demo.memory import available_memory, execution_device, zeros_on_disk
 from spectr_demo.shared_inputs import shared_inputs
 from spectr_demo.spectral import Aligned, align
 
@@ -136,7 +136,7 @@ class ExpertLibrary:
             together: dict[Any, list[str]] = defaultdict(list)
             for path in group:
                 ids = tuple(e for e, adapter in enumerate(adapters) if path in adapter.shapes)
-                together[ids, next(modules[path].parameters()).device].append(path)
+                together[ids, execution_device(modules[path])].append(path)
             for (ids, device), paths in together.items():
                 is_cpu = device.type == "cpu"
                 bank = ExpertBank.empty(

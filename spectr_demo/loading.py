@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
-from spectr_demo.config import base_from_environment, cache_dir, is_zero_gpu
+from spectr_demo.config import (
+    base_from_environment,
+    cache_dir,
+    device_map_from_environment,
+    is_zero_gpu,
+)
 from spectr_demo.embedded import (
     SMOLLM2_135M,
     cache_errors,
@@ -47,7 +52,7 @@ from spectr_demo.embedded import (
     publish,
     scratch_dir,
 )
-from spectr_demo.memory import available_memory
+from spectr_demo.memory import available_memory, execution_device
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Dense float32 weights beside the NF4 checkpoint: the most that is on disk while converting.
@@ -58,10 +63,12 @@ EXPANSION_SHARE = 0.5
 ENDS_BYTES = 1 << 20
 CHECKPOINT_SUFFIXES = {".json", ".jinja", ".safetensors"}
 MANIFEST = "spectr-manifest.json"
+OFFLOADED = {"cpu", "disk"}  # in a device map: weights are brought in for each pass
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 # Makes the folder of the default's NF4 checkpoint in a compute dtype.
 MakeCheckpoint = Callable[[Path, torch.dtype], None]
+DeviceMap = str | Mapping[str, str | int]  # as `from_pretrained` of transformers takes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +155,7 @@ def load_base(
     base: str | None = None,
     *,
     device: str | None = None,
+    device_map: DeviceMap | None = None,
     dtype: torch.dtype | None = None,
     make_checkpoint: MakeCheckpoint = make_embedded_checkpoint,
 ) -> LoadedBase:
@@ -155,6 +163,9 @@ def load_base(
 
     base: Hub id or folder; None takes `SPECTR_BASE_MODEL`, else the embedded default.
     device: "cuda", "cuda:1" or "cpu"; None takes CUDA where there is one.
+    device_map: spreads a base that is too large for one device: "auto", or which module goes where
+        ("cpu" and "disk" hold weights that are brought in for each pass, and are not quantized).
+        None takes `SPECTR_DEVICE_MAP`, else all of it goes to `device`.
     dtype: what layers compute in; None takes `choose_compute_dtype`.
     make_checkpoint: how the embedded default is made where the cache lacks it.
     Raises `ValueError` for a base or device that cannot be used, `EmbeddedBaseError` where the
@@ -162,18 +173,21 @@ def load_base(
     """
     base = base or base_from_environment()
     torch_device = _device(device)
+    device_map = device_map or device_map_from_environment()
+    if device_map is None or (device_map == "auto" and torch_device.type == "cpu"):
+        device_map = {"": str(torch_device)}
     dtype = dtype or choose_compute_dtype(torch_device)
     with _quiet_transformers():
         if base is None:
             source, name = f"{EMBEDDED_ID} (embedded)", EMBEDDED_ID.split("/")[1]
             fingerprint = f"gguf-sha256:{SMOLLM2_135M.member_sha256}"
-            model, tokenizer = _load_embedded(torch_device, dtype, make_checkpoint)
+            model, tokenizer = _load_embedded(device_map, dtype, make_checkpoint)
         else:
             config = read_base_config(base)
             source, name = base, Path(base).expanduser().resolve().name
             fingerprint = _fingerprint(base, config)
-            model, tokenizer = _from_pretrained(base, config, torch_device, dtype)
-        quantization = _settle_4bit_(model, torch_device, dtype)
+            model, tokenizer = _from_pretrained(base, config, device_map, dtype)
+        quantization = _settle_4bit_(model, dtype)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -183,9 +197,9 @@ def load_base(
         source=source,
         name=name,
         quantization=quantization,
-        bits=4,
+        bits=8 * dtype.itemsize if quantization.startswith("unquantized") else 4,
         compute_dtype=dtype,
-        device=torch_device,
+        device=execution_device(model.get_input_embeddings()),
         fingerprint=fingerprint,
     )
 
@@ -247,9 +261,13 @@ def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
 
 
-def _settle_4bit_(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    """Make the 4-bit layers ready to run on `device`; returns a description of them."""
+def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """Make the 4-bit layers ready to run where they are; returns a description of them."""
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
+    spread = f"spread over {', '.join(places)}" if len(places) > 1 else ""
+    if not layers and spread and OFFLOADED.issuperset(places):
+        return f"unquantized, {spread}"
     if not layers:
         raise ValueError(
             f"base {model.name_or_path!r}: {type(model).__name__} has no linear layer that "
@@ -260,7 +278,10 @@ def _settle_4bit_(model: PreTrainedModel, device: torch.device, dtype: torch.dty
     state = cast(bnb.nn.Params4bit, layers[0].weight).quant_state
     kind = state.quant_type.upper()
     packed = f"{kind}, double quantization" if state.nested else kind
-    if device.type != "cpu":
+    if spread:
+        kept = "; unquantized on cpu and disk" if OFFLOADED.intersection(places) else ""
+        return f"{packed}, {spread}{kept}"
+    if model.device.type != "cpu":
         return packed
     # The fused kernel computes in bfloat16 whatever it is given, so other dtypes are expanded too.
     if not (has_avx512bf16() and dtype == torch.bfloat16):
@@ -277,7 +298,7 @@ def _settle_4bit_(model: PreTrainedModel, device: torch.device, dtype: torch.dty
 
 
 def _load_embedded(
-    device: torch.device, dtype: torch.dtype, make_checkpoint: MakeCheckpoint
+    device_map: DeviceMap, dtype: torch.dtype, make_checkpoint: MakeCheckpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the default from its NF4 checkpoint in the cache; make that first if need be.
 
@@ -287,19 +308,27 @@ def _load_embedded(
     if not is_whole(checkpoint):
         make_checkpoint(checkpoint, dtype)
     config = read_base_config(str(checkpoint))
-    model, tokenizer = _from_pretrained(str(checkpoint), config, device, dtype)
+    model, tokenizer = _from_pretrained(str(checkpoint), config, device_map, dtype)
     # PEFT writes this into adapter_config.json as the base that an adapter was trained on.
     model.config._name_or_path = model.name_or_path = EMBEDDED_ID
     return model, tokenizer
 
 
 def _from_pretrained(
-    base: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    base: str, config: PretrainedConfig, device_map: DeviceMap, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load safetensors weights without running anybody's code; quantize unless they are 4-bit."""
     folder = Path(base).expanduser()
     where = folder if folder.is_dir() else base
     is_quantized = getattr(config, "quantization_config", None) is not None
+    places = {"auto"} if isinstance(device_map, str) else set(device_map.values())
+    if is_quantized and len(places) > 1 and places & OFFLOADED:
+        raise ValueError(
+            f"base {base!r}: its weights are in 4 bits already, and only unquantized ones can be kept "
+            "on the CPU or on disk; leave these out of the device map, or choose the unquantized "
+            "checkpoint."
+        )
+    quantization = _nf4_config(dtype, can_offload=len(places) > 1 or places == {"auto"})
     if is_zero_gpu():
         # ZeroGPU's stand-in for CUDA lives on the main thread; transformers loads on others.
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -310,8 +339,8 @@ def _from_pretrained(
             config=config,
             dtype=dtype,
             use_safetensors=True,
-            device_map={"": str(device)},
-            **({} if is_quantized else {"quantization_config": _nf4_config(dtype)}),
+            device_map=device_map,
+            **({} if is_quantized else {"quantization_config": quantization}),
         )
     except torch.OutOfMemoryError:
         raise
@@ -320,12 +349,14 @@ def _from_pretrained(
     return model, tokenizer
 
 
-def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+def _nf4_config(dtype: torch.dtype, *, can_offload: bool = False) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # Despite its name: what a device map leaves on the CPU or on disk is not quantized.
+        llm_int8_enable_fp32_cpu_offload=can_offload,
     )
 
 

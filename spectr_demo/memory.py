@@ -1,11 +1,11 @@
-"""How much memory there is, and tensors that need not be in it."""
+"""How much memory there is, tensors that need not be in it, and where layers compute."""
 
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def available_memory() -> int:
@@ -30,3 +30,10 @@ def zeros_on_disk(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> T
     num_values = torch.Size(shape).numel()
     with NamedTemporaryFile(dir=folder) as file:
         return torch.from_file(file.name, shared=True, size=num_values, dtype=dtype).view(shape)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a layer computes. Of weights that accelerate keeps elsewhere and brings in for each
+    pass, that is its hook's device, not theirs."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)

@@ -69,6 +69,8 @@ class EvidencePool:
         if self._first_bank is None or bank is self._first_bank:
             self._first_bank = bank
             self._start_pass(scores)
+        # On a base that is spread over devices, the evidence stays where the first layers are.
+        here, scores = scores.device, scores.to(self._total.device)
         best = scores.amax(-1, keepdim=True)
         spoken = (scores == best) * best.clamp(min=0)
         if self._counts is not None:
@@ -91,13 +93,13 @@ class EvidencePool:
         num = self._token_weight[..., None] * layers
         if first_weight is not None:
             num = num.add_(first_weight[..., None, :])
-        return sums / num
+        return (sums / num).to(here)
 
     def _weights_of(self, bank: ExpertBank) -> tuple[Tensor, Tensor]:
         """Weights (P, 1) of the bank's layers in the average over layers; and (P, E), for each
         expert, their sum from the first layer up to each of these."""
         if bank not in self._layers:
-            device = bank.A.device
+            device = self._total.device
             weights = (torch.tensor(bank.layers, device=device) + 1).sqrt()[:, None]
             before = self._layer_weight.to(device)[bank.expert_ids.to(device)]
             layers = weights.cumsum(0) + before
