@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from spectr_demo.config import (
-    DOCS,
+    IS_INSTALLED,
+    WORKPLACE,
     Composition,
     GenerationSettings,
     Weighting,
@@ -246,7 +247,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every router on held-out prompts of every domain; writes a JSON file and its report."""
     from spectr_demo.evaluation.evaluate import Evaluation, Settings
-    from spectr_demo.evaluation.report import RESULTS, overview_table, to_markdown
+    from spectr_demo.evaluation.report import overview_table, to_markdown
 
     settings = Settings.quick() if arguments.quick else Settings()
     if arguments.num_examples is not None:
@@ -257,15 +258,25 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         settings = replace(settings, retrained=tuple(arguments.retrained))
     results = Evaluation(_load(arguments), settings).run()
     # The shipped results are the full run's; a quick one leaves them alone.
-    output = arguments.output or (Path("quick.json") if arguments.quick else RESULTS)
+    shipped = WORKPLACE / "assets" / "results" / "evaluation.json"
+    output = arguments.output or (Path("quick.json") if arguments.quick else shipped)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    report = DOCS / "results.md" if output == RESULTS else output.with_suffix(".md")
+    report = output.with_suffix(".md")
+    if output == shipped and not IS_INSTALLED:
+        report = WORKPLACE / "docs" / "results.md"
     report.write_text(to_markdown(results), encoding="utf-8")
     if not arguments.json:
         _out.print(Markdown(overview_table(results)))
         _out.print(f"Wrote {output} and {report}", highlight=False)
     return results
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """The page, in a browser."""
+    from spectr_demo import ui
+
+    ui.build(_load(arguments)).launch(**ui.launch_options())
 
 
 def lm_eval(arguments: argparse.Namespace) -> None:
@@ -325,6 +336,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", parents=[common], help=inspect.__doc__)
     command.set_defaults(run=inspect)
+
+    command = commands.add_parser("demo", parents=[common], help=demo.__doc__)
+    command.set_defaults(run=demo)
 
     command = commands.add_parser("evaluate", parents=[common], help=evaluate.__doc__)
     command.add_argument("--quick", action="store_true", help="about five minutes on two cores")

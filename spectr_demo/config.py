@@ -12,8 +12,11 @@ import platformdirs
 Weighting = Literal["equal", "softmax"]
 Composition = Literal["parameters", "outputs"]
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-DOCS = ASSETS.parent / "docs"
+_PACKAGE = Path(__file__).resolve().parent
+IS_INSTALLED = (_PACKAGE / "assets").is_dir()  # a wheel has the assets inside the package
+ASSETS = (_PACKAGE if IS_INSTALLED else _PACKAGE.parent) / "assets"
+# What is made goes to the checkout; from an installed package, to where the user is.
+WORKPLACE = Path() if IS_INSTALLED else _PACKAGE.parent
 
 
 def cache_dir() -> Path:

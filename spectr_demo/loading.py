@@ -324,9 +324,9 @@ def _from_pretrained(
     places = {"auto"} if isinstance(device_map, str) else set(device_map.values())
     if is_quantized and len(places) > 1 and places & OFFLOADED:
         raise ValueError(
-            f"base {base!r}: its weights are in 4 bits already, and only unquantized ones can be kept "
-            "on the CPU or on disk; leave these out of the device map, or choose the unquantized "
-            "checkpoint."
+            f"base {base!r}: its weights are in 4 bits already; to keep some on CPU or disk, "
+            "unquantized ones were needed. Leave these out of the device map, or choose the "
+            "unquantized checkpoint."
         )
     quantization = _nf4_config(dtype, can_offload=len(places) > 1 or places == {"auto"})
     if is_zero_gpu():

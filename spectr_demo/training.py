@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from spectr_demo.config import ASSETS, base_from_environment, cache_dir
+from spectr_demo.config import WORKPLACE, base_from_environment, cache_dir
 from spectr_demo.evaluation.heldout import Score, generate_answers, score_answers
 from spectr_demo.evaluation.tasks import SPLIT_SEED, Example, Split, Task, get_task
 from spectr_demo.loading import EMBEDDED_ID, load_base, read_base_config
@@ -236,7 +236,7 @@ def expert_folder(name: str, base: str | None = None) -> Path:
     """Where an expert goes by default: to the shipped ones, or `experts/<base>/<name>` here."""
     base = base or base_from_environment()
     if base in (None, EMBEDDED_ID):
-        return ASSETS / "experts" / name
+        return WORKPLACE / "assets" / "experts" / name
     return Path("experts") / Path(base).name / name
 
 

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"lm-evaluation-harness cannot be imported ({error}); "
-        "run: pip install -r requirements-eval.txt"
+        "run: pip install -r requirements-eval.txt, or spectr-demo[eval]"
     ) from error
 
 

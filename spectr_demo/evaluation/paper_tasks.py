@@ -310,6 +310,6 @@ def _datasets() -> Any:
     except ImportError as error:
         raise ImportError(
             f"the paper's tasks need a package that cannot be imported ({error}); "
-            "run: pip install -r requirements-eval.txt"
+            "run: pip install -r requirements-eval.txt, or spectr-demo[eval]"
         ) from error
     return datasets

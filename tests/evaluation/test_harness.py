@@ -188,5 +188,5 @@ def test_without_the_package_the_command_says_what_to_install(
     assert main(["lm-eval", "--help"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("spectr-demo lm-eval: ")
-    assert captured.err.endswith("run: pip install -r requirements-eval.txt\n")
+    assert captured.err.endswith("requirements-eval.txt, or spectr-demo[eval]\n")
     assert harness.SpectrLM is SpectrLM

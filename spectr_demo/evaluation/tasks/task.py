@@ -105,7 +105,8 @@ class Task:
         if missing:
             raise ModuleNotFoundError(
                 f"task {self.name!r}: packages {', '.join(missing)} are not installed; its data "
-                "and scores need them; run: pip install -r requirements-train.txt"
+                "and scores need them; run: pip install -r requirements-train.txt, or "
+                "spectr-demo[train]"
             )
 
 
