@@ -120,7 +120,8 @@ import os
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 assert os.environ["SYSTEM"] == "spaces" and os.environ["MINE"] == "1"
 assert "SECRET_OF_THE_CALLER" not in os.environ
-HTTPServer(("127.0.0.1", int(os.environ["GRADIO_SERVER_PORT"])), SimpleHTTPRequestHandler).serve_forever()
+address = "127.0.0.1", int(os.environ["GRADIO_SERVER_PORT"])
+HTTPServer(address, SimpleHTTPRequestHandler).serve_forever()
 """
 
 
