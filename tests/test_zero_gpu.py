@@ -63,6 +63,7 @@ def test_the_app_keeps_the_rules(
     assert "✓ finished" in found["page_after_a_visitor_left"]
 
 
+@pytest.mark.slow
 def test_what_breaks_a_rule_is_caught() -> None:
     outcomes = emulated("rules")
     assert outcomes.pop("fine") == ""

@@ -2,6 +2,9 @@
 
     python -m tests.zero_gpu (app | rules)
 
+`app` takes the base and the experts from the environment, as a Space does; without any it is the
+Space as shipped (minutes on a CPU, so the test gives it a tiny base).
+
 Real are its decorator, its client, the worker that is forked for a GPU call, the queues that pickle
 what goes in and out, and its stand-in for CUDA outside of a GPU call. Replaced are the device API
 (here a server that always grants), the move of tensors to a GPU (they stay where they are), and
@@ -137,11 +140,12 @@ def app() -> dict[str, Any]:
 
     _, url, _ = page.launch(**ui.launch_options(), prevent_thread_lock=True, quiet=True)
     client = Client(url, verbose=False)
-    columns = ["base", "single:red", "spectr-context"]
+    expert = model.library.names[0]
+    columns = ["base", f"single:{expert}", "spectr-context"]
     found["answer"] = client.predict("hello", columns, 20, api_name="/compare")
     found["seconds_of_the_endpoint"] = durations()
     try:
-        client.predict("x" * 600, columns, 20, api_name="/compare")
+        client.predict("x" * 50_000, columns, 20, api_name="/compare")
     except Exception as error:
         found["error"] = str(error)
 
@@ -149,7 +153,7 @@ def app() -> dict[str, Any]:
     choices = {
         "prompt": "hello",
         "columns": ["base", "spectr-context"],
-        "expert": "red",
+        "expert": expert,
         "top_k": 0,
         "weighting": "",
         "composition": "",
