@@ -21,7 +21,7 @@ WORKDIR /app
 
 # The libraries first: they change less often than the code.
 COPY requirements.txt constraints.txt ./
-RUN pip install --no-cache-dir -r requirements.txt
+RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt
 COPY --chown=spectr app.py README.md ./
 COPY --chown=spectr assets assets
 COPY --chown=spectr spectr_demo spectr_demo
