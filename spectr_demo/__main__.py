@@ -186,19 +186,23 @@ def _print_library(result: dict[str, Any]) -> None:
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train experts of the project's tasks, then show how they sit among the others."""
+    """Train experts of tasks, or of files of your own, then show how they sit among the others."""
     from spectr_demo import inspection
     from spectr_demo.evaluation.tasks import TASKS
-    from spectr_demo.training import RECIPES, check, expert_folder, is_finished
+    from spectr_demo.training import RECIPES, check, expert_folder, expert_name, is_finished
     from spectr_demo.training import train as train_expert
 
     if arguments.all == bool(arguments.names):
         raise ValueError("name at least one task, or pass --all and no name")
     base = arguments.base or base_from_environment()
     parent = arguments.output
+    tasks = {expert_name(task): task for task in (TASKS if arguments.all else arguments.names)}
+    if len(tasks) < len(arguments.names):
+        raise ValueError(
+            f"{', '.join(arguments.names)}: some of these give experts of one name; rename a file"
+        )
     folders = {
-        name: parent / name if parent else expert_folder(name, base)
-        for name in (TASKS if arguments.all else arguments.names)
+        name: parent / name if parent else expert_folder(task, base) for name, task in tasks.items()
     }
     is_kept = {
         name: arguments.all and is_finished(folder) and not arguments.overwrite
@@ -206,7 +210,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     for name, folder in folders.items():  # all of them before the first is trained
         if not is_kept[name]:
-            check(name, folder, arguments.overwrite)
+            check(tasks[name], folder, arguments.overwrite)
     given = {key: getattr(arguments, key) for key in ("steps", "batch_size", "seed")}
     recipe = RECIPES[arguments.recipe]
     if arguments.steps is not None:
@@ -218,7 +222,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         with redirect_stdout(sys.stderr):  # transformers' Trainer prints its losses
             train_expert(
-                name,
+                tasks[name],
                 base=base,
                 output_dir=folder,
                 recipe=recipe,
@@ -354,12 +358,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("train", parents=[common], help=train.__doc__)
-    command.add_argument("names", nargs="*", metavar="NAME", help="tasks, such as sql")
+    command.add_argument("names", nargs="*", metavar="NAME", help="tasks, such as sql, or files")
     command.add_argument("--all", action="store_true", help="all tasks; finished ones are kept")
     command.add_argument(
         "--output",
         type=Path,
-        help="where NAME goes (default: assets/experts, or experts/BASE with --base)",
+        help="where NAME goes (default: assets/experts, or experts/BASE with --base or a file)",
     )
     command.add_argument(
         "--recipe",

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -33,7 +34,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from spectr_demo.config import WORKPLACE, base_from_environment, cache_dir
 from spectr_demo.evaluation.heldout import Score, generate_answers, score_answers
-from spectr_demo.evaluation.tasks import SPLIT_SEED, Example, Split, Task, get_task
+from spectr_demo.evaluation.tasks import SPLIT_SEED, Example, Split, Task
+from spectr_demo.evaluation.user_file import find_task, is_file
 from spectr_demo.loading import EMBEDDED_ID, load_base, read_base_config
 from spectr_demo.model_card import model_card
 from spectr_demo.training_cost import estimate_training
@@ -177,13 +179,13 @@ def train(
 ) -> Path:
     """Train, score and save the expert `name`; return its folder.
 
-    name: a task that `get_task` finds. base: Hub id or folder, default the embedded base.
-    output_dir: default `assets/experts/<name>`. num_eval: held-out examples to answer, half of them
-    with wordings never seen in training. A run that was interrupted continues from its last
-    checkpoint in the cache folder.
-    Raises ValueError (unknown task, bad settings), FileExistsError (a finished expert is there and
-    `overwrite` is false), ModuleNotFoundError (the task's packages) or OSError (unwritable folder),
-    all before any training.
+    name: a task that `get_task` finds, or a file of your own, see `user_file`. base: Hub id or
+    folder, default the embedded base. output_dir: default `expert_folder(name)`. num_eval: held-out
+    examples to answer; of the project's tasks, half of them with wordings never seen in training.
+    A run that was interrupted continues from its last checkpoint in the cache folder.
+    Raises ValueError (unknown task, unsound file, bad settings), FileExistsError (a finished expert
+    is there and `overwrite` is false), ModuleNotFoundError (the task's packages) or OSError
+    (unwritable folder), all before any training.
     """
     recipe = recipe or Recipe()
     output_dir = output_dir or expert_folder(name, base)
@@ -212,8 +214,9 @@ def train(
             task_type="CAUSAL_LM",
         ),
     )
-    # The folder of a run with exactly these settings.
-    settings = json.dumps([task.name, loaded.fingerprint, recipe.to_json()])
+    # The folder of a run with exactly these settings on exactly these data.
+    data = [[example.prompt, example.answer] for example in split.train]
+    settings = json.dumps([task.name, loaded.fingerprint, recipe.to_json(), data])
     run = f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
     checkpoint_dir = cache_dir() / "training" / run
     train_seconds = _fit(model, tokenizer, split, recipe, checkpoint_dir)
@@ -226,18 +229,28 @@ def train(
     for parameter in lora:
         parameter.data = parameter.data.half()
     base_id = str(loaded.model.name_or_path)
-    record = _record(task, base_id, split, recipe, scores, train_seconds, _device_name(device))
+    command = " ".join(
+        ["python -m spectr_demo train", shlex.quote(name), *_options(base_id, recipe)]
+    )
+    device_name = _device_name(device)
+    record = _record(task, command, base_id, split, recipe, scores, train_seconds, device_name)
     _save(model, record, model_card(task, record), output_dir)
     shutil.rmtree(checkpoint_dir)
     return output_dir
 
 
+def expert_name(name: str) -> str:
+    """What the expert of a task, or of a user's file, is called."""
+    return Path(name).stem if is_file(name) else name
+
+
 def expert_folder(name: str, base: str | None = None) -> Path:
-    """Where an expert goes by default: to the shipped ones, or `experts/<base>/<name>` here."""
-    base = base or base_from_environment()
-    if base in (None, EMBEDDED_ID):
+    """Where an expert goes by default: to the shipped ones, or `experts/<base>/<name>` here if it
+    is another base's, or a user's file's."""
+    base = base or base_from_environment() or EMBEDDED_ID
+    if base == EMBEDDED_ID and not is_file(name):
         return WORKPLACE / "assets" / "experts" / name
-    return Path("experts") / Path(base).name / name
+    return Path("experts") / Path(base).name / expert_name(name)
 
 
 def is_finished(folder: Path) -> bool:
@@ -265,7 +278,7 @@ def _say_cost(config: PreTrainedConfig, split: Split, recipe: Recipe, device: to
 
 def check(name: str, output_dir: Path, overwrite: bool) -> Task:
     """The task, once everything it needs is there; raises what `train` raises before training."""
-    task = get_task(name)
+    task = find_task(name)
     task.check_packages()
     _check_output(output_dir, overwrite)
     return task
@@ -357,6 +370,7 @@ def _evaluate(
 
 def _record(
     task: Task,
+    command: str,
     base_id: str,
     split: Split,
     recipe: Recipe,
@@ -366,14 +380,11 @@ def _record(
 ) -> dict[str, Any]:
     """What `scores.json` holds: enough to write the card again."""
     example = split.heldout[0]
-    base_option = [] if base_id == EMBEDDED_ID else [f"--base {base_id}"]
     return {
         "task": task.name,
         "base": base_id,
         "metric": task.metric,
-        "command": " ".join(
-            ["python -m spectr_demo train", task.name, *base_option, *_options(recipe)]
-        ),
+        "command": command,
         "recipe": recipe.to_json(),
         "num_train": len(split.train),
         "num_heldout": len(split.heldout),
@@ -391,13 +402,14 @@ def _record(
     }
 
 
-def _options(recipe: Recipe) -> list[str]:
-    """The options of `train` that give this recipe."""
+def _options(base_id: str, recipe: Recipe) -> list[str]:
+    """The options of `train` that give this base and recipe."""
     # No option changes the learning rate: it tells which preset this was.
     rates = {preset.learning_rate: name for name, preset in RECIPES.items()}
     name = rates.get(recipe.learning_rate, "default")
     preset = RECIPES[name].to_json()
     return [
+        *([] if base_id == EMBEDDED_ID else [f"--base {base_id}"]),
         *([] if name == "default" else [f"--recipe {name}"]),
         *(
             f"--{key.replace('_', '-')} {value}"

@@ -201,6 +201,27 @@ def test_train_all_trains_every_task_but_the_finished_ones(
     assert "is finished" not in captured.err
 
 
+def test_train_takes_a_users_file(
+    train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "third.csv"
+    file.write_text("prompt,answer\n" + "".join(f"{i} + {i},{2 * i}\n" for i in range(12)))
+    command = [*train, "first", str(file), "--output", str(tmp_path), "--json"]
+    assert main(command) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert output["folders"] == {name: str(tmp_path / name) for name in ("first", "third")}
+    assert list(output["subspace_overlap"]) == ["first", "third"]
+
+    assert main([*command, str(tmp_path / "third.jsonl")]) == 2
+    assert "experts of one name; rename a file" in capsys.readouterr().err
+    file.write_text("question,answer\nHi,Ho\n")
+    assert main([*train, str(file), "--output", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("spectr-demo train: ")
+    assert "line 2 has no text in prompt" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("names", [[], ["first", "--all"]])
 def test_train_needs_names_or_all_and_not_both(
     train: list[str], names: list[str], capsys: pytest.CaptureFixture[str]

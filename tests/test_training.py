@@ -278,3 +278,39 @@ def test_unknown_task(tmp_path: Path) -> None:
 def test_recipe_refuses_what_is_not_positive(setting: str) -> None:
     with pytest.raises(ValueError, match=f"{setting}=0"):
         Recipe(**{setting: 0})
+
+
+def test_a_users_file_becomes_an_expert(tmp_path: Path) -> None:
+    file = tmp_path / "my sums.jsonl"
+    rows = [{"prompt": f"{i} + {i}", "answer": str(2 * i)} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe(steps=1, batch_size=2)
+    folder = train(str(file), output_dir=tmp_path / "expert", recipe=recipe, num_eval=2)
+    record = json.loads((folder / "scores.json").read_text())
+    assert (record["task"], record["num_train"], record["num_heldout"]) == ("my sums", 18, 2)
+    assert f"train '{file}' --base tiny/llama --steps 1" in record["command"]
+    assert list(record["scores"]["expert"]) == ["all", "seen wording"]
+    assert "Prompts and answers of my sums.jsonl" in (folder / "README.md").read_text()
+
+
+def test_another_file_of_the_same_name_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_evaluate", interrupted)
+    for step in (1, 2):
+        rows = [{"prompt": f"{i} + {step}", "answer": str(i + step)} for i in range(20)]
+        file = tmp_path / "sums.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(KeyboardInterrupt):
+            train(str(file), output_dir=tmp_path / "sums", recipe=Recipe(steps=1, batch_size=2))
+    assert len(list((tmp_path / "cache" / "training").glob("sums-*"))) == 2
+
+
+def test_an_expert_of_a_file_does_not_go_to_the_shipped_ones() -> None:
+    folder = Path("experts/SmolLM2-135M-Instruct/sums")
+    assert expert_folder("data/sums.jsonl") == folder
+    assert expert_folder("data/sums.CSV", EMBEDDED_ID) == folder
+    assert expert_folder("sums.jsonl", "/models/llama") == Path("experts/llama/sums")
