@@ -130,9 +130,9 @@ QUICK = ("base", "oracle", "arrow", "spectr", "spectr-context")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How much is measured. num_examples: per domain, half of them with held-out wordings.
-    num_pairs: of compositional prompts. num_offdomain: of ordinary chat. stress_texts: per domain,
-    0 leaves those tests out. retrained: NAME=FOLDER of experts trained again, see `retrained`.
-    labels: contenders."""
+    num_pairs: of compositional prompts. num_offdomain: of ordinary chat. stress_texts: per domain.
+    0 of these three leaves their tests out. retrained: NAME=FOLDER of experts trained again, see
+    `retrained`. labels: contenders."""
 
     num_examples: int = 16
     num_pairs: int = 12
@@ -194,7 +194,9 @@ class Evaluation:
         offdomain: dict[str, Any] = {}
         compositional: dict[str, Any] = {}
         of_domains = 2 * len(self.names) * len(self._spans)
-        parts = len(self.contenders) * (of_domains + 1 + len(LAYOUTS))
+        layouts = LAYOUTS if self.settings.num_pairs else ()
+        num_beyond = (self.settings.num_offdomain > 0) + len(layouts)
+        parts = len(self.contenders) * (of_domains + num_beyond)
         parts += len(self.merges) * of_domains
         parts += (self.settings.stress_texts > 0) + len(self.retrained)
         with tqdm(total=parts, unit="part") as bar:
@@ -202,12 +204,13 @@ class Evaluation:
             for contender in self.contenders:
                 answers[contender.label], readings[contender.label] = self._domains(contender)
                 if contender.label == "oracle":
-                    bar.update(1 + len(LAYOUTS))  # no single expert is right for these
+                    bar.update(num_beyond)  # no single expert is right for these
                     continue
                 config = contender.config("", self.engine.library.names)
-                offdomain[contender.label] = self._part(
-                    "off-domain", config, self._offdomain, self.settings.num_offdomain
-                )
+                if self.settings.num_offdomain:
+                    offdomain[contender.label] = self._part(
+                        "off-domain", config, self._offdomain, self.settings.num_offdomain
+                    )
                 compositional[contender.label] = {
                     layout: self._part(
                         f"compositional, {layout}",
@@ -215,7 +218,7 @@ class Evaluation:
                         partial(self._pairs, layout=layout),
                         self.settings.num_pairs,
                     )
-                    for layout in LAYOUTS
+                    for layout in layouts
                 }
             stressed = self._stress() if self.settings.stress_texts else None
             retrained = [self._retrained(name, adapter) for name, adapter in self.retrained]

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spectr_demo.config import ASSETS
 
 RESULTS = ASSETS / "results" / "evaluation.json"
@@ -45,9 +47,11 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         "## Likelihood of the reference answers\n\n" + likelihood_table(results),
         "## Routing accuracy\n\n" + accuracy_table(results),
         "## Where in the model\n\n" + depth_table(results),
-        "## Ordinary chat, where no expert fits\n\n" + offdomain_table(results),
-        "## Two requests in one text\n\n" + compositional_table(results),
     ]
+    if results["offdomain"]:
+        sections.append("## Ordinary chat, where no expert fits\n\n" + offdomain_table(results))
+    if any(results["compositional"].values()):
+        sections.append("## Two requests in one text\n\n" + compositional_table(results))
     if results.get("stress"):
         sections.append(
             "## Weak and alike experts, and many of them\n\n" + stress_tables(results["stress"])
@@ -152,14 +156,22 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
     )
 
 
+def accuracy_by_layer(results: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Accuracy on answer tokens in each layer (L), by router: mean over the domains."""
+    return {
+        label: np.mean([part["all"]["by_layer"] for part in row.values()], axis=0).tolist()
+        for label, row in results["accuracy"].items()
+    }
+
+
 def depth_table(results: Mapping[str, Any]) -> str:
     """Accuracy on answer tokens by depth, in up to five parts, and by projection."""
     rows: list[list[str]] = []
     edges: list[int] = []
+    layers = accuracy_by_layer(results)
     for label, row in results["accuracy"].items():
         parts = [part["all"] for part in row.values()]
-        layers = zip(*(part["by_layer"] for part in parts), strict=True)
-        by_layer = [sum(values) / len(values) for values in layers]
+        by_layer = layers[label]
         num_parts = min(5, len(by_layer))
         edges = [round(i * len(by_layer) / num_parts) for i in range(num_parts + 1)]
         by_depth = [by_layer[a:b] for a, b in pairwise(edges)]

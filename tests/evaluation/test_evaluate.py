@@ -55,6 +55,17 @@ def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> Non
     assert f"{results['likelihood']['spectr']['macro']:.3f}" in report
 
 
+def test_tests_of_no_prompts_are_left_out(build_engine: BuildModel) -> None:
+    settings = replace(SETTINGS, num_pairs=0, num_offdomain=0, labels=QUICK)
+    results = Evaluation(build_engine(), settings).run()
+    assert results["offdomain"] == {}
+    assert not any(results["compositional"].values())
+    report = to_markdown(results)
+    assert "## Routing accuracy" in report
+    assert "## Ordinary chat" not in report
+    assert "## Two requests" not in report
+
+
 def test_an_interrupted_evaluation_goes_on(
     build_engine: BuildModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
