@@ -212,7 +212,7 @@ def test_train_takes_a_users_file(
     assert output["folders"] == {name: str(tmp_path / name) for name in ("first", "third")}
     assert list(output["subspace_overlap"]) == ["first", "third"]
 
-    assert main([*command, str(tmp_path / "third.jsonl")]) == 2
+    assert main([*train, str(file), str(tmp_path / "third.jsonl")]) == 2
     assert "experts of one name; rename a file" in capsys.readouterr().err
     file.write_text("question,answer\nHi,Ho\n")
     assert main([*train, str(file), "--output", str(tmp_path / "other")]) == 2
