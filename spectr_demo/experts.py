@@ -207,18 +207,26 @@ def _storage(adapters: Sequence[Adapter]) -> tuple[torch.dtype, Zeros]:
     return torch.bfloat16, zeros
 
 
-def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:
-    """Read, check, align and stack adapters. sources: folders or Hub ids, `NAME=SOURCE` to rename.
-
-    Raises one AdapterError that lists everything wrong with all of them.
-    """
-    adapters, problems = [], []
+def read_adapters(sources: Sequence[str]) -> tuple[list[Adapter], list[str]]:
+    """Those that can be read, and what is wrong with the others. sources: folders or Hub ids,
+    `NAME=SOURCE` to rename."""
+    adapters: list[Adapter] = []
+    problems: list[str] = []
     for source in sources:
         name, is_named, path = source.partition("=")
         try:
             adapters.append(read_adapter(path, name) if is_named else read_adapter(source))
         except AdapterError as error:
             problems += error.problems
+    return adapters, problems
+
+
+def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:
+    """Read, check, align and stack adapters; sources as in `read_adapters`.
+
+    Raises one AdapterError that lists everything wrong with all of them.
+    """
+    adapters, problems = read_adapters(sources)
     if problems:
         raise AdapterError(problems + check_adapters(adapters, model))
     return ExpertLibrary.from_adapters(adapters, model)

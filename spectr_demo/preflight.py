@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from spectr_demo.adapters import AdapterError, check_adapters, read_adapter
+from spectr_demo.adapters import check_adapters
+from spectr_demo.experts import read_adapters
 from spectr_demo.loading import choose_compute_dtype, load_base, read_base_config
 from spectr_demo.memory import available_memory
 from spectr_demo.training_cost import NF4_BYTES
@@ -57,13 +58,7 @@ def preflight(
     config = load_base().model.config if base is None else read_base_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    adapters, problems = [], []
-    for source in experts:
-        name, is_named, path = source.partition("=")
-        try:
-            adapters.append(read_adapter(path, name) if is_named else read_adapter(source))
-        except AdapterError as error:
-            problems += error.problems
+    adapters, problems = read_adapters(experts)
     problems += check_adapters(adapters, model)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
