@@ -49,8 +49,10 @@ def lag_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tens
     z: (R, T, P, E, r). Returns (R, T, P, E) float32 (LAG, arXiv 2507.05346).
     """
     num_kept = min(config.prefilter, z.shape[-2])
-    kept = arrow_scores(z, singular_values, config).topk(num_kept, dim=-1).indices
     scores = spectr_scores(z, singular_values, config)
+    if num_kept == z.shape[-2]:
+        return scores
+    kept = arrow_scores(z, singular_values, config).topk(num_kept, dim=-1).indices
     return torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))
 
 
