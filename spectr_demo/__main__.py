@@ -306,14 +306,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="spectr-demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    common = _Parser(add_help=False)
-    common.add_argument("--base", help="Hub id or folder of the base (default: SPECTR_BASE_MODEL)")
-    common.add_argument(
+    model = _Parser(add_help=False)
+    model.add_argument("--base", help="Hub id or folder of the base (default: SPECTR_BASE_MODEL)")
+    model.add_argument(
         "--experts",
         nargs="+",
         metavar="SOURCE",
         help="Hub ids or folders of LoRA adapters, NAME=SOURCE to rename (default: SPECTR_EXPERTS)",
     )
+    common = _Parser(add_help=False, parents=[model])
     common.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
     run = _Parser(add_help=False)
@@ -341,8 +342,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", parents=[common], help=inspect.__doc__)
     command.set_defaults(run=inspect)
 
-    command = commands.add_parser("demo", parents=[common], help=demo.__doc__)
-    command.set_defaults(run=demo)
+    command = commands.add_parser("demo", parents=[model], help=demo.__doc__)
+    command.set_defaults(run=demo, json=False)
 
     command = commands.add_parser("evaluate", parents=[common], help=evaluate.__doc__)
     command.add_argument("--quick", action="store_true", help="about five minutes on two cores")

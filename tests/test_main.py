@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +60,21 @@ def test_compare_for_people_shows_every_column(
     output = capsys.readouterr().out
     for part in ("base", "arrow", "tokens/s", "nats/token", "no expert", "red "):
         assert part in output
+
+
+def test_demo_serves_the_page_of_this_model(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+
+    def launch(page: gr.Blocks, **settings: object) -> None:
+        assert settings["share"] is False
+        launched.append(json.dumps(page.get_config_file(), default=str))
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    assert main(["demo", *options[:-2]]) == 0
+    (page,) = launched
+    assert all(f'"{name}"' in page for name in ("red", "green", "blue"))
 
 
 def test_generate_writes_the_answer_that_json_holds(
