@@ -12,6 +12,7 @@ from spectr_demo.__main__ import main
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.paper_tasks import PAPER_TASKS, paper_scores, paper_task
 from spectr_demo.evaluation.tasks import TASKS, get_task
+from spectr_demo.loading import EMBEDDED_ID
 from spectr_demo.training import PAPER_RECIPE, Recipe
 from tests.conftest import BuildModel, SaveExpert, tiny_llama
 
@@ -228,7 +229,7 @@ def test_the_default_recipes_run_folder_is_what_it_was_before_there_were_epochs(
 
 def test_a_command_gives_its_recipe_again() -> None:
     def options(**settings: Any) -> str:
-        return " ".join(training._options(Recipe(**settings)))
+        return " ".join(training._options(EMBEDDED_ID, Recipe(**settings)))
 
     paper = {"epochs": 1, "learning_rate": 1e-4}
     assert options() == ""
@@ -236,6 +237,7 @@ def test_a_command_gives_its_recipe_again() -> None:
     assert options(**paper) == "--recipe paper"
     assert options(**paper, batch_size=2) == "--recipe paper --batch-size 2"
     assert options(learning_rate=1e-4) == "--recipe paper --steps 300"
+    assert training._options("you/base", Recipe()) == ["--base you/base"]
 
 
 @pytest.mark.parametrize(
