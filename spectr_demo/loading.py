@@ -187,7 +187,7 @@ def load_base(
             source, name = base, Path(base).expanduser().resolve().name
             fingerprint = _fingerprint(base, config)
             model, tokenizer = _from_pretrained(base, config, device_map, dtype)
-        quantization = _settle_4bit_(model, dtype)
+        bits, quantization = _settle_4bit_(model, dtype)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -197,7 +197,7 @@ def load_base(
         source=source,
         name=name,
         quantization=quantization,
-        bits=8 * dtype.itemsize if quantization.startswith("unquantized") else 4,
+        bits=bits,
         compute_dtype=dtype,
         device=execution_device(model.get_input_embeddings()),
         fingerprint=fingerprint,
@@ -261,13 +261,13 @@ def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
 
 
-def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> str:
-    """Make the 4-bit layers ready to run where they are; returns a description of them."""
+def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]:
+    """Make the 4-bit layers ready to run where they are; bits of a value, and a description."""
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
     spread = f"spread over {', '.join(places)}" if len(places) > 1 else ""
     if not layers and spread and OFFLOADED.issuperset(places):
-        return f"unquantized, {spread}"
+        return 8 * dtype.itemsize, f"unquantized, {spread}"
     if not layers:
         raise ValueError(
             f"base {model.name_or_path!r}: {type(model).__name__} has no linear layer that "
@@ -280,21 +280,21 @@ def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> str:
     packed = f"{kind}, double quantization" if state.nested else kind
     if spread:
         kept = "; unquantized on cpu and disk" if OFFLOADED.intersection(places) else ""
-        return f"{packed}, {spread}{kept}"
+        return 4, f"{packed}, {spread}{kept}"
     if model.device.type != "cpu":
-        return packed
+        return 4, packed
     # The fused kernel computes in bfloat16 whatever it is given, so other dtypes are expanded too.
     if not (has_avx512bf16() and dtype == torch.bfloat16):
         num_weights = sum(layer.in_features * layer.out_features for layer in layers)
         if num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory():
             expand_4bit_(model, dtype)
             name = _dtype_name(dtype)
-            return f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
+            return 4, f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
         packed += ", expanded again at every step (too little memory to keep it expanded)"
     # The first forward may repack weights in place, which two threads must not do at once.
     with torch.no_grad():
         model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    return packed
+    return 4, packed
 
 
 def _load_embedded(
