@@ -93,7 +93,7 @@ def test_single_and_uniform_equal_peft(pair: Pair) -> None:
 
 @pytest.fixture(scope="module")
 def first_directions() -> dict[tuple[object, ...], Tensor]:
-    """Of each adapter at each layer, found once for all tests: 80 seconds for the default's."""
+    """Of each adapter at each layer, found once for all tests: minutes for the default's."""
     return {}
 
 
