@@ -42,6 +42,7 @@ from spectr_demo.config import (
     cache_dir,
     device_map_from_environment,
     is_zero_gpu,
+    unknown_name,
 )
 from spectr_demo.embedded import (
     SMOLLM2_135M,
@@ -63,6 +64,7 @@ EXPANSION_SHARE = 0.5
 ENDS_BYTES = 1 << 20
 CHECKPOINT_SUFFIXES = {".json", ".jinja", ".safetensors"}
 MANIFEST = "spectr-manifest.json"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 OFFLOADED = {"cpu", "disk"}  # in a device map: weights are brought in for each pass
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -174,7 +176,9 @@ def load_base(
     base = base or base_from_environment()
     torch_device = _device(device)
     device_map = device_map or device_map_from_environment()
-    if device_map is None or (device_map == "auto" and torch_device.type == "cpu"):
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise unknown_name("device map", device_map, DEVICE_MAPS)
+    if device_map is None or (isinstance(device_map, str) and torch_device.type == "cpu"):
         device_map = {"": str(torch_device)}
     dtype = dtype or choose_compute_dtype(torch_device)
     with _quiet_transformers():

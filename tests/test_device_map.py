@@ -93,6 +93,12 @@ def test_auto_is_the_cpu_where_there_is_nothing_else(
     assert (auto.quantization, auto.bits) == (plain.quantization, 4)
 
 
+def test_a_misspelt_device_map(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECTR_DEVICE_MAP", "atuo")
+    with pytest.raises(ValueError, match=r"unknown device map 'atuo'.*Did you mean 'auto'\?"):
+        load_base(folder)
+
+
 def test_the_variable_reaches_transformers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
