@@ -15,7 +15,6 @@ from spectr_demo.config import ASSETS, RouterConfig
 from spectr_demo.experts import ExpertLibrary
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase
-from spectr_demo.memory import execution_device
 from spectr_demo.prompts import encode, shared_length, template_opening
 from spectr_demo.routing import STANDARDISED, Calibration, Listening, score_tokens
 
@@ -52,8 +51,7 @@ def calibrate(base: LoadedBase, library: ExpertLibrary) -> Calibration:
     opening = template_opening(tokenizer)
     texts = [encode(tokenizer, prompt) for prompt in generic_prompts()]
     texts.sort(key=len)
-    decoder = base.model.get_decoder()
-    device = execution_device(base.model.get_input_embeddings())
+    decoder, device = base.model.get_decoder(), base.device
     num_tokens = 0
     for start in range(0, len(texts), _ROWS_AT_ONCE):
         rows = texts[start : start + _ROWS_AT_ONCE]

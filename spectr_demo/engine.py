@@ -36,7 +36,6 @@ from spectr_demo.config import (
 from spectr_demo.experts import ExpertLibrary, load_experts
 from spectr_demo.layers import attach_, detach_, record_hidden_states, routed
 from spectr_demo.loading import DeviceMap, LoadedBase, load_base
-from spectr_demo.memory import execution_device
 from spectr_demo.prompts import (
     Message,
     decoder_inputs,
@@ -107,11 +106,6 @@ class SpectrModel:
         self._calibration: Calibration | None = None
         self._calibration_lock = threading.Lock()
         self._least_leads: dict[RouterConfig, float] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go. Asked each time: a ZeroGPU moves the model."""
-        return execution_device(self.model.get_input_embeddings())
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""
@@ -218,7 +212,7 @@ class SpectrModel:
         width = max(map(len, texts))
         firsts = [width - len(ids) + start for ids, start in zip(texts, starts, strict=True)]
         is_evidence = torch.arange(width) >= torch.tensor(firsts)[:, None]
-        return is_evidence.to(self.device)
+        return is_evidence.to(self.base.device)
 
     @torch.inference_mode()
     def _read_first(
@@ -233,7 +227,7 @@ class SpectrModel:
             is_evidence=self._is_evidence(prompts, starts),
         )
         with routed(reading):
-            self.model.get_decoder()(**decoder_inputs(prompts, self.device), use_cache=False)
+            self.model.get_decoder()(**decoder_inputs(prompts, self.base.device), use_cache=False)
         return reading
 
     def _least_lead(self, router: RouterConfig) -> float:
@@ -311,7 +305,9 @@ class _Run:
     def _generate(self) -> None:
         model: Any = self.engine.model
         settings = self.settings
-        input_ids = torch.tensor([self.prompt_ids] * len(self.answers), device=self.engine.device)
+        input_ids = torch.tensor(
+            [self.prompt_ids] * len(self.answers), device=self.engine.base.device
+        )
         processors = LogitsProcessorList()
         if settings.temperature > 0:
             processors.append(TemperatureLogitsWarper(float(settings.temperature)))

@@ -84,8 +84,12 @@ class LoadedBase:
     quantization: str  # for people
     bits: int
     compute_dtype: torch.dtype
-    device: torch.device
     fingerprint: str  # identifies the weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go. Asked each time: a ZeroGPU moves the model."""
+        return execution_device(self.model.get_input_embeddings())
 
 
 def embedded_checkpoint(cache: Path, dtype: torch.dtype) -> Path:
@@ -203,7 +207,6 @@ def load_base(
         quantization=quantization,
         bits=bits,
         compute_dtype=dtype,
-        device=execution_device(model.get_input_embeddings()),
         fingerprint=fingerprint,
     )
 

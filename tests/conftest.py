@@ -72,6 +72,17 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return tiny_llama(len(tokenizer))
 
 
+@pytest.fixture(scope="session")
+def base_folder(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The tiny base as `save_pretrained` writes it; tests only read it."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 SaveExpert = Callable[..., str]
 
 
@@ -129,7 +140,6 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, folders: Sequence[str]) -> 
         quantization="none",
         bits=32,
         compute_dtype=torch.float32,
-        device=torch.device("cpu"),
         fingerprint="tiny",
     )
     return SpectrModel(base, load_experts(folders, model))

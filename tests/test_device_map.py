@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import spectr_demo
 from spectr_demo import loading
@@ -14,7 +14,6 @@ from spectr_demo.config import shipped_experts
 from spectr_demo.engine import SpectrModel
 from spectr_demo.loading import load_base
 from spectr_demo.memory import execution_device
-from tests.conftest import tiny_llama
 
 PROMPT = "Write the cron expression: At 02:30, only on Monday"
 COLUMNS = ["base", "single:cron", "spectr-paper", "spectr-context"]
@@ -27,14 +26,6 @@ def split(num_layers: int) -> dict[str, str]:
         f"model.layers.{layer}": "disk" if 2 * layer >= num_layers else "cpu"
         for layer in range(num_layers)
     }
-
-
-@pytest.fixture
-def folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> str:
-    path = tmp_path / "tiny-base"
-    tiny_llama(len(tokenizer)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 def save_dense(model: SpectrModel, folder: Path) -> None:
@@ -75,8 +66,8 @@ def test_the_default_spread_over_cpu_and_disk_answers_and_routes_as_in_one_place
         np.testing.assert_allclose(*shares, atol=1e-5)
 
 
-def test_a_layer_on_disk_computes_where_its_hook_says(folder: str) -> None:
-    base = load_base(folder, device_map=split(2))
+def test_a_layer_on_disk_computes_where_its_hook_says(base_folder: str) -> None:
+    base = load_base(base_folder, device_map=split(2))
     layer = base.model.get_submodule("model.layers.1.mlp.up_proj")
     assert next(layer.parameters()).device.type == "meta"
     assert execution_device(layer) == base.device == torch.device("cpu")
@@ -84,22 +75,24 @@ def test_a_layer_on_disk_computes_where_its_hook_says(folder: str) -> None:
 
 
 def test_auto_is_the_cpu_where_there_is_nothing_else(
-    folder: str, monkeypatch: pytest.MonkeyPatch
+    base_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plain = load_base(folder)
+    plain = load_base(base_folder)
     monkeypatch.setenv("SPECTR_DEVICE_MAP", "auto")
-    auto = load_base(folder)
+    auto = load_base(base_folder)
     assert (auto.quantization, auto.bits) == (plain.quantization, 4)
 
 
-def test_a_misspelt_device_map(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_device_map(base_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTR_DEVICE_MAP", "atuo")
     with pytest.raises(ValueError, match=r"unknown device map 'atuo'.*Did you mean 'auto'\?"):
-        load_base(folder)
+        load_base(base_folder)
 
 
-def test_the_variable_reaches_transformers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_reaches_transformers(
+    base_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {}
 
     def from_pretrained(*args: Any, **settings: Any) -> None:
@@ -112,17 +105,17 @@ def test_the_variable_reaches_transformers(folder: str, monkeypatch: pytest.Monk
     for variable, device_map in (("auto", "auto"), ("", {"": "cuda"})):
         monkeypatch.setenv("SPECTR_DEVICE_MAP", variable)
         with pytest.raises(ValueError, match="as far as this test goes"):
-            load_base(folder)
+            load_base(base_folder)
         assert given["device_map"] == device_map
         assert given["dtype"] == torch.float16
         quantization = given["quantization_config"]
         assert quantization.llm_int8_enable_fp32_cpu_offload is (variable == "auto")
 
 
-def test_a_4bit_checkpoint_is_not_offloaded(folder: str, tmp_path: Path) -> None:
+def test_a_4bit_checkpoint_is_not_offloaded(base_folder: str, tmp_path: Path) -> None:
     quantized = str(tmp_path / "nf4")
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
+        base_folder,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True),
         device_map={"": "cpu"},
     )

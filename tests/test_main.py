@@ -6,23 +6,11 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.__main__ import main
 from spectr_demo.evaluation.tasks import TASKS, Item, make_split
 from spectr_demo.evaluation.tasks.baselines import copy_input
 from spectr_demo.trace import RoutingTrace
-from tests.conftest import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def base_folder(
-    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

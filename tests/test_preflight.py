@@ -4,19 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from spectr_demo import preflight as module
 from spectr_demo.engine import load
 from spectr_demo.preflight import preflight
-from tests.conftest import SaveExpert, tiny_llama
-
-
-@pytest.fixture
-def base_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> str:
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+from tests.conftest import SaveExpert
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,16 +27,12 @@ def emulated(what: str, **variables: str) -> Any:
 
 @pytest.mark.slow
 def test_the_app_keeps_the_rules(
-    llama: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    base_folder: str,
     expert_folders: list[str],
-    tmp_path: Path,
 ) -> None:
-    llama.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
     found = emulated(
         "app",
-        SPECTR_BASE_MODEL=str(tmp_path / "base"),
+        SPECTR_BASE_MODEL=base_folder,
         SPECTR_EXPERTS=",".join(expert_folders),
     )
     # Loaded and quantized for the GPU before the first call, without CUDA and without a forward.
