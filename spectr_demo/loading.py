@@ -113,6 +113,16 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def whole_embedded_checkpoint(
+    dtype: torch.dtype, make_checkpoint: MakeCheckpoint | None = None
+) -> Path:
+    """Folder of the default's NF4 checkpoint in the cache, which is made if need be."""
+    checkpoint = embedded_checkpoint(cache_dir(), dtype)
+    if not is_whole(checkpoint):
+        (make_checkpoint or make_embedded_checkpoint)(checkpoint, dtype)
+    return checkpoint
+
+
 def make_embedded_checkpoint(target: Path, dtype: torch.dtype) -> None:
     """Convert the GGUF to an NF4 checkpoint with tokenizer; `target` appears when it is whole.
 
@@ -311,9 +321,7 @@ def _load_embedded(
 
     Reading the checkpoint takes seconds, converting the GGUF the better part of a minute.
     """
-    checkpoint = embedded_checkpoint(cache_dir(), dtype)
-    if not is_whole(checkpoint):
-        make_checkpoint(checkpoint, dtype)
+    checkpoint = whole_embedded_checkpoint(dtype, make_checkpoint)
     config = read_base_config(str(checkpoint))
     model, tokenizer = _from_pretrained(str(checkpoint), config, device_map, dtype)
     # PEFT writes this into adapter_config.json as the base that an adapter was trained on.

@@ -10,8 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from spectr_demo.adapters import check_adapters
+from spectr_demo.config import base_from_environment
 from spectr_demo.experts import read_adapters
-from spectr_demo.loading import choose_compute_dtype, load_base, read_base_config
+from spectr_demo.loading import (
+    choose_compute_dtype,
+    read_base_config,
+    whole_embedded_checkpoint,
+)
 from spectr_demo.memory import available_memory
 from spectr_demo.training_cost import NF4_BYTES
 
@@ -51,18 +56,19 @@ def preflight(
 ) -> Preflight:
     """Check experts against a base that need not be there, and estimate the memory of both.
 
-    base, experts: as `load` takes them; None is the embedded default. Of a base on the Hub only the
-    configuration is fetched, of experts their files. num_columns, num_tokens: of the largest run,
-    prompt and answer. Raises ValueError for a base that cannot be loaded.
+    base, experts: as `load` takes them; None is `SPECTR_BASE_MODEL`, or the embedded default. Of a
+    base on the Hub only the configuration is fetched, of experts their files. num_columns,
+    num_tokens: of the largest run, prompt and answer. Raises ValueError for a base that cannot be loaded.
     """
-    config = load_base().model.config if base is None else read_base_config(base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_compute_dtype(device)
+    base = base or base_from_environment() or str(whole_embedded_checkpoint(dtype))
+    config = read_base_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     adapters, problems = read_adapters(experts)
     problems += check_adapters(adapters, model)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choose_compute_dtype(device)
     inside = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
     num_linear = sum(layer.weight.numel() for layer in inside)
     num_parameters = model.num_parameters()
