@@ -58,7 +58,8 @@ def preflight(
 
     base, experts: as `load` takes them; None is `SPECTR_BASE_MODEL`, or the embedded default. Of a
     base on the Hub only the configuration is fetched, of experts their files. num_columns,
-    num_tokens: of the largest run, prompt and answer. Raises ValueError for a base that cannot be loaded.
+    num_tokens: of the largest run, prompt and answer. Raises ValueError for a base that cannot be
+    loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_compute_dtype(device)
