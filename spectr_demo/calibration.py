@@ -16,7 +16,7 @@ from spectr_demo.experts import ExpertLibrary
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase
 from spectr_demo.prompts import encode, shared_length, template_opening
-from spectr_demo.routing import STANDARDISED, Calibration, Listening, score_tokens
+from spectr_demo.routing import STANDARDISED, Calibration, Listening
 
 GENERIC_TEXT = ASSETS / "generic_text.json"
 _ROWS_AT_ONCE = 8
@@ -38,7 +38,7 @@ class _Statistics(Listening):
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
         z = bank.project(x)
         config = RouterConfig(name="spectr")
-        scores = torch.stack([score_tokens(f, bank, z, config) for f in STANDARDISED])
+        scores = torch.stack([f(z, bank.singular_values, config) for f in STANDARDISED])
         is_evidence = self._is_evidence.to(z.device)[..., None, None]
         scores = torch.where(is_evidence, scores, 0).double()  # (S, R, T, P, E)
         sums = torch.stack([scores.sum((1, 2)), scores.square().sum((1, 2))], dim=1)

@@ -3,10 +3,13 @@
 Axes: R rows, T tokens of this pass, P projections of a bank, E experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spectr_demo.bank import ExpertBank
+from spectr_demo.kernels import Pool
 
 _TOKENS_AT_ONCE = 256  # of a long prompt: the matrix that decays them is this number squared
 _LEAST_WEIGHT = 1e-12  # of no token at all, so that nothing is divided by zero
@@ -40,6 +43,9 @@ class EvidencePool:
         self._num_read = 0  # tokens of the passes that have ended
         self._first_bank: ExpertBank | None = None
         self._sums: dict[ExpertBank, Tensor] = {}  # (R, 1, P, E) up to the last token read
+        # The same and the rest of the state as arrays, of this pass and of each bank.
+        self._pass: tuple[Any, ...] = ()
+        self._bank_state: dict[ExpertBank, tuple[Any, ...]] = {}
         self._token_weight: Tensor | None = None  # (R, T, 1) decayed number of tokens that count
         self._num_counted: Tensor | None = None  # (R, T, 1) tokens that counted, up to each
         self._total = torch.empty(0)  # (R, T, E) of the layers so far in this pass
@@ -77,6 +83,7 @@ class EvidencePool:
             spoken = spoken * self._counts[..., None]
         sums = self._over_tokens(spoken, self._sums.get(bank))
         # Of a longer pass a copy: a view would keep all tokens' sums.
+        self._bank_state.pop(bank, None)
         self._sums[bank] = sums if sums.shape[1] == 1 else sums[:, -1:].clone()
         weights, layers = self._weights_of(bank)
         # A layer knows what the layers before it know, those of its own bank included.
@@ -94,6 +101,35 @@ class EvidencePool:
         if first_weight is not None:
             num = num.add_(first_weight[..., None, :])
         return (sums / num).to(here)
+
+    def of_token(self, bank: ExpertBank, num_rows: int, *, is_lead: bool) -> Pool:
+        """The state that compiled code needs to `add` the scores of one token on a CPU."""
+        if self._first_bank is None or bank is self._first_bank:
+            self._first_bank = bank
+            self._start_pass(torch.empty(num_rows, 1, 0))
+            counts = torch.ones(num_rows, 1, 1) if self._counts is None else self._counts
+            first = self._first_weight
+            first = torch.zeros_like(self._total) if first is None else first
+            assert self._token_weight is not None
+            self._pass = (
+                self._decay,
+                counts[:, 0, 0].numpy(),
+                self._token_weight[:, 0, 0].numpy(),
+                first[:, 0].numpy(),
+                self._total[:, 0].numpy(),
+            )
+        if bank not in self._bank_state:
+            weights, layers = self._weights_of(bank)
+            if bank not in self._sums:
+                self._sums[bank] = torch.zeros(num_rows, 1, *layers.shape)
+            self._bank_state[bank] = (
+                self._sums[bank][:, 0].numpy(),
+                weights[:, 0].numpy(),
+                layers.numpy(),
+                bank.expert_ids.numpy(),
+                is_lead,
+            )
+        return Pool(*self._pass, *self._bank_state[bank])
 
     def _weights_of(self, bank: ExpertBank) -> tuple[Tensor, Tensor]:
         """Weights (P, 1) of the bank's layers in the average over layers; and (P, E), for each

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
+from spectr_demo.kernels import Factors, Floats, Ids, MixedToken, Pool, Rule
 from spectr_demo.pooling import EvidencePool
 from spectr_demo.recorder import Recorder
 
@@ -23,6 +26,8 @@ Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
 # one token by this many experts, and its calls as long as this many more; with more tokens a
 # product is so many times as fast for each.
 _COPY, _CALLS, _REUSE = 2, 16, 16
+# Factors of so many bytes are read by one core as fast as torch's threads are called to share them.
+_FEW_BYTES = 1 << 20
 
 
 def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
@@ -65,23 +70,10 @@ def norm_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Ten
     return torch.linalg.vector_norm(z.float() * singular_values, dim=-1)
 
 
-def distinct_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
-    """SpectR's score of what an expert reads and most others do not, `||A*_e (I - V^T V) x||_2`.
-
-    z: (R, T, P, E, r) as `ExpertBank.distinct` gives it. Returns (R, T, P, E) float32.
-    """
-    return spectr_scores(z, singular_values, config)
-
-
-def score_tokens(score: Score, bank: ExpertBank, z: Tensor, config: RouterConfig) -> Tensor:
-    """Any of these scores: (R, T, P, E) float32 from z = A* x (R, T, P, E, r)."""
-    if score is distinct_scores:
-        z = bank.distinct(z)
-    return score(z, bank.singular_values, config)
-
-
 # The scores that can be calibrated. LAG's cannot: most experts have none.
-STANDARDISED: tuple[Score, ...] = (spectr_scores, arrow_scores, norm_scores, distinct_scores)
+STANDARDISED: tuple[Score, ...] = (spectr_scores, arrow_scores, norm_scores)
+# What compiled code measures for them; all others take `kernels.LENGTH`.
+_MEASURES: dict[Score, int] = {arrow_scores: kernels.FIRST, norm_scores: kernels.OUTPUT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +149,8 @@ _ROWS = (
     Router(
         key="spectr-context",
         display_name="SpectR in context",
-        equation="mean over the text so far of (||A*_e P x|| - mean_e) / std_e where e is the best",
-        paper="this project's: calibrated, pooled, prompt read first; P leaves common parts out",
+        equation="mean over the text so far of (||A*_e x|| - mean_e) / std_e where e is the best",
+        paper="this project's: calibrated, pooled, prompt read first",
         preset=RouterConfig(
             name="spectr-context",
             weighting="softmax",
@@ -168,7 +160,7 @@ _ROWS = (
             reads_first=True,
             confidence=0.6,
         ),
-        score=distinct_scores,
+        score=spectr_scores,
         default_top_k=2,
     ),
     Router(
@@ -286,8 +278,13 @@ class Calibration:
 
     def standardise(self, bank: ExpertBank, score: Score, values: Tensor) -> Tensor:
         """`(values - mean) / std`: values (R, T, P, E), in standard deviations."""
-        mean, std = self._statistics[bank][STANDARDISED.index(score)]
+        mean, std = self.of(bank, score)
         return (values - mean) / std
+
+    def of(self, bank: ExpertBank, score: Score) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (P, E) float32 each."""
+        mean, std = self._statistics[bank][STANDARDISED.index(score)]
+        return mean, std
 
 
 class RoutingPlan:
@@ -330,6 +327,7 @@ class RoutingPlan:
         ]
         self._constant = torch.tensor(constant)  # (R, E)
         self._constant_of: dict[ExpertBank, Tensor] = {}
+        self._constant_array_of: dict[ExpertBank, Floats] = {}
         # Where no row scores, the experts that none uses need not be computed with; and weights
         # that are the same for all rows are put into the factors once.
         self._used: Tensor | None = None  # (E,) those used, by their weights; None is all of them
@@ -339,19 +337,22 @@ class RoutingPlan:
             is_few = not used.all()
             self._is_folded = len(set(self.routers)) == 1 and (is_few or self._all_merged)
             if self._is_folded:
-                self._used = self._constant[0]
+                self._used, is_merged = self._constant[0], [False] * len(routers)
             elif is_few:
                 self._used = used
         self._used_of: dict[ExpertBank, ExpertBank | None] = {}
+        self._rows_merged = np.array(is_merged)
         is_one = len(self._groups) == 1 and self._groups[0].is_whole
         self._only_group = self._groups[0] if is_one else None
-        self._mixed: dict[ExpertBank, Mixed] = {}  # of the banks of which a layer is still to run
+        self._mixed: dict[
+            ExpertBank, Mixed | MixedToken
+        ] = {}  # of the banks of which a layer is still to run
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
-        """(R, 1, 1, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
+        """(R, 1, P, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
         if bank not in self._constant_of:
             weights = self._constant[:, bank.expert_ids].to(bank.A.device)
-            self._constant_of[bank] = weights[:, None, None]
+            self._constant_of[bank] = weights[:, None, None].repeat(1, 1, len(bank.paths), 1)
         return self._constant_of[bank]
 
     def weights(self, bank: ExpertBank, z: Tensor) -> Tensor:
@@ -382,13 +383,15 @@ class RoutingPlan:
                 self.recorder.add_choice(bank, row, places[i], weights[i], top[i])
         return experts, places, weights
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
+    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed | MixedToken:
         """What the bank's layers multiply by B*, from their input x (R, T, D_in).
 
         `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
         cross terms are part of SpectR. Both are one product with the stacked factors, or with
         copies of the chosen ones where all rows share a router and that is less to read.
         """
+        if bank.compiled is not None and kernels.can_route(x):
+            return self._mix_token(bank, bank.compiled, x)
         if self._is_folded:
             return Mixed.of(bank.project(x), None)
         group, kept = self._only_group, None
@@ -404,6 +407,51 @@ class RoutingPlan:
         experts, places, weights = self._choose(group, bank, z, kept)
         z = z.gather(-2, experts.unsqueeze(-1).expand(*experts.shape, z.shape[-1]))
         return Mixed.of(self._weigh(weights.to(z.dtype), z), places)
+
+    def _mix_token(self, bank: ExpertBank, factors: Factors, x: Tensor) -> MixedToken:
+        """`mix` for one token of each row on a CPU, in compiled code."""
+        shape, group, kept = factors.singular_values.shape, self._only_group, None
+        if group is not None and group.num_filtered < bank.num_experts:
+            first = bank.project_first(x)[:, 0].float().numpy()
+            kept = kernels.keep(first, group.num_filtered)
+            z = kernels.project_chosen(x.numpy(), factors.A, kept, *shape)
+        elif factors.A.nbytes <= _FEW_BYTES:
+            z = kernels.project(x.numpy(), factors.A, *shape)
+        else:
+            z = bank.project(x).float()[:, 0].numpy()
+        if group is not None:
+            weights = self._choose_token(group, bank, factors, z, kept)
+        else:
+            weights = self._constant_arrays(bank)
+            for group in self._groups:
+                weights[group.rows] = self._choose_token(group, bank, factors, z[group.rows])
+        return MixedToken(factors.B, z, weights, self._rows_merged, kept)
+
+    def _constant_arrays(self, bank: ExpertBank) -> Floats:
+        """(R, P, E) `constant_weights`, to be overwritten where rows look at the token; ones where
+        the factors hold the weights."""
+        if bank not in self._constant_array_of:
+            weights = self.constant_weights(bank)[:, 0].numpy().copy()
+            self._constant_array_of[bank] = np.ones_like(weights) if self._is_folded else weights
+        return self._constant_array_of[bank]
+
+    def _choose_token(
+        self,
+        group: "_Group",
+        bank: ExpertBank,
+        factors: Factors,
+        z: Floats,
+        kept: Ids | None = None,
+    ) -> Floats:
+        """`_choose` in compiled code: the weights (R, P, E) of all experts of z (R, P, E, r)."""
+        rule, pool = group.rule(bank)
+        experts, weights, top, of_all = kernels.route(z, factors.singular_values, rule, pool)
+        if self.recorder is not None:
+            places = experts if kept is None else np.take_along_axis(kept, experts, -1)
+            for i, row in enumerate(group.rows):
+                choice = [torch.from_numpy(of[i, None]) for of in (places, weights, top)]
+                self.recorder.add_choice(bank, row, *choice)
+        return of_all
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
@@ -425,6 +473,8 @@ class RoutingPlan:
             self._mixed[bank] = self.mix(used, x)
         is_last = place == len(bank.paths) - 1
         mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
+        if isinstance(mixed, MixedToken):
+            return mixed.add_(y, place)
         return used.add_(y, mixed, place)
 
     def _with_used(self, bank: ExpertBank) -> ExpertBank | None:
@@ -524,6 +574,7 @@ class _Group:
         # LAG needs the whole z of few experts; what is pooled needs that of all.
         is_filtered = score is lag_scores and router.decay is None
         self.num_filtered = router.prefilter if is_filtered else num_experts
+        self._rules: dict[ExpertBank, Rule] = {}
         self.least: float | None = None  # the best expert's score must exceed it
         if router.decay is not None:
             self.pool = EvidencePool(router.decay, num_experts, self._is_evidence)
@@ -541,13 +592,39 @@ class _Group:
 
     def scores(self, bank: ExpertBank, z: Tensor) -> Tensor:
         """(R, T, P, E) float32 from z (R, T, P, E, r): the score, as the router asks."""
-        scores = score_tokens(self._score, bank, z, self.router)
+        scores = self._score(z, bank.singular_values, self.router)
         if self._calibration is not None:
             scores = self._calibration.standardise(bank, self._score, scores)
         if self.pool is None:
             return scores
         evidence = self.pool.add(bank, scores)
         return evidence if self.router.confidence is None else lead(evidence)
+
+    def rule(self, bank: ExpertBank) -> tuple[Rule, Pool | None]:
+        """For compiled code: how to score and choose, and the pool with the next token begun."""
+        rule = self._rules.get(bank)
+        if rule is None:
+            rule = self._rules[bank] = self._make_rule(bank)
+        if self.pool is None:
+            return rule, None
+        is_lead = self.router.confidence is not None
+        return rule, self.pool.of_token(bank, len(self.rows), is_lead=is_lead)
+
+    def _make_rule(self, bank: ExpertBank) -> Rule:
+        shape = bank.singular_values.shape[:2]
+        mean, std = torch.zeros(shape), torch.ones(shape)
+        if self._calibration is not None:
+            mean, std = self._calibration.of(bank, self._score)
+        config = self.router
+        return Rule(
+            measure=_MEASURES.get(self._score, kernels.LENGTH),
+            num_kept=config.prefilter if self._score is lag_scores else bank.num_experts,
+            mean=mean.numpy(),
+            std=std.numpy(),
+            top_k=config.top_k or bank.num_experts,
+            temperature=config.temperature if config.weighting == "softmax" else 0.0,
+            least=-np.inf if self.least is None else self.least,
+        )
 
 
 def _copying_pays(num_chosen: int, num_tokens: int, num_experts: int) -> bool:

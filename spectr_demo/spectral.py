@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-COMMON_SHARE = 0.75
-
 
 class Aligned(NamedTuple):
     """One expert's factors at one layer (or a stack of layers), in the basis of its own SVD.
@@ -49,32 +47,6 @@ def align(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Aligned:
         A_star = torch.nn.functional.pad(A_star, (0, 0, 0, missing))
         B_star = torch.nn.functional.pad(B_star, (0, missing))
     return Aligned(A_star.contiguous(), B_star.contiguous())
-
-
-def common_directions(A: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What most experts of a layer read alike, and so tells none of them from the others.
-
-    A: (E, r, D_in) float32, rows orthonormal or zero. Directions v with `|A* v|^2 >= 3/4` in the
-    mean of the experts, eigenvectors of `(1/E) sum_e A*_e^T A*_e`: most of A* where experts were
-    trained from one initialisation, nothing where they have none in common.
-    Returns two factors over the stacked rows z = A* x, (k, E * r) and (E * r, k): the first gives
-    `V x`, the second brings it back, so `z - second first z = A* (I - V^T V) x`. None where k is 0
-    or there is one expert.
-    """
-    E, r, D = A.shape
-    if E == 1:
-        return None
-    rows = A.flatten(0, 1)
-    if E * r <= D:
-        squares, U = torch.linalg.eigh(rows @ rows.mT)
-    else:
-        squares, V = torch.linalg.eigh(rows.mT @ rows)
-    is_common = squares >= COMMON_SHARE * E
-    if not is_common.any():
-        return None
-    S = squares[is_common].sqrt()
-    U = U[:, is_common] if E * r <= D else rows @ V[:, is_common] / S
-    return (U / S).mT.contiguous(), U * S
 
 
 def subspace_overlap(A_1: Tensor, A_2: Tensor) -> float:

@@ -17,7 +17,6 @@ from spectr_demo.routing import (
     Calibration,
     Listening,
     Score,
-    score_tokens,
 )
 
 PROMPTS = ["How are you?", "Tell me of a walk in the rain"]
@@ -38,7 +37,7 @@ def scores_of(
 
     class Listen(Listening):
         def listen(self, bank, x):  # type: ignore[no-untyped-def]
-            values = score_tokens(score, bank, bank.project(x), RouterConfig(name="lag"))
+            values = score(bank.project(x), bank.singular_values, RouterConfig(name="lag"))
             if known is not None:
                 values = known.standardise(bank, score, values)
             scores.setdefault(bank, []).append(values[0, opening:])

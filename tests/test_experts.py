@@ -292,34 +292,6 @@ def test_renaming_makes_two_of_one_name_possible(
         library.index("agian")
 
 
-def test_what_experts_of_one_initialisation_share_is_left_out(
-    expert_folders: list[str], llama: LlamaForCausalLM, tmp_path: Path
-) -> None:
-    first = load_file(Path(expert_folders[0]) / WEIGHTS_FILE)
-    folders = []
-    for folder in expert_folders:
-        weights = load_file(Path(folder) / WEIGHTS_FILE)
-        for key in weights:
-            if "lora_A" in key:  # what training adds to the initialisation is small
-                weights[key] = first[key] + 0.1 * weights[key]
-        folders.append(str(shutil.copytree(folder, tmp_path / Path(folder).name)))
-        save_file(weights, Path(folders[-1]) / WEIGHTS_FILE)
-    alike = load_experts(folders, llama)
-    own = load_experts(expert_folders, llama)
-    for bank, shared in zip(own.banks, alike.banks, strict=True):
-        x = torch.randn(2, 5, bank.A.shape[1])
-        assert bank.common is None, "experts of their own initialisations share nothing"
-        assert_close(bank.distinct(bank.project(x)), bank.project(x))
-        assert_close(bank.without_common(x)[..., 0, :], x)
-        z = shared.project(x)
-        left = shared.distinct(z)
-        assert left.norm() < 0.5 * z.norm()
-        for p, layer in enumerate(shared.split()):
-            expected = layer.project(shared.without_common(x)[..., p, :])
-            assert_close(left[:, :, p : p + 1], expected, atol=1e-4, rtol=1e-4)
-            assert_close(layer.distinct(layer.project(x)), left[:, :, p : p + 1])
-
-
 def test_the_stacked_factors_are_the_only_copy(
     expert_folders: list[str], llama: LlamaForCausalLM, save_expert: SaveExpert
 ) -> None:

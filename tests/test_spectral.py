@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from spectr_demo.spectral import align, common_directions, subspace_overlap
+from spectr_demo.spectral import align, subspace_overlap
 
 sizes = st.integers(1, 24)
 
@@ -90,36 +90,3 @@ def test_overlap_of_known_subspaces() -> None:
     assert subspace_overlap(e[:2], torch.zeros(2, 4)) == 0
     diagonal = (e[0] + e[1])[None] / 2**0.5
     assert subspace_overlap(diagonal, e[:1]) == pytest.approx(0.5)
-
-
-def with_shared_rows(num_shared: int, num_experts: int = 5, D_in: int = 64) -> torch.Tensor:
-    """(E, 4, D_in): orthonormal rows, of which each expert has `num_shared` like all others."""
-    generator = torch.Generator().manual_seed(num_shared)
-    shared = torch.randn(num_shared, D_in, generator=generator)
-    own = torch.randn(num_experts, 4 - num_shared, D_in, generator=generator)
-    rows = torch.cat([shared.expand(num_experts, -1, -1), own], dim=1)
-    return torch.linalg.qr(rows.mT)[0].mT
-
-
-@pytest.mark.parametrize("D_in", [16, 64])  # fewer dimensions than rows, and more
-def test_what_is_left_is_what_the_others_do_not_read(D_in: int) -> None:
-    A = with_shared_rows(2, D_in=D_in)
-    common = common_directions(A)
-    assert common is not None
-    read, answer = common
-    assert read.shape == (2, 20) and answer.shape == (20, 2)
-    rows = A.flatten(0, 1)
-    V = read @ rows
-    assert_close(V @ V.T, torch.eye(2), atol=1e-4, rtol=0)
-    left = rows - answer @ read @ rows
-    assert_close(left, rows - rows @ V.T @ V, atol=1e-4, rtol=0)
-    assert_close((left @ A[0, :2].T).abs().max(), torch.tensor(0.0), atol=1e-4, rtol=0)
-    # The directions all have are gone; the others stay as they were.
-    assert_close(left.norm(dim=-1).view(5, 4), torch.tensor([[0.0, 0, 1, 1]]).expand(5, -1))
-
-
-def test_unrelated_experts_and_one_alone_have_nothing_in_common() -> None:
-    assert common_directions(with_shared_rows(0)) is None
-    assert common_directions(with_shared_rows(0, num_experts=2)) is None
-    assert common_directions(with_shared_rows(2)[:1]) is None
-    assert common_directions(torch.zeros(3, 2, 8)) is None

@@ -120,7 +120,6 @@ CONTENDERS = (
     ),
     # ... and what is lost without one of them.
     Contender(label="context, prompt not read first", router=_READ_ONCE),
-    Contender(label="context, common parts kept", router=replace(_CONTEXT, name="spectr", top_k=2)),
     Contender(label="context, always an expert", router=replace(_CONTEXT, confidence=None)),
     Contender(label="spectr-context", router="spectr-context"),
 )

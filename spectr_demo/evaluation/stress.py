@@ -21,8 +21,6 @@ from spectr_demo.bank import ExpertBank
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.variants import (
-    DISTINCT,
-    SPECTR,
     Experts,
     GenericText,
     Variants,
@@ -247,7 +245,7 @@ class _FirstReading(Listening):
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
         for path in bank.paths:
             raw = self._variants.scores(path, x[0])
-            self._context.add(path, self._variants.standardise(path, raw, DISTINCT))
+            self._context.add(path, self._variants.standardise(path, raw))
 
 
 class _Decisions(RoutingPlan):
@@ -284,8 +282,8 @@ class _Decisions(RoutingPlan):
     def _decide(self, path: str, x: Tensor) -> None:
         layer, variants = self._variants.layers[path], self._variants
         raw = variants.scores(path, x)
-        standard = variants.standardise(path, raw, SPECTR)
-        in_context = self._context.add(path, variants.standardise(path, raw, DISTINCT))
+        standard = variants.standardise(path, raw)
+        in_context = self._context.add(path, standard)
         alone = torch.cat([raw[: len(METHODS) - 2], standard[None]])
         alone = everywhere(variants, path, alone.index_select(-1, layer.columns))
         for key, library in self._libraries.items():

@@ -19,14 +19,13 @@ from torch import Tensor
 from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
 from spectr_demo.experts import ExpertLibrary
-from spectr_demo.routing import Score, arrow_scores, norm_scores, spectr_scores
+from spectr_demo.routing import arrow_scores, norm_scores, spectr_scores
 from spectr_demo.spectral import Aligned, align
 
 Experts = tuple[Mapping[str, Aligned], ...]  # by layer path, in the library's order
 
 _SCORES = (arrow_scores, spectr_scores, norm_scores)
-# Places among the scores of a column; the last is SpectR's without the common directions.
-SPECTR, DISTINCT = 1, 3
+SPECTR = 1  # its place among them
 
 
 def cut(library: ExpertLibrary, rank: int) -> Experts:
@@ -69,8 +68,7 @@ def _without_outputs(layer: Aligned) -> Aligned:
 class _Layer:
     """pairs: the experts of all layers with this projection and D_in, shared by those layers; own:
     this layer's among them. noisy: sigma by sigma. candidates, columns: (V,) those that touch the
-    layer and where their scores are. library: the experts' own bank of this
-    layer, which knows their common directions."""
+    layer and where their scores are. library: the experts' own bank of this layer."""
 
     pairs: ExpertBank
     own: slice
@@ -115,7 +113,7 @@ class Variants:
                 own = slice(start, start := start + len(bank.expert_ids))
                 layer = self._layer(bank, place, pairs, own, noisy, generators)
                 self.layers[bank.paths[place]] = layer
-        self.statistics: dict[str, Tensor] = {}  # by layer path: (2, 4, C), mean and std
+        self.statistics: dict[str, Tensor] = {}  # by layer path: (2, 3, C), mean and std
         self.margins = torch.empty(0)  # (blocks, E)
 
     def _layer(
@@ -150,32 +148,25 @@ class Variants:
         )
 
     def scores(self, path: str, x: Tensor) -> Tensor:
-        """Scores of a layer's columns: (4, T, C) float32 (arrow, spectr, norm, distinct) from x
-        (T, D_in). The common directions are those of the library, whatever stands beside it.
+        """Scores of a layer's columns: (3, T, C) float32 (arrow, spectr, norm) from x (T, D_in).
 
         An expert cut to rank k scores with the first k rows of its A*, so with the same z.
         """
         layer = self.layers[path]
-        plain = self._columns(layer, x, _SCORES)
-        distinct_x = layer.library.without_common(x)[:, 0]
-        distinct = self._columns(layer, distinct_x, (spectr_scores,))
-        return torch.cat([plain, distinct])
-
-    def _columns(self, layer: _Layer, x: Tensor, scores: Sequence[Score]) -> Tensor:
         z = layer.pairs.project(x)[:, 0]
         own, S = z[:, layer.own], layer.pairs.singular_values[0]
         parts = [(z, S), *((own[..., :k], S[layer.own, :k]) for k in self.ranks)]
         parts.append((layer.noisy.project(x)[:, 0], layer.noisy.singular_values[0]))
         config = RouterConfig(name="spectr")
         return torch.stack(
-            [torch.cat([score(z, S, config) for z, S in parts], dim=-1) for score in scores]
+            [torch.cat([score(z, S, config) for z, S in parts], dim=-1) for score in _SCORES]
         )
 
-    def standardise(self, path: str, scores: Tensor, place: int) -> Tensor:
-        """A layer's scores (4, T, C): those at one place, in standard deviations over generic
-        text, (T, C)."""
-        mean, std = self.statistics[path][:, place]
-        return (scores[place] - mean) / std
+    def standardise(self, path: str, scores: Tensor) -> Tensor:
+        """SpectR's of a layer's scores (3, T, C), in standard deviations over generic text:
+        (T, C)."""
+        mean, std = self.statistics[path][:, SPECTR]
+        return (scores[SPECTR] - mean) / std
 
 
 def _stack(like: ExpertBank, experts: Sequence[Aligned]) -> ExpertBank:
@@ -201,7 +192,7 @@ class GenericText:
         """x: (T, D_in) the tokens that count."""
         scores = self._variants.scores(path, x).double()
         powers = torch.stack([torch.ones_like(scores), scores, scores.square()])
-        self._sums[path] = self._sums.get(path, 0) + powers.sum(2)  # (3, 4, C)
+        self._sums[path] = self._sums.get(path, 0) + powers.sum(2)  # (3, 3, C)
         self._add_margins(path, scores[SPECTR])
 
     def _add_margins(self, path: str, scores: Tensor) -> None:

@@ -216,7 +216,7 @@ def test_calibrated_scores_of_generic_text_are_standard(routed_model: SpectrMode
         for path, x in inputs(routed_model, "base", ids).items():
             tokens.setdefault(path, []).append(x[0, len(routed_model.template_opening) :])
     for path, parts in tokens.items():
-        scores = variants.standardise(path, variants.scores(path, torch.cat(parts)), SPECTR)
+        scores = variants.standardise(path, variants.scores(path, torch.cat(parts)))
         torch.testing.assert_close(scores.mean(0), torch.zeros(scores.shape[1]), atol=1e-4, rtol=0)
         torch.testing.assert_close(
             scores.std(0, correction=0), torch.ones(scores.shape[1]), atol=1e-3, rtol=0

@@ -1,0 +1,337 @@
+"""Routing one token on a CPU: one compiled loop where torch would make a chain of calls.
+
+One token needs little arithmetic, but between the base's products each call of torch costs 10 to
+40 us whatever it computes (docs/performance.md). These functions do for one token what `routing`,
+`pooling` and `bank` do for any number in torch, to rounding; both ways are tested against each
+other. Axes: R rows, P projections of a bank, E experts, K selected, r rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from numba.extending import overload
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+# Stored factors: float32, or the bits of bfloat16, which numpy does not know, as uint16.
+Stored = NDArray[Any]
+
+LENGTH, FIRST, OUTPUT = 0, 1, 2  # what a score measures: z, its first entry, S z
+
+# Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
+_compiled = numba.njit(
+    cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
+)
+
+
+def can_route(x: Tensor) -> bool:
+    """Whether x (R, T, D_in), on a CPU, is one token for each row, and float32."""
+    return x.shape[1] == 1 and x.dtype == torch.float32
+
+
+class Factors(NamedTuple):
+    """A bank's memory as these functions read it: A, B of each layer, singular values."""
+
+    A: Stored
+    B: tuple[Stored, ...]
+    singular_values: Floats
+
+    @classmethod
+    def of(cls, A: Tensor, B: Sequence[Tensor], singular_values: Tensor) -> "Factors | None":
+        """None for tensors of another dtype, or of a GPU."""
+        if A.device.type != "cpu" or A.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        return cls(_bits(A), tuple(map(_bits, B)), singular_values.numpy())
+
+
+def _bits(factors: Tensor) -> Stored:
+    if factors.dtype == torch.bfloat16:
+        factors = factors.view(torch.uint16)
+    return np.asarray(factors.numpy())
+
+
+def _as_float(value):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("in compiled code only")
+
+
+@overload(_as_float, inline="always")
+def _as_float_of(value):  # type: ignore[no-untyped-def]
+    if isinstance(value, numba.types.Integer):  # bfloat16 is the upper half of a float32
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: value
+
+
+@_compiled
+def project(x: Floats, A: Stored, num_layers: int, num_experts: int, rank: int) -> Floats:
+    """`z = A* x` of all experts: (R, P, E, r) from x (R, 1, D_in) and A (P * E * r, D_in)."""
+    z = np.empty((x.shape[0], num_layers, num_experts, rank), np.float32)
+    rows = z.reshape(x.shape[0], -1)
+    for i in range(A.shape[0]):
+        factors = A[i]
+        for row in range(x.shape[0]):
+            total = np.float32(0)
+            for d in range(x.shape[2]):
+                total += _as_float(factors[d]) * x[row, 0, d]
+            rows[row, i] = total
+    return z
+
+
+@_compiled
+def keep(first: Floats, num_kept: int) -> Ids:
+    """(R, P, F) places of the experts with the longest first entries (R, P, E), in any order."""
+    R, P, E = first.shape
+    kept = np.zeros((R, P, num_kept), np.int64)
+    for row in range(R):
+        for p in range(P):
+            lengths = np.abs(first[row, p])
+            least = np.partition(lengths, E - num_kept)[E - num_kept]
+            num = 0
+            for e in range(E):
+                if lengths[e] > least:
+                    kept[row, p, num] = e
+                    num += 1
+            for e in range(E):  # of equal ones, as many as there is room for
+                if lengths[e] == least and num < num_kept:
+                    kept[row, p, num] = e
+                    num += 1
+    return kept
+
+
+@_compiled
+def project_chosen(
+    x: Floats, A: Stored, kept: Ids, num_layers: int, num_experts: int, rank: int
+) -> Floats:
+    """`z = A* x` of a few experts: (R, P, F, r) from x (R, 1, D_in), A (P * E * r, D_in) and their
+    places in the bank (R, P, F)."""
+    R, P, F = kept.shape
+    z = np.empty((R, P, F, rank), np.float32)
+    for row in range(R):
+        for p in range(P):
+            for f in range(F):
+                start = (p * num_experts + kept[row, p, f]) * rank
+                for i in range(rank):
+                    factors, total = A[start + i], np.float32(0)
+                    for d in range(x.shape[2]):
+                        total += _as_float(factors[d]) * x[row, 0, d]
+                    z[row, p, f, i] = total
+    return z
+
+
+@_compiled
+def scored(
+    z: Floats,
+    singular_values: Floats,
+    measure: int,
+    num_kept: int,
+    mean: Floats,
+    std: Floats,
+) -> Floats:
+    """(R, P, E) scores from z (R, P, E, r): lengths of z, of its first entry or of S z; -inf for
+    all but the `num_kept` with the longest first entry; standardised by
+    mean and std (P, E)."""
+    R, P, E, r = z.shape
+    scores = np.empty((R, P, E), np.float32)
+    for row in range(R):
+        for p in range(P):
+            for e in range(E):
+                squares = np.float32(0)
+                for i in range(1 if measure == FIRST else r):
+                    value = z[row, p, e, i]
+                    if measure == OUTPUT:
+                        value *= singular_values[p, e, i]
+                    squares += value * value
+                scores[row, p, e] = (np.sqrt(squares) - mean[p, e]) / std[p, e]
+            if num_kept < E:
+                first = np.abs(z[row, p, :, 0])
+                least = np.partition(first, E - num_kept)[E - num_kept]
+                for e in range(E):
+                    if first[e] < least:
+                        scores[row, p, e] = -np.inf
+    return scores
+
+
+class Pool(NamedTuple):
+    """The state of an `EvidencePool` that a bank's layers read and change; arguments of `pooled`.
+
+    counts (R,): 0 for a token that says nothing, else 1. token_weight (R,),
+    first_weight (R, all experts): of the tokens, and of the first reading. total (R, all experts):
+    of the layers so far. sums (R, P, E): of the bank. weights (P,), layers (P, E): of each layer,
+    and up to it. is_lead: evidence less the experts' mean, see `routing.lead`.
+    """
+
+    decay: float
+    counts: Floats
+    token_weight: Floats
+    first_weight: Floats
+    total: Floats
+    sums: Floats
+    weights: Floats
+    layers: Floats
+    expert_ids: Ids
+    is_lead: bool
+
+
+@_compiled
+def pooled(
+    scores: Floats,
+    decay: float,
+    counts: Floats,
+    token_weight: Floats,
+    first_weight: Floats,
+    total: Floats,
+    sums: Floats,
+    weights: Floats,
+    layers: Floats,
+    expert_ids: Ids,
+    is_lead: bool,
+) -> Floats:
+    """(R, P, E) evidence from scores (R, P, E), as `EvidencePool.add` describes it; total and sums
+    are changed in place."""
+    R, P, E = scores.shape
+    fading = np.float32(decay)
+    evidence = np.empty((R, P, E), np.float32)
+    for row in range(R):
+        for p in range(P):
+            best = scores[row, p].max()
+            spoken = counts[row] * max(best, np.float32(0))
+            for e in range(E):
+                value = fading * sums[row, p, e]
+                if scores[row, p, e] == best:
+                    value += spoken
+                sums[row, p, e] = value
+                expert = expert_ids[e]
+                total[row, expert] += weights[p] * value
+                weight = token_weight[row] * layers[p, e] + first_weight[row, expert]
+                evidence[row, p, e] = total[row, expert] / weight
+            if is_lead and E > 1:
+                evidence[row, p] -= evidence[row, p].mean()
+    return evidence
+
+
+@_compiled
+def choose(
+    scores: Floats, top_k: int, temperature: float, least: float
+) -> tuple[Ids, Floats, Floats, Floats]:
+    """The K experts with the best scores (R, P, E), see `routing.select`: their places, weights and
+    scores, (R, P, K) each; and the weights of all, (R, P, E).
+
+    temperature: of a softmax; 0 is 1/K each. least: the best score must exceed it.
+    """
+    R, P, E = scores.shape
+    K = min(top_k, E)
+    places = np.zeros((R, P, K), np.int64)
+    weights, top = np.empty((R, P, K), np.float32), np.empty((R, P, K), np.float32)
+    dense = np.zeros((R, P, E), np.float32)
+    is_chosen = np.zeros(E, np.bool_)
+    for row in range(R):
+        for p in range(P):
+            is_chosen[:] = False
+            for k in range(K):
+                best = -1
+                for e in range(E):
+                    if not is_chosen[e] and (best < 0 or scores[row, p, e] > scores[row, p, best]):
+                        best = e
+                is_chosen[best] = True
+                places[row, p, k], top[row, p, k] = best, scores[row, p, best]
+            sum_of_weights = np.float32(0)
+            for k in range(K):
+                weight = np.float32(1)
+                if temperature > 0:
+                    weight = np.exp((top[row, p, k] - top[row, p, 0]) / np.float32(temperature))
+                weights[row, p, k] = weight
+                sum_of_weights += weight
+            is_any = top[row, p, 0] > least
+            for k in range(K):
+                weight = weights[row, p, k] / sum_of_weights if is_any else np.float32(0)
+                weights[row, p, k] = dense[row, p, places[row, p, k]] = weight
+    return places, weights, top, dense
+
+
+@_compiled
+def add_(
+    y: Floats,
+    z: Floats,
+    weights: Floats,
+    is_merged: NDArray[np.bool_],
+    kept: Ids | None,
+    B: Stored,
+    place: int,
+) -> None:
+    """`y += sum_e w_e B*_e z_e` at one layer, in place; with `sum_e w_e z_e` for each z_e in the
+    rows that are merged. y (R, 1, D_out), z (R, P, E, r), weights (R, P, E), B (E * r, D_out). kept
+    (R, P, E): places in the bank of those that z has, or None for all of it."""
+    R, _, E, r = z.shape
+    merged = np.empty(r, np.float32)
+    for row in range(R):
+        if is_merged[row]:
+            merged[:] = 0
+            for e in range(E):
+                for i in range(r):
+                    merged[i] += weights[row, place, e] * z[row, place, e, i]
+        for e in range(E):
+            weight = weights[row, place, e]
+            if weight == 0:
+                continue
+            start = r * (e if kept is None else kept[row, place, e])
+            for i in range(r):
+                value = weight * (merged[i] if is_merged[row] else z[row, place, e, i])
+                factors = B[start + i]
+                for d in range(y.shape[2]):
+                    y[row, 0, d] += value * _as_float(factors[d])
+
+
+class Rule(NamedTuple):
+    """How a router scores and chooses at a bank: `scored`, `choose`; measure is LENGTH, FIRST or
+    OUTPUT, mean and std (P, E) are 0 and 1 for scores as they are."""
+
+    measure: int
+    num_kept: int
+    mean: Floats
+    std: Floats
+    top_k: int
+    temperature: float
+    least: float
+
+
+@_compiled
+def route(
+    z: Floats, singular_values: Floats, rule: Rule, pool: Pool | None
+) -> tuple[Ids, Floats, Floats, Floats]:
+    """What a router chooses from z (R, P, E, r), as `choose` returns it."""
+    scores = scored(z, singular_values, rule.measure, rule.num_kept, rule.mean, rule.std)
+    if pool is not None:
+        scores = pooled(
+            scores,
+            pool.decay,
+            pool.counts,
+            pool.token_weight,
+            pool.first_weight,
+            pool.total,
+            pool.sums,
+            pool.weights,
+            pool.layers,
+            pool.expert_ids,
+            pool.is_lead,
+        )
+    return choose(scores, rule.top_k, rule.temperature, rule.least)
+
+
+class MixedToken(NamedTuple):
+    """What one token adds at the layers of a bank; the arguments of `add_`."""
+
+    B: tuple[Stored, ...]
+    z: Floats
+    weights: Floats
+    is_merged: NDArray[np.bool_]
+    kept: Ids | None
+
+    def add_(self, y: Tensor, place: int) -> Tensor:
+        """y (R, 1, D_out) with it, in place."""
+        B = self.B[place]
+        add_(y.numpy(), self.z, self.weights, self.is_merged, self.kept, B, place)
+        return y
