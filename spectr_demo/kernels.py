@@ -21,6 +21,7 @@ Ids = NDArray[np.int64]
 # Stored factors: float32, or the bits of bfloat16, which numpy does not know, as uint16.
 Stored = NDArray[Any]
 
+_MOST_ROWS = 8
 LENGTH, FIRST, OUTPUT = 0, 1, 2  # what a score measures: z, its first entry, S z
 
 # Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
@@ -30,8 +31,9 @@ _compiled = numba.njit(
 
 
 def can_route(x: Tensor) -> bool:
-    """Whether x (R, T, D_in), on a CPU, is one token for each row, and float32."""
-    return x.shape[1] == 1 and x.dtype == torch.float32
+    """Whether x (R, T, D_in), on a CPU, is float32 and one token for each of a few rows: for many,
+    torch's threads and matrix products pay."""
+    return x.shape[1] == 1 and x.shape[0] <= _MOST_ROWS and x.dtype == torch.float32
 
 
 class Factors(NamedTuple):
