@@ -6,7 +6,8 @@ One token needs little arithmetic, but between the base's products each call of 
 other. Axes: R rows, P projections of a bank, E experts, K selected, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numba
@@ -24,10 +25,14 @@ Stored = NDArray[Any]
 _MOST_ROWS = 8
 LENGTH, FIRST, OUTPUT = 0, 1, 2  # what a score measures: z, its first entry, S z
 
-# Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
-_compiled = numba.njit(
-    cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
-)
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    # Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
+    fastmath = {"reassoc", "contract", "nsz"}
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    with suppress(RuntimeError):  # no folder can be written: compiled anew at each start
+        dispatcher.enable_caching()
+    return dispatcher
 
 
 def can_route(x: Tensor) -> bool:

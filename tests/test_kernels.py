@@ -1,0 +1,198 @@
+"""Compiled routing of one token against the same in torch: whole runs, and function by function."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from spectr_demo import kernels
+from spectr_demo.bank import ExpertBank
+from spectr_demo.config import RouterConfig
+from spectr_demo.engine import SpectrModel, Step
+from spectr_demo.pooling import EvidencePool
+from spectr_demo.routing import ROUTERS, lead, select
+
+PROMPT = "every day at noon"
+COLUMNS: list[list[str | RouterConfig]] = [
+    *([key] for key in ROUTERS if key not in ("base", "single")),
+    ["single:red"],
+    [RouterConfig(name="lag", prefilter=2)],
+    [RouterConfig(name="lag", prefilter=2, top_k=2, decay=0.9)],
+    [RouterConfig(name="uniform", composition="parameters")],
+    [RouterConfig(name="spectr", top_k=2, composition="outputs", weighting="softmax")],
+    [RouterConfig(name="arrow", calibrated=True, decay=0.8)],
+    ["base", "single:green"],
+    ["base", "spectr-context", "single:red", "spectr-paper", "lag", "uniform", "norm", "arrow"],
+]
+
+
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "can_route", lambda x: False)
+
+
+def assert_same(one: Step, other: Step) -> None:
+    assert one.trace and other.trace
+    assert [c.text for c in one.columns] == [c.text for c in other.columns]
+    for a, b in zip(one.trace.columns, other.trace.columns, strict=True):
+        assert np.array_equal(a.experts, b.experts)
+        for name in ("weights", "scores", "logprob"):
+            np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("columns", COLUMNS, ids=str)
+def test_a_run_is_the_same_in_both(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, columns: list[str | RouterConfig]
+) -> None:
+    compiled = routed_model.compare(PROMPT, columns, max_new_tokens=6)
+    in_torch(monkeypatch)
+    assert_same(compiled, routed_model.compare(PROMPT, columns, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("router", ["spectr-paper", "spectr-context"])
+def test_large_banks_are_multiplied_by_torch(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, router: str
+) -> None:
+    compiled = routed_model.compare(PROMPT, [router], max_new_tokens=6)
+    monkeypatch.setattr("spectr_demo.routing._FEW_BYTES", 0)
+    monkeypatch.setattr(kernels, "project", None)
+    assert_same(compiled, routed_model.compare(PROMPT, [router], max_new_tokens=6))
+
+
+def test_who_can_be_served() -> None:
+    assert kernels.can_route(torch.zeros(4, 1, 8))
+    assert not kernels.can_route(torch.zeros(4, 2, 8)), "a prompt"
+    assert not kernels.can_route(torch.zeros(64, 1, 8)), "many rows"
+    assert not kernels.can_route(torch.zeros(4, 1, 8).bfloat16())
+    half = torch.zeros(2, 8).half()
+    assert kernels.Factors.of(half, [half], torch.zeros(1, 1, 2)) is None
+    meta = torch.zeros(2, 8, device="meta")
+    assert kernels.Factors.of(meta, [meta], torch.zeros(1, 1, 2)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_stored_factors(dtype: torch.dtype) -> None:
+    """In bfloat16 from its bits: exact products, where torch would round each."""
+    torch.manual_seed(0)
+    R, P, E, r, D, D_out = 3, 2, 5, 4, 37, 23
+    x, A = torch.randn(R, 1, D), torch.randn(P * E * r, D).to(dtype)
+    B = torch.randn(E * r, D_out).to(dtype)
+    S = torch.rand(P, E, r)
+    factors = kernels.Factors.of(A, [B], S)
+    assert factors is not None
+    expected = (x[:, 0].double() @ A.double().mT).float().view(R, P, E, r)
+    z = kernels.project(x.numpy(), factors.A, P, E, r)
+    assert_close(torch.from_numpy(z), expected)
+    kept = torch.stack([torch.randperm(E)[:3] for _ in range(R * P)]).view(R, P, 3)
+    chosen = kernels.project_chosen(x.numpy(), factors.A, kept.numpy(), P, E, r)
+    places = kept[..., None].expand(-1, -1, -1, r)
+    assert_close(torch.from_numpy(chosen), expected.gather(2, places))
+
+    weights = torch.rand(R, P, 3)
+    weights[0, 1, 1] = 0
+    is_merged = np.array([True, False, True])
+    y = torch.randn(R, 1, D_out)
+    added = y.clone()
+    B_of = (factors.B[0], factors.B[0])
+    mixed = kernels.MixedToken(B_of, chosen, weights.numpy(), is_merged, kept.numpy())
+    assert mixed.add_(added, 1) is added
+    for row in range(R):
+        z_of = torch.from_numpy(chosen)[row, 1].double()
+        w = weights[row, 1].double()[:, None]
+        values = w * ((w * z_of).sum(0) if is_merged[row] else z_of)
+        delta = values.flatten() @ B.view(E, r, -1)[kept[row, 1]].flatten(0, 1).double()
+        assert_close(added[row, 0], y[row, 0] + delta.float(), atol=1e-5, rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(data=st.data(), num_experts=st.integers(1, 12))
+def test_keep_takes_the_longest(data: st.DataObject, num_experts: int) -> None:
+    num_kept = data.draw(st.integers(1, num_experts))
+    lengths = st.integers(-4, 4).map(float)  # few values, so that many are equal
+    first = data.draw(st.lists(lengths, min_size=num_experts, max_size=num_experts))
+    array = np.array(first, np.float32)[None, None]
+    kept = kernels.keep(array, num_kept)[0, 0]
+    assert len(set(kept.tolist())) == num_kept
+    longest = sorted(np.abs(first), reverse=True)[:num_kept]
+    assert sorted(np.abs(np.array(first)[kept]), reverse=True) == longest
+
+
+def test_what_is_not_a_number_stays_inside_the_bank() -> None:
+    """A diverging model must not become a read of other memory."""
+    nan = np.full((1, 2, 4), np.nan, np.float32)
+    assert set(kernels.keep(nan, 2).flatten().tolist()) <= {0, 1, 2, 3}
+    places, _, _, _ = kernels.choose(nan, 3, 0.0, -np.inf)
+    assert set(places.flatten().tolist()) <= {0, 1, 2, 3}
+
+
+@settings(deadline=None)
+@given(
+    scores=st.lists(
+        st.floats(-50, 50, width=32), min_size=1, max_size=9, unique_by=lambda s: round(s, 3)
+    ),
+    top_k=st.integers(1, 9),
+    temperature=st.sampled_from([None, 0.02, 1.0]),
+    least=st.sampled_from([None, 0.0, 60.0]),
+)
+@example(scores=[1.0, 2.0, -50.0], top_k=3, temperature=0.02, least=None)
+def test_choose_is_select(
+    scores: list[float], top_k: int, temperature: float | None, least: float | None
+) -> None:
+    config = RouterConfig(name="spectr", top_k=top_k)
+    if temperature is not None:
+        config = replace(config, weighting="softmax", temperature=temperature)
+    tensor = torch.tensor(scores)[None, None]
+    expected = select(tensor, config, least)
+    places, weights, top, of_all = kernels.choose(
+        tensor.numpy(), top_k, temperature or 0.0, -np.inf if least is None else least
+    )
+    for found, of_torch in zip((places, weights, top), expected, strict=True):
+        assert_close(torch.from_numpy(found), of_torch, atol=1e-6, rtol=1e-5)
+    indices, kept, _ = expected
+    assert_close(torch.from_numpy(of_all), torch.zeros_like(tensor).scatter(-1, indices, kept))
+
+
+@pytest.mark.parametrize("num_first", [0, 4], ids=["read once", "read twice"])
+def test_a_pool_may_change_between_both(num_first: int) -> None:
+    """Token by token, several at once, token by token again: the state is one."""
+    R, P, decay = 2, 2, 0.8
+    generator = torch.Generator().manual_seed(1)
+    banks = [
+        ExpertBank(
+            paths=("layers.0.a", "layers.0.b"),
+            expert_ids=torch.tensor(ids),
+            A=torch.zeros(0),
+            B=(),
+            singular_values=torch.zeros(0),
+        )
+        for ids in ([0, 1, 2], [2, 0])
+    ]
+    texts = [torch.randn(R, 12, P, len(bank.expert_ids), generator=generator) for bank in banks]
+    is_evidence = torch.rand(R, 7, generator=generator) > 0.4
+
+    def pool() -> EvidencePool:
+        known = torch.ones(R, num_first, dtype=torch.bool) if num_first else is_evidence
+        pool = EvidencePool(decay, 3, known)
+        if num_first:
+            for bank, text in zip(banks, texts, strict=True):
+                pool.add(bank, text[:, :num_first])
+            pool.read_again(is_evidence)
+        return pool
+
+    one, other = pool(), pool()
+    expected = [lead(one.add(bank, text)) for bank, text in zip(banks, texts, strict=True)]
+    start = 0
+    for length in (1, 1, 3, 1, 1, 2, 1, 1, 1):
+        here = slice(start, start := start + length)
+        for bank, text, whole in zip(banks, texts, expected, strict=True):
+            if length == 1:
+                state = other.of_token(bank, R, is_lead=True)
+                found = torch.from_numpy(kernels.pooled(text[:, here][:, 0].numpy(), *state))
+                found = found[:, None]
+            else:
+                found = lead(other.add(bank, text[:, here]))
+            assert_close(found, whole[:, here], atol=1e-5, rtol=1e-4)
+    assert_close(one.latest, other.latest, atol=1e-5, rtol=1e-4)
