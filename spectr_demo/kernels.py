@@ -89,23 +89,35 @@ def project(x: Floats, A: Stored, num_layers: int, num_experts: int, rank: int) 
 
 
 @_compiled
+def best(values: Floats, num: int) -> Ids:
+    """(num,) places of the largest of values (E,), the largest first; of equals the first."""
+    places = np.zeros(num, np.int64)
+    count = 0
+    for e in range(len(values)):
+        if count < num:
+            count += 1
+        elif not values[e] > values[places[num - 1]]:
+            continue
+        k = count - 1
+        while k > 0 and values[e] > values[places[k - 1]]:
+            places[k] = places[k - 1]
+            k -= 1
+        places[k] = e
+    return places
+
+
+@_compiled
 def keep(first: Floats, num_kept: int) -> Ids:
-    """(R, P, F) places of the experts with the longest first entries (R, P, E), in any order."""
+    """(R, P, F) places of the experts with the longest first entries (R, P, E)."""
     R, P, E = first.shape
-    kept = np.zeros((R, P, num_kept), np.int64)
+    kept, lengths = np.empty((R, P, num_kept), np.int64), np.empty(E, np.float32)
     for row in range(R):
         for p in range(P):
-            lengths = np.abs(first[row, p])
-            least = np.partition(lengths, E - num_kept)[E - num_kept]
-            num = 0
             for e in range(E):
-                if lengths[e] > least:
-                    kept[row, p, num] = e
-                    num += 1
-            for e in range(E):  # of equal ones, as many as there is room for
-                if lengths[e] == least and num < num_kept:
-                    kept[row, p, num] = e
-                    num += 1
+                lengths[e] = abs(first[row, p, e])
+            places = best(lengths, num_kept)
+            for f in range(num_kept):
+                kept[row, p, f] = places[f]
     return kept
 
 
@@ -142,7 +154,7 @@ def scored(
     all but the `num_kept` with the longest first entry; standardised by
     mean and std (P, E)."""
     R, P, E, r = z.shape
-    scores = np.empty((R, P, E), np.float32)
+    scores, lengths = np.empty((R, P, E), np.float32), np.empty(E, np.float32)
     for row in range(R):
         for p in range(P):
             for e in range(E):
@@ -154,10 +166,12 @@ def scored(
                     squares += value * value
                 scores[row, p, e] = (np.sqrt(squares) - mean[p, e]) / std[p, e]
             if num_kept < E:
-                first = np.abs(z[row, p, :, 0])
-                least = np.partition(first, E - num_kept)[E - num_kept]
                 for e in range(E):
-                    if first[e] < least:
+                    lengths[e] = abs(z[row, p, e, 0])
+                for e in best(lengths, num_kept):
+                    lengths[e] = -1
+                for e in range(E):
+                    if lengths[e] >= 0:
                         scores[row, p, e] = -np.inf
     return scores
 
@@ -204,11 +218,11 @@ def pooled(
     evidence = np.empty((R, P, E), np.float32)
     for row in range(R):
         for p in range(P):
-            best = scores[row, p].max()
-            spoken = counts[row] * max(best, np.float32(0))
+            highest = scores[row, p].max()
+            spoken = counts[row] * max(highest, np.float32(0))
             for e in range(E):
                 value = fading * sums[row, p, e]
-                if scores[row, p, e] == best:
+                if scores[row, p, e] == highest:
                     value += spoken
                 sums[row, p, e] = value
                 expert = expert_ids[e]
@@ -216,7 +230,9 @@ def pooled(
                 weight = token_weight[row] * layers[p, e] + first_weight[row, expert]
                 evidence[row, p, e] = total[row, expert] / weight
             if is_lead and E > 1:
-                evidence[row, p] -= evidence[row, p].mean()
+                mean = evidence[row, p].sum() / np.float32(E)
+                for e in range(E):
+                    evidence[row, p, e] -= mean
     return evidence
 
 
@@ -231,20 +247,14 @@ def choose(
     """
     R, P, E = scores.shape
     K = min(top_k, E)
-    places = np.zeros((R, P, K), np.int64)
+    places = np.empty((R, P, K), np.int64)
     weights, top = np.empty((R, P, K), np.float32), np.empty((R, P, K), np.float32)
     dense = np.zeros((R, P, E), np.float32)
-    is_chosen = np.zeros(E, np.bool_)
     for row in range(R):
         for p in range(P):
-            is_chosen[:] = False
+            chosen = best(scores[row, p], K)
             for k in range(K):
-                best = -1
-                for e in range(E):
-                    if not is_chosen[e] and (best < 0 or scores[row, p, e] > scores[row, p, best]):
-                        best = e
-                is_chosen[best] = True
-                places[row, p, k], top[row, p, k] = best, scores[row, p, best]
+                places[row, p, k], top[row, p, k] = chosen[k], scores[row, p, chosen[k]]
             sum_of_weights = np.float32(0)
             for k in range(K):
                 weight = np.float32(1)
