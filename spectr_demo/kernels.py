@@ -141,34 +141,42 @@ def project_chosen(
     return z
 
 
+class Rule(NamedTuple):
+    """How a router scores and chooses at a bank.
+
+    measure: LENGTH, FIRST or OUTPUT. num_kept: of the experts with the longest first entry; the
+    others have no score. mean, std (P, E): by which scores are standardised. top_k, temperature (of
+    a softmax; 0 is 1/K each) and least (the best score must exceed it): see `routing.select`.
+    """
+
+    measure: int
+    num_kept: int
+    mean: Floats
+    std: Floats
+    top_k: int
+    temperature: float
+    least: float
+
+
 @_compiled
-def scored(
-    z: Floats,
-    singular_values: Floats,
-    measure: int,
-    num_kept: int,
-    mean: Floats,
-    std: Floats,
-) -> Floats:
-    """(R, P, E) scores from z (R, P, E, r): lengths of z, of its first entry or of S z; -inf for
-    all but the `num_kept` with the longest first entry; standardised by
-    mean and std (P, E)."""
+def scored(z: Floats, singular_values: Floats, rule: Rule) -> Floats:
+    """(R, P, E) scores from z (R, P, E, r); -inf for experts that are not kept."""
     R, P, E, r = z.shape
     scores, lengths = np.empty((R, P, E), np.float32), np.empty(E, np.float32)
     for row in range(R):
         for p in range(P):
             for e in range(E):
                 squares = np.float32(0)
-                for i in range(1 if measure == FIRST else r):
+                for i in range(1 if rule.measure == FIRST else r):
                     value = z[row, p, e, i]
-                    if measure == OUTPUT:
+                    if rule.measure == OUTPUT:
                         value *= singular_values[p, e, i]
                     squares += value * value
-                scores[row, p, e] = (np.sqrt(squares) - mean[p, e]) / std[p, e]
-            if num_kept < E:
+                scores[row, p, e] = (np.sqrt(squares) - rule.mean[p, e]) / rule.std[p, e]
+            if rule.num_kept < E:
                 for e in range(E):
                     lengths[e] = abs(z[row, p, e, 0])
-                for e in best(lengths, num_kept):
+                for e in best(lengths, rule.num_kept):
                     lengths[e] = -1
                 for e in range(E):
                     if lengths[e] >= 0:
@@ -177,12 +185,12 @@ def scored(
 
 
 class Pool(NamedTuple):
-    """The state of an `EvidencePool` that a bank's layers read and change; arguments of `pooled`.
+    """The state of an `EvidencePool` that a bank's layers read and change.
 
-    counts (R,): 0 for a token that says nothing, else 1. token_weight (R,),
-    first_weight (R, all experts): of the tokens, and of the first reading. total (R, all experts):
-    of the layers so far. sums (R, P, E): of the bank. weights (P,), layers (P, E): of each layer,
-    and up to it. is_lead: evidence less the experts' mean, see `routing.lead`.
+    counts (R,): 0 for a token that says nothing, else 1. token_weight (R,), first_weight (R, all
+    experts): of the tokens, and of the first reading. total (R, all experts): of the layers so far.
+    sums (R, P, E): of the bank. weights (P,), layers (P, E): of each layer, and up to it. is_lead:
+    evidence less the experts' mean, see `routing.lead`.
     """
 
     decay: float
@@ -198,38 +206,26 @@ class Pool(NamedTuple):
 
 
 @_compiled
-def pooled(
-    scores: Floats,
-    decay: float,
-    counts: Floats,
-    token_weight: Floats,
-    first_weight: Floats,
-    total: Floats,
-    sums: Floats,
-    weights: Floats,
-    layers: Floats,
-    expert_ids: Ids,
-    is_lead: bool,
-) -> Floats:
-    """(R, P, E) evidence from scores (R, P, E), as `EvidencePool.add` describes it; total and sums
-    are changed in place."""
+def pooled(scores: Floats, pool: Pool) -> Floats:
+    """(R, P, E) evidence from scores (R, P, E), as `EvidencePool.add` describes it; the pool's
+    total and sums are changed in place."""
     R, P, E = scores.shape
-    fading = np.float32(decay)
+    decay = np.float32(pool.decay)
     evidence = np.empty((R, P, E), np.float32)
     for row in range(R):
         for p in range(P):
             highest = scores[row, p].max()
-            spoken = counts[row] * max(highest, np.float32(0))
+            spoken = pool.counts[row] * max(highest, np.float32(0))
             for e in range(E):
-                value = fading * sums[row, p, e]
+                value = decay * pool.sums[row, p, e]
                 if scores[row, p, e] == highest:
                     value += spoken
-                sums[row, p, e] = value
-                expert = expert_ids[e]
-                total[row, expert] += weights[p] * value
-                weight = token_weight[row] * layers[p, e] + first_weight[row, expert]
-                evidence[row, p, e] = total[row, expert] / weight
-            if is_lead and E > 1:
+                pool.sums[row, p, e] = value
+                expert = pool.expert_ids[e]
+                pool.total[row, expert] += pool.weights[p] * value
+                weight = pool.token_weight[row] * pool.layers[p, e] + pool.first_weight[row, expert]
+                evidence[row, p, e] = pool.total[row, expert] / weight
+            if pool.is_lead and E > 1:
                 mean = evidence[row, p].sum() / np.float32(E)
                 for e in range(E):
                     evidence[row, p, e] -= mean
@@ -237,16 +233,11 @@ def pooled(
 
 
 @_compiled
-def choose(
-    scores: Floats, top_k: int, temperature: float, least: float
-) -> tuple[Ids, Floats, Floats, Floats]:
-    """The K experts with the best scores (R, P, E), see `routing.select`: their places, weights and
-    scores, (R, P, K) each; and the weights of all, (R, P, E).
-
-    temperature: of a softmax; 0 is 1/K each. least: the best score must exceed it.
-    """
+def choose(scores: Floats, rule: Rule) -> tuple[Ids, Floats, Floats, Floats]:
+    """The K experts with the best scores (R, P, E): their places, weights and scores, (R, P, K)
+    each; and the weights of all, (R, P, E)."""
     R, P, E = scores.shape
-    K = min(top_k, E)
+    K = min(rule.top_k, E)
     places = np.empty((R, P, K), np.int64)
     weights, top = np.empty((R, P, K), np.float32), np.empty((R, P, K), np.float32)
     dense = np.zeros((R, P, E), np.float32)
@@ -258,11 +249,12 @@ def choose(
             sum_of_weights = np.float32(0)
             for k in range(K):
                 weight = np.float32(1)
-                if temperature > 0:
-                    weight = np.exp((top[row, p, k] - top[row, p, 0]) / np.float32(temperature))
+                if rule.temperature > 0:
+                    lead = top[row, p, k] - top[row, p, 0]
+                    weight = np.exp(lead / np.float32(rule.temperature))
                 weights[row, p, k] = weight
                 sum_of_weights += weight
-            is_any = top[row, p, 0] > least
+            is_any = top[row, p, 0] > rule.least
             for k in range(K):
                 weight = weights[row, p, k] / sum_of_weights if is_any else np.float32(0)
                 weights[row, p, k] = dense[row, p, places[row, p, k]] = weight
@@ -302,40 +294,15 @@ def add_(
                     y[row, 0, d] += value * _as_float(factors[d])
 
 
-class Rule(NamedTuple):
-    """How a router scores and chooses at a bank: `scored`, `choose`; measure is LENGTH, FIRST or
-    OUTPUT, mean and std (P, E) are 0 and 1 for scores as they are."""
-
-    measure: int
-    num_kept: int
-    mean: Floats
-    std: Floats
-    top_k: int
-    temperature: float
-    least: float
-
-
 @_compiled
 def route(
     z: Floats, singular_values: Floats, rule: Rule, pool: Pool | None
 ) -> tuple[Ids, Floats, Floats, Floats]:
     """What a router chooses from z (R, P, E, r), as `choose` returns it."""
-    scores = scored(z, singular_values, rule.measure, rule.num_kept, rule.mean, rule.std)
+    scores = scored(z, singular_values, rule)
     if pool is not None:
-        scores = pooled(
-            scores,
-            pool.decay,
-            pool.counts,
-            pool.token_weight,
-            pool.first_weight,
-            pool.total,
-            pool.sums,
-            pool.weights,
-            pool.layers,
-            pool.expert_ids,
-            pool.is_lead,
-        )
-    return choose(scores, rule.top_k, rule.temperature, rule.least)
+        scores = pooled(scores, pool)
+    return choose(scores, rule)
 
 
 class MixedToken(NamedTuple):

@@ -344,9 +344,8 @@ class RoutingPlan:
         self._rows_merged = np.array(is_merged)
         is_one = len(self._groups) == 1 and self._groups[0].is_whole
         self._only_group = self._groups[0] if is_one else None
-        self._mixed: dict[
-            ExpertBank, Mixed | MixedToken
-        ] = {}  # of the banks of which a layer is still to run
+        # Of the banks of which a layer is still to run.
+        self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
         """(R, 1, P, E) float32 weights of the rows that do not look at tokens; 0 for the others."""

@@ -34,6 +34,20 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "can_route", lambda x: False)
 
 
+def rule(num_experts: int, **changes: float) -> kernels.Rule:
+    """SpectR's score, as it is; K = 1."""
+    plain = kernels.Rule(
+        measure=kernels.LENGTH,
+        num_kept=num_experts,
+        mean=np.zeros((2, num_experts), np.float32),
+        std=np.ones((2, num_experts), np.float32),
+        top_k=1,
+        temperature=0.0,
+        least=-np.inf,
+    )
+    return plain._replace(**changes)
+
+
 def assert_same(one: Step, other: Step) -> None:
     assert one.trace and other.trace
     assert [c.text for c in one.columns] == [c.text for c in other.columns]
@@ -124,7 +138,7 @@ def test_what_is_not_a_number_stays_inside_the_bank() -> None:
     """A diverging model must not become a read of other memory."""
     nan = np.full((1, 2, 4), np.nan, np.float32)
     assert set(kernels.keep(nan, 2).flatten().tolist()) <= {0, 1, 2, 3}
-    places, _, _, _ = kernels.choose(nan, 3, 0.0, -np.inf)
+    places, _, _, _ = kernels.choose(nan, rule(4, top_k=3))
     assert set(places.flatten().tolist()) <= {0, 1, 2, 3}
 
 
@@ -146,9 +160,13 @@ def test_choose_is_select(
         config = replace(config, weighting="softmax", temperature=temperature)
     tensor = torch.tensor(scores)[None, None]
     expected = select(tensor, config, least)
-    places, weights, top, of_all = kernels.choose(
-        tensor.numpy(), top_k, temperature or 0.0, -np.inf if least is None else least
+    asked = rule(
+        len(scores),
+        top_k=top_k,
+        temperature=temperature or 0.0,
+        least=-np.inf if least is None else least,
     )
+    places, weights, top, of_all = kernels.choose(tensor.numpy(), asked)
     for found, of_torch in zip((places, weights, top), expected, strict=True):
         assert_close(torch.from_numpy(found), of_torch, atol=1e-6, rtol=1e-5)
     indices, kept, _ = expected
@@ -190,7 +208,7 @@ def test_a_pool_may_change_between_both(num_first: int) -> None:
         for bank, text, whole in zip(banks, texts, expected, strict=True):
             if length == 1:
                 state = other.of_token(bank, R, is_lead=True)
-                found = torch.from_numpy(kernels.pooled(text[:, here][:, 0].numpy(), *state))
+                found = torch.from_numpy(kernels.pooled(text[:, here][:, 0].numpy(), state))
                 found = found[:, None]
             else:
                 found = lead(other.add(bank, text[:, here]))

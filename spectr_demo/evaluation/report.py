@@ -22,9 +22,10 @@ hand. {conditions}
 How to read it: `oracle` answers each prompt with its own domain's expert, and is what a router can
 reach; `base` has no expert. `spectr-paper` is SpectR with the paper's K = 4, `spectr` with K = 1.
 `spectr-context` is this project's: SpectR's score, standardised by generic prompts and pooled over
-a first reading of the prompt and the answer so far. `spectr-calibrated`, `pooled` and `calibrated, pooled` have only these parts of it; the rows
-that begin with `context` differ from it as they say. Answers are generated greedily and scored by
-each domain's own metric (`docs/training.md`). Intervals are 95%.
+a first reading of the prompt and the answer so far. `spectr-calibrated`, `pooled` and `calibrated,
+pooled` have only these parts of it; the rows that begin with `context` differ from it as they say.
+Answers are generated greedily and scored by each domain's own metric (`docs/training.md`).
+Intervals are 95%.
 """
 
 
