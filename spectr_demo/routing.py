@@ -389,8 +389,10 @@ class RoutingPlan:
         cross terms are part of SpectR. Both are one product with the stacked factors, or with
         copies of the chosen ones where all rows share a router and that is less to read.
         """
-        if bank.compiled is not None and kernels.can_route(x):
-            return self._mix_token(bank, bank.compiled, x)
+        factors = bank.compiled
+        # Where all of many experts are added, torch's threads read them faster.
+        if factors and kernels.can_route(x) and (self._groups or factors.A.nbytes <= _FEW_BYTES):
+            return self._mix_token(bank, factors, x)
         if self._is_folded:
             return Mixed.of(bank.project(x), None)
         group, kept = self._only_group, None
