@@ -29,6 +29,7 @@ from spectr_demo import (
     calibration,
     engine,
     experts,
+    kernels,
     layers,
     memory,
     pooling,
@@ -73,7 +74,7 @@ EXAMPLES_AT_ONCE = 16  # a part of the results; more examples than before are ne
 NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
-    *(adapters, bank, calibration, engine, experts, layers, memory, pooling, prompts),
+    *(adapters, bank, calibration, engine, experts, kernels, layers, memory, pooling, prompts),
     *(recorder, routing, shared_inputs, spectral),
     *(accuracy, compositional, heldout, merging, reading, retrained, stress_tests, variants),
 )
