@@ -72,8 +72,7 @@ class EvidencePool:
     def add(self, bank: ExpertBank, scores: Tensor) -> Tensor:
         """Add the scores (R, T, P, E) of a bank's layers; return the pooled ones, same shape; 0 for
         an expert that nothing speaks for."""
-        if self._first_bank is None or bank is self._first_bank:
-            self._first_bank = bank
+        if self._begins_pass(bank):
             self._start_pass(scores)
         # On a base that is spread over devices, the evidence stays where the first layers are.
         here, scores = scores.device, scores.to(self._total.device)
@@ -104,8 +103,7 @@ class EvidencePool:
 
     def of_token(self, bank: ExpertBank, num_rows: int, *, is_lead: bool) -> Pool:
         """The state that compiled code needs to `add` the scores of one token on a CPU."""
-        if self._first_bank is None or bank is self._first_bank:
-            self._first_bank = bank
+        if self._begins_pass(bank):
             self._start_pass(torch.empty(num_rows, 1, 0))
             counts = torch.ones(num_rows, 1, 1) if self._counts is None else self._counts
             first = self._first_weight
@@ -142,6 +140,11 @@ class EvidencePool:
             self._layer_weight[bank.expert_ids] = layers[-1].cpu()
             self._layers[bank] = weights, layers
         return self._layers[bank]
+
+    def _begins_pass(self, bank: ExpertBank) -> bool:
+        if self._first_bank is None:
+            self._first_bank = bank
+        return bank is self._first_bank
 
     def _start_pass(self, scores: Tensor) -> None:
         R, T, *_ = scores.shape

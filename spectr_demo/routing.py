@@ -250,7 +250,8 @@ def select(
     assert config.top_k is not None
     top, indices = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1)
     if config.weighting == "softmax":
-        weights = torch.softmax(top / config.temperature, dim=-1)
+        # The lead is divided, not the score, whose rounding a low temperature would magnify.
+        weights = torch.softmax((top - top[..., :1]) / config.temperature, dim=-1)
     else:
         weights = torch.full_like(top, 1 / top.shape[-1])
     if least is not None:

@@ -152,6 +152,7 @@ def test_what_is_not_a_number_stays_inside_the_bank() -> None:
     least=st.sampled_from([None, 0.0, 60.0]),
 )
 @example(scores=[1.0, 2.0, -50.0], top_k=3, temperature=0.02, least=None)
+@example(scores=[10.875, 10.867477416992188], top_k=2, temperature=0.02, least=None)
 def test_choose_is_select(
     scores: list[float], top_k: int, temperature: float | None, least: float | None
 ) -> None:
