@@ -34,19 +34,23 @@ from spectr_demo.config import (
     experts_from_environment,
 )
 from spectr_demo.experts import ExpertLibrary, load_experts
-from spectr_demo.layers import attach_, detach_, record_hidden_states, routed
+from spectr_demo.layers import attach_, detach_, follow, routed
 from spectr_demo.loading import DeviceMap, LoadedBase, load_base
+from spectr_demo.pooling import lead
 from spectr_demo.prompts import (
     Message,
     decoder_inputs,
     encode,
+    newline_ids,
+    request_lines,
     request_start,
     shared_length,
+    template_closing,
     template_opening,
     user_turn,
 )
 from spectr_demo.recorder import Recorder
-from spectr_demo.routing import Calibration, FirstReading, RoutingPlan, lead, parse_router
+from spectr_demo.routing import Calibration, FirstReading, RoutingPlan, parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.tracing import build_trace, library_versions
 
@@ -101,15 +105,18 @@ class SpectrModel:
         self.tokenizer = base.tokenizer
         attach_(self.model, library)
         self.template_opening = template_opening(base.tokenizer)
+        self.template_closing = template_closing(base.tokenizer)
         self.user_turn = user_turn(base.tokenizer)
-        self._hook = record_hidden_states(self.model.get_decoder())
+        self.newline_ids = newline_ids(base.tokenizer)
+        self._hooks = follow(self.model.get_decoder())
         self._calibration: Calibration | None = None
         self._calibration_lock = threading.Lock()
         self._least_leads: dict[RouterConfig, float] = {}
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         detach_(self.model)
 
     def generate(
@@ -184,6 +191,7 @@ class SpectrModel:
             each are its prompt; None says all.
         """
         num_prompt = num_prompt or [len(ids) for ids in texts]
+        least_leads = {r: self._least_lead(r) for r in routers if r.confidence is not None}
         readers = [row for row, router in enumerate(routers) if router.reads_first]
         first_reading = None
         if readers:
@@ -204,7 +212,8 @@ class SpectrModel:
                 ],
             ),
             first_reading=first_reading,
-            least_leads={r: self._least_lead(r) for r in routers if r.confidence is not None},
+            least_leads=least_leads,
+            newline_ids=self.newline_ids,
         )
 
     def _is_evidence(self, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
@@ -219,15 +228,25 @@ class SpectrModel:
         self, routers: Sequence[RouterConfig], prompts: Sequence[Sequence[int]]
     ) -> FirstReading:
         """The bare base reads the prompts, one for each router, and the experts listen."""
-        starts = [request_start(ids, self.template_opening, self.user_turn) for ids in prompts]
+        lines_of = [
+            request_lines(
+                ids,
+                request_start(ids, self.template_opening, self.user_turn),
+                self.template_closing,
+                self.newline_ids,
+            )
+            for ids in prompts
+        ]
+        texts, starts = zip(*(line for lines in lines_of for line in lines), strict=True)
         reading = FirstReading(
             routers,
             self.library.names,
             calibration=self.calibration,
-            is_evidence=self._is_evidence(prompts, starts),
+            num_lines=[len(lines) for lines in lines_of],
+            is_evidence=self._is_evidence(texts, starts),
         )
         with routed(reading):
-            self.model.get_decoder()(**decoder_inputs(prompts, self.base.device), use_cache=False)
+            self.model.get_decoder()(**decoder_inputs(texts, self.base.device), use_cache=False)
         return reading
 
     def _least_lead(self, router: RouterConfig) -> float:
@@ -236,7 +255,7 @@ class SpectrModel:
         if router not in self._least_leads:
             prompts = [self.encode(prompt) for prompt in generic_prompts()]
             reading = self._read_first([router] * len(prompts), prompts)
-            leads = lead(reading.pool(router).latest).amax(-1)
+            leads = lead(reading.pool(router)[0].latest).amax(-1)
             self._least_leads[router] = float(leads.quantile(router.confidence))
         return self._least_leads[router]
 

@@ -187,13 +187,14 @@ def scored(z: Floats, singular_values: Floats, rule: Rule) -> Floats:
 class Pool(NamedTuple):
     """The state of an `EvidencePool` that a bank's layers read and change.
 
-    counts (R,): 0 for a token that says nothing, else 1. token_weight (R,), first_weight (R, all
-    experts): of the tokens, and of the first reading. total (R, all experts): of the layers so far.
+    keeps (R,): what the tokens before still count: the decay, or 0 where a line ends. counts (R,):
+    0 for a token that says nothing, else 1. token_weight (R,), first_weight (R, all experts): of
+    the tokens, and of the first reading. total (R, all experts): of the layers so far.
     sums (R, P, E): of the bank. weights (P,), layers (P, E): of each layer, and up to it. is_lead:
-    evidence less the experts' mean, see `routing.lead`.
+    evidence less the experts' mean, see `pooling.lead`.
     """
 
-    decay: float
+    keeps: Floats
     counts: Floats
     token_weight: Floats
     first_weight: Floats
@@ -210,14 +211,13 @@ def pooled(scores: Floats, pool: Pool) -> Floats:
     """(R, P, E) evidence from scores (R, P, E), as `EvidencePool.add` describes it; the pool's
     total and sums are changed in place."""
     R, P, E = scores.shape
-    decay = np.float32(pool.decay)
     evidence = np.empty((R, P, E), np.float32)
     for row in range(R):
         for p in range(P):
             highest = scores[row, p].max()
             spoken = pool.counts[row] * max(highest, np.float32(0))
             for e in range(E):
-                value = decay * pool.sums[row, p, e]
+                value = pool.keeps[row] * pool.sums[row, p, e]
                 if scores[row, p, e] == highest:
                     value += spoken
                 pool.sums[row, p, e] = value

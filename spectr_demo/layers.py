@@ -70,12 +70,21 @@ def detach_(model: nn.Module) -> None:
             setattr(parent, name, module.base_layer)
 
 
-def record_hidden_states(decoder: nn.Module) -> Any:
-    """A hook that hands the decoder's last hidden states to the run's recorder, if it has one."""
+def follow(decoder: nn.Module) -> list[Any]:
+    """Hooks that hand what the decoder reads to the run's plan, and its last hidden states to the
+    recorder, if there is one."""
 
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        plan, input_ids = _plan.get(), kwargs.get("input_ids")
+        if plan is not None and input_ids is not None:
+            plan.begin_pass(input_ids)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
         plan = _plan.get()
         if plan is not None and plan.recorder is not None:
             plan.recorder.add_hidden(output.last_hidden_state)
 
-    return decoder.register_forward_hook(hook)
+    return [
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.register_forward_hook(after),
+    ]

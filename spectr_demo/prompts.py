@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 
+_MOST_LINES = 4  # of a message that may hold several requests; a longer one is a text
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
     """Token ids of a prompt in the base's chat template, ready for an answer.
@@ -68,6 +70,43 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     first, later = template_opening(tokenizer), one[: shared_length(one, other)]
     length = shared_length(first[::-1], later[::-1])
     return first[len(first) - length :]
+
+
+def template_closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids with which every prompt ends, after what is asked."""
+    one, other = (encode(tokenizer, word) for word in ("A", "b"))
+    return one[len(one) - shared_length(one[::-1], other[::-1]) :]
+
+
+def newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All tokens that end a line."""
+    # As byte-level tokenizers and SentencePiece write it: to decode all tokens takes seconds.
+    marks = ("\n", "Ċ", "<0x0A>")
+    vocabulary = tokenizer.get_vocab().items()
+    candidates = [i for token, i in vocabulary if any(mark in token for mark in marks)]
+    return frozenset(i for i in candidates if "\n" in tokenizer.decode([i]))
+
+
+def request_lines(
+    ids: Sequence[int], start: int, closing: Sequence[int], newlines: frozenset[int]
+) -> list[tuple[list[int], int]]:
+    """Each line of a prompt's last request as if it were the last one: the prompt up to there, and
+    where the line begins in it. The whole prompt alone if there is one line, or more than a few.
+
+    start, closing, newlines: as the functions here give them.
+    """
+    ids, end = list(ids), len(ids)
+    if closing and ids[end - len(closing) :] == list(closing):
+        end -= len(closing)
+    starts = [
+        t
+        for t in range(start, end)
+        if ids[t] not in newlines and (t == start or ids[t - 1] in newlines)
+    ]
+    if not 1 < len(starts) <= _MOST_LINES:
+        return [(ids, start)]
+    cuts = [[*ids[:later], *ids[end:]] for later in starts[1:]]
+    return list(zip([*cuts, ids], starts, strict=True))
 
 
 def request_start(ids: Sequence[int], opening: Sequence[int], turn: Sequence[int]) -> int:

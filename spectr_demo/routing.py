@@ -6,7 +6,7 @@ so one product serves them all.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
 from spectr_demo.kernels import Factors, Floats, Ids, MixedToken, Pool, Rule
-from spectr_demo.pooling import EvidencePool
+from spectr_demo.pooling import EvidencePool, lead
 from spectr_demo.recorder import Recorder
 
 Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
@@ -259,16 +259,6 @@ def select(
     return indices, weights, top
 
 
-def lead(evidence: Tensor) -> Tensor:
-    """How far each expert stands out from the mean of all: (..., E), from evidence (..., E).
-
-    What every expert responds to speaks for none of them. One expert alone keeps its evidence.
-    """
-    if evidence.shape[-1] == 1:
-        return evidence
-    return evidence - evidence.mean(-1, keepdim=True)
-
-
 class Calibration:
     """What text of no domain says about each score, by layer and expert: mean and deviation."""
 
@@ -304,21 +294,24 @@ class RoutingPlan:
         is_evidence: Tensor | None = None,
         first_reading: "FirstReading | None" = None,
         least_leads: Mapping[RouterConfig, float] | None = None,
+        newline_ids: Collection[int] = (),
     ) -> None:
         """calibration: needed where a router is calibrated. is_evidence: (R, T) bool, False where
         routers that pool have nothing to learn: padding, template, a prompt that was read before.
         first_reading: needed where a router reads first; of the prompts of these routers' rows, in
         their order. least_leads: of the routers with a confidence, what an expert's lead must
-        exceed."""
+        exceed. newline_ids: tokens after which a router that reads first takes up again what the
+        prompt asked for."""
         self.routers = tuple(routers)
         self.recorder = recorder
         self.is_base_only = all(router.name == "base" for router in routers)
         self._groups = _make_groups(routers, len(expert_names), calibration, is_evidence)
         for group in self._groups:
-            if group.router.reads_first:
-                group.continue_from(first_reading)
             if group.router.confidence is not None:
                 group.least = (least_leads or {})[group.router]
+            if group.router.reads_first:
+                group.continue_from(first_reading)
+        self._newline_ids = torch.tensor(sorted(newline_ids))
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
         self._has_merged, self._all_merged = any(is_merged), all(is_merged)
@@ -347,6 +340,15 @@ class RoutingPlan:
         self._only_group = self._groups[0] if is_one else None
         # Of the banks of which a layer is still to run.
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
+
+    def begin_pass(self, input_ids: Tensor) -> None:
+        """input_ids: (R, T), which the layers read next."""
+        readers = [group for group in self._groups if group.router.reads_first]
+        if readers:
+            is_newline = torch.isin(input_ids, self._newline_ids.to(input_ids.device))
+        for group in readers:
+            assert group.pool is not None
+            group.pool.begin_lines(is_newline[group.rows])
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
         """(R, 1, P, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
@@ -515,23 +517,27 @@ class FirstReading(Listening):
         expert_names: Sequence[str],
         *,
         calibration: Calibration,
+        num_lines: Sequence[int],
         is_evidence: Tensor,
     ) -> None:
-        """routers: those that read first, one per row. is_evidence: (R, T) bool over the prompts,
-        which are padded on the left; False for padding and template."""
+        """routers: those that read first, one per prompt. num_lines: of each prompt's request; each
+        line is a row, the prompt up to there. is_evidence: (rows, T) bool over the rows, which are
+        padded on the left; True for the line and the template after it."""
         super().__init__()
-        self._groups = _make_groups(routers, len(expert_names), calibration, is_evidence)
+        self._num_lines = list(zip(routers, num_lines, strict=True))
+        rows = [router for router, num in self._num_lines for _ in range(num)]
+        self._groups = _make_groups(rows, len(expert_names), calibration, is_evidence)
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
         z = bank.project(x)
         for group in self._groups:
             group.scores(bank, z if group.is_whole else z[group.rows])
 
-    def pool(self, router: RouterConfig) -> EvidencePool:
-        """What the rows of this router have read."""
+    def pool(self, router: RouterConfig) -> tuple[EvidencePool, list[int]]:
+        """What the rows of this router have read; and how many lines each prompt has."""
         group = next(group for group in self._groups if group.router == router)
         assert group.pool is not None
-        return group.pool
+        return group.pool, [num for reader, num in self._num_lines if reader == router]
 
 
 def _make_groups(
@@ -589,8 +595,8 @@ class _Group:
                 f"router {self.router.name!r} reads the prompt first; its plan needs that reading: "
                 "make it with `SpectrModel.plan`"
             )
-        self.pool = first_reading.pool(self.router)
-        self.pool.read_again(self._is_evidence)
+        self.pool, num_lines = first_reading.pool(self.router)
+        self.pool.read_again(self._is_evidence, num_lines, self.least)
 
     def scores(self, bank: ExpertBank, z: Tensor) -> Tensor:
         """(R, T, P, E) float32 from z (R, T, P, E, r): the score, as the router asks."""

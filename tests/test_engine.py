@@ -580,7 +580,7 @@ def test_the_least_lead_is_that_of_so_many_generic_prompts(routed_model: SpectrM
     leads = []
     for prompt in prompts:
         ids = routed_model.encode(prompt)
-        pool = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
+        pool, _ = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
         leads.append(float((pool.latest - pool.latest.mean()).max()))
     for confidence in (0.0, 0.8, 1.0):
         least = routed_model._least_lead(replace(IN_CONTEXT, confidence=confidence))
@@ -598,7 +598,7 @@ def test_only_the_last_request_is_read_first(routed_model: SpectrModel) -> None:
     ids = routed_model.encode([*turns, last])
     start = request_start(ids, routed_model.template_opening, routed_model.user_turn)
     assert routed_model.tokenizer.decode(ids[start:]).startswith(PROMPT)
-    pool = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
+    pool, _ = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
     best = int(pool.latest.argmax())
     assert (choices([*turns, last]) == best).all(), "in every layer alike"
 

@@ -13,8 +13,8 @@ from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel, Step
-from spectr_demo.pooling import EvidencePool
-from spectr_demo.routing import ROUTERS, lead, select
+from spectr_demo.pooling import EvidencePool, lead
+from spectr_demo.routing import ROUTERS, select
 
 PROMPT = "every day at noon"
 COLUMNS: list[list[str | RouterConfig]] = [

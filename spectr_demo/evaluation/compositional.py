@@ -20,7 +20,7 @@ from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.evaluation.tasks import Example, get_task
 from spectr_demo.layers import routed
 from spectr_demo.prompts import encode
-from spectr_demo.routing import ROUTERS
+from spectr_demo.routing import ROUTERS, RoutingPlan
 
 Layout = Literal["one turn", "two turns"]
 LAYOUTS: tuple[Layout, ...] = ("one turn", "two turns")
@@ -55,62 +55,78 @@ def compositional_scores(
     """Per part, over the pairs: the score of the generated answer (given the reference answer of
     the part before it), the reference's mean NLL in nats, and the routing accuracy of its tokens.
     """
-    prompts = [_prompts(engine, pair, layout) for pair in pairs]
     result: dict[str, Any] = {}
     for part, key in enumerate(("first", "second")):
+        before = [_before(engine, pair, part, layout) for pair in pairs]
+        answers = _continue(engine, router, pairs, part, before)
+        references = [_tokens(engine, pair.examples[part].answer) for pair in pairs]
+        nums = [len(reference) for reference in references]
         texts = [
-            Text(prompt_ids=tuple(before[part]), answer_ids=tuple(_answer(engine, pair, part)))
-            for before, pair in zip(prompts, pairs, strict=True)
+            Text(prompt_ids=tuple(prompt), answer_ids=(*earlier, *reference))
+            for (prompt, earlier), reference in zip(before, references, strict=True)
         ]
-        answers = continue_texts(
-            engine.model,
-            engine.tokenizer,
-            [text.prompt_ids for text in texts],
-            max_new_tokens=max(get_task(pair.names[part]).max_new_tokens for pair in pairs),
-            around=lambda rows: routed(engine.plan([router] * len(rows), rows)),
-            description=f"{router.name}, {layout}",
-        )
         readings = read(engine, router, texts)
         # The first line is the part's answer; what follows may be the next part's.
         scores = [
             get_task(pair.names[part]).score(answer.partition("\n")[0], pair.examples[part])
             for answer, pair in zip(answers, pairs, strict=True)
         ]
-        result[key] = {
-            "score": float(np.mean(scores)),
-            "nll": float(np.mean([reading.nll for reading in readings])),
-        }
+        nlls = [-reading.logprob[-n:].mean() for reading, n in zip(readings, nums, strict=True)]
+        result[key] = {"score": float(np.mean(scores)), "nll": float(np.mean(nlls))}
         if ROUTERS[router.name].score is not None:
             experts = [engine.library.index(pair.names[part]) for pair in pairs]
-            result[key]["accuracy"] = float(
-                np.mean([_accuracy(r, e) for r, e in zip(readings, experts, strict=True)])
-            )
+            accuracies = [
+                _accuracy(reading, expert, n)
+                for reading, expert, n in zip(readings, experts, nums, strict=True)
+            ]
+            result[key]["accuracy"] = float(np.mean(accuracies))
     return result
 
 
-def _prompts(engine: SpectrModel, pair: Pair, layout: Layout) -> tuple[list[int], list[int]]:
-    """Token ids before the first answer, and before the second one."""
+def _before(
+    engine: SpectrModel, pair: Pair, part: int, layout: Layout
+) -> tuple[list[int], list[int]]:
+    """Token ids of a part's prompt, and of the answer so far: the line before, if there is one."""
     first, second = pair.examples
-    if layout == "two turns":
-        turns = [{"role": "user", "content": first.prompt}]
-        later = [
-            *turns,
-            {"role": "assistant", "content": first.answer},
-            {"role": "user", "content": second.prompt},
-        ]
-        return encode(engine.tokenizer, turns), encode(engine.tokenizer, later)
-    prompt = encode(engine.tokenizer, f"{first.prompt}\n{second.prompt}")
-    return prompt, [*prompt, *_tokens(engine, first.answer + "\n")]
+    if layout == "one turn":
+        prompt = encode(engine.tokenizer, f"{first.prompt}\n{second.prompt}")
+        return prompt, _tokens(engine, first.answer + "\n") if part == 1 else []
+    turns = [{"role": "user", "content": first.prompt}]
+    if part == 1:
+        turns.append({"role": "assistant", "content": first.answer})
+        turns.append({"role": "user", "content": second.prompt})
+    return encode(engine.tokenizer, turns), []
 
 
-def _answer(engine: SpectrModel, pair: Pair, part: int) -> list[int]:
-    return _tokens(engine, pair.examples[part].answer)
+def _continue(
+    engine: SpectrModel,
+    router: RouterConfig,
+    pairs: Sequence[Pair],
+    part: int,
+    before: Sequence[tuple[list[int], list[int]]],
+) -> list[str]:
+    """What the router generates for a part of each pair."""
+    num_prompt = {(*prompt, *earlier): len(prompt) for prompt, earlier in before}
+
+    def plan(rows: list[list[int]]) -> RoutingPlan:
+        nums = [num_prompt[tuple(row)] for row in rows]
+        return engine.plan([router] * len(rows), rows, num_prompt=nums)
+
+    return continue_texts(
+        engine.model,
+        engine.tokenizer,
+        [[*prompt, *earlier] for prompt, earlier in before],
+        max_new_tokens=max(get_task(pair.names[part]).max_new_tokens for pair in pairs),
+        around=lambda rows: routed(plan(rows)),
+        description=f"{router.name}, part {part + 1}",
+    )
 
 
 def _tokens(engine: SpectrModel, text: str) -> list[int]:
     return list(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _accuracy(reading: Reading, expert: int) -> float:
+def _accuracy(reading: Reading, expert: int, num_tokens: int) -> float:
+    """Of the decisions from which the last `num_tokens` tokens came."""
     assert reading.choices is not None
-    return float((reading.choices[reading.num_prompt - 1 :, ..., 0] == expert).mean())
+    return float((reading.choices[-num_tokens:, ..., 0] == expert).mean())
