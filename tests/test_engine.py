@@ -603,6 +603,38 @@ def test_only_the_last_request_is_read_first(routed_model: SpectrModel) -> None:
     assert (choices([*turns, last]) == best).all(), "in every layer alike"
 
 
+def test_each_line_of_a_request_is_evidence(routed_model: SpectrModel) -> None:
+    def evidence(prompt: str) -> Tensor:
+        ids = routed_model.encode(prompt)
+        pool, num_lines = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
+        assert num_lines == [len(prompt.splitlines())]
+        return pool.latest
+
+    lines = evidence("paint it red\ncount to two")
+    assert_close(lines[:1], evidence("paint it red\n"), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(lines[1:], evidence("count to two"), atol=1e-2), "it knows the first"
+
+
+def test_a_new_line_of_the_answer_takes_up_the_request_again(routed_model: SpectrModel) -> None:
+    """In prefill; decoding is the same, see the tests of the pool and of cached decoding."""
+    prompt = routed_model.encode(PROMPT)
+    answer = routed_model.tokenizer("a quite different text\nand another")["input_ids"]
+    newline = len(prompt) + answer.index(*routed_model.newline_ids)
+    router = parse_router(IN_CONTEXT, routed_model.library.names)
+    recorder = Recorder()
+    ids = [*prompt, *answer]
+    plan = routed_model.plan([router], [ids], recorder, num_prompt=[len(prompt)])
+    with torch.inference_mode(), routed(plan):
+        routed_model.model(torch.tensor([ids]))
+    is_the_same = []
+    for bank in routed_model.library.banks:
+        experts, weights, _ = recorder.choices(bank, 0)
+        assert torch.equal(experts[newline], experts[len(prompt) - 1])
+        assert_close(weights[newline], weights[len(prompt) - 1], atol=1e-4, rtol=1e-3)
+        is_the_same.append(torch.allclose(weights[newline], weights[newline - 1], atol=1e-3))
+    assert not all(is_the_same), "else the line before had said nothing"
+
+
 def test_a_router_that_reads_first_needs_that_reading(routed_model: SpectrModel) -> None:
     router = parse_router(IN_CONTEXT, routed_model.library.names)
     with pytest.raises(ValueError, match="its plan needs that reading"):

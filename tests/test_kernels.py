@@ -174,7 +174,7 @@ def test_choose_is_select(
     assert_close(torch.from_numpy(of_all), torch.zeros_like(tensor).scatter(-1, indices, kept))
 
 
-@pytest.mark.parametrize("num_first", [0, 4], ids=["read once", "read twice"])
+@pytest.mark.parametrize("num_first", [0, 4], ids=["read once", "read twice, in lines"])
 def test_a_pool_may_change_between_both(num_first: int) -> None:
     """Token by token, several at once, token by token again: the state is one."""
     R, P, decay = 2, 2, 0.8
@@ -191,6 +191,7 @@ def test_a_pool_may_change_between_both(num_first: int) -> None:
     ]
     texts = [torch.randn(R, 12, P, len(bank.expert_ids), generator=generator) for bank in banks]
     is_evidence = torch.rand(R, 7, generator=generator) > 0.4
+    is_newline = torch.rand(R, 12, generator=generator) > 0.7
 
     def pool() -> EvidencePool:
         known = torch.ones(R, num_first, dtype=torch.bool) if num_first else is_evidence
@@ -202,10 +203,12 @@ def test_a_pool_may_change_between_both(num_first: int) -> None:
         return pool
 
     one, other = pool(), pool()
+    one.begin_lines(is_newline)
     expected = [lead(one.add(bank, text)) for bank, text in zip(banks, texts, strict=True)]
     start = 0
     for length in (1, 1, 3, 1, 1, 2, 1, 1, 1):
         here = slice(start, start := start + length)
+        other.begin_lines(is_newline[:, here])
         for bank, text, whole in zip(banks, texts, expected, strict=True):
             if length == 1:
                 state = other.of_token(bank, R, is_lead=True)

@@ -22,7 +22,7 @@ from spectr_demo.loading import load_base
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
 from tests.conftest import IN_CONTEXT, BuildModel, tiny_llama
 
-TEXT = "List the names of all airports, then run the backup at 02:30 every Monday."
+TEXT = "Run the backup at 02:30 every Monday."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectr_demo.bank import ExpertBank
-from spectr_demo.pooling import EvidencePool
+from spectr_demo.pooling import EvidencePool, of_lines
 
 
 def bank(expert_ids: list[int], *paths: str) -> ExpertBank:
@@ -165,3 +165,73 @@ def test_a_second_reading_is_the_same_in_prefill_and_in_decoding(cut: int) -> No
     parts += [(text[0][:, t : t + 1], text[1][:, t : t + 1]) for t in range(cut, 9)]
     for one, other in zip(second_reading(text), second_reading(*parts), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("num_first", [2, 290])
+def test_each_line_of_the_answer_starts_from_the_first_reading(num_first: int) -> None:
+    """Read at once or token by token; what a line says is forgotten where it ends."""
+    decay, length = 0.8, num_first + 12
+    prompt, text = scores(2, 3), scores(2, length, seed=1)
+    is_newline = torch.zeros(2, length, dtype=torch.bool)
+    is_newline[0, [0, num_first + 1, num_first + 5]] = True
+    is_newline[1, [num_first - 1, num_first + 5, num_first + 6]] = True
+
+    def pool() -> EvidencePool:
+        pool = EvidencePool(decay, 3, None)
+        read(pool, prompt)
+        pool.read_again(torch.zeros(2, 1, dtype=torch.bool))  # its first token is the prompt
+        return pool
+
+    def read_parts(*cuts: int) -> list[torch.Tensor]:
+        second, found = pool(), []
+        for start, stop in zip((0, *cuts), (*cuts, length), strict=True):
+            second.begin_lines(is_newline[:, start:stop])
+            found.append(read(second, (text[0][:, start:stop], text[1][:, start:stop])))
+        return [torch.cat(layer, dim=1) for layer in zip(*found, strict=True)]
+
+    at_once = read_parts()
+    for one, other in zip(at_once, read_parts(*range(num_first, length)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    first = pool()
+    before = read(first, (text[0][:, :1], text[1][:, :1]))  # counts nothing: the first reading
+    for layer, whole in zip(at_once, before, strict=True):
+        for row, token in is_newline.nonzero().tolist():
+            torch.testing.assert_close(layer[row, token], whole[row, 0])
+    # A line after a newline is read as if it were the first one.
+    fresh = pool()
+    start = num_first + 5
+    is_known = [torch.cat([part[:, :1], part[:, start + 1 :]], dim=1) for part in text]
+    again = read(fresh, (is_known[0], is_known[1]))
+    for layer, whole in zip(at_once, again, strict=True):
+        torch.testing.assert_close(layer[0, start + 1 :], whole[0, 1:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_newline_means_nothing_to_a_single_reading() -> None:
+    text = scores(1, 5)
+    plain = read(EvidencePool(0.9, 3, None), text)
+    pool = EvidencePool(0.9, 3, None)
+    pool.begin_lines(torch.ones(1, 5, dtype=torch.bool))
+    for one, other in zip(plain, read(pool, text), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lines_have_the_same_say() -> None:
+    strong, weak = torch.tensor([4.0, 1.0, 0.5]), torch.tensor([0.0, 0.5, 2.0])
+    assert torch.equal(of_lines(strong[None], None), strong)
+    both = of_lines(torch.stack([strong, weak]), None)
+    assert both.tolist() == [3.0, 1.5, 3.0], "expert 1 is 1.5 behind the best of the second line"
+    # The second line's lead is 2 - 2.5 / 3 = 1.17, the first one's 2.17.
+    assert of_lines(torch.stack([strong, weak]), 1.2).tolist() == strong.tolist()
+    assert of_lines(torch.stack([strong, weak]), 9.0).tolist() == weak.tolist(), "the whole prompt"
+
+
+def test_lines_of_several_requests() -> None:
+    prompts = scores(5, 4)
+    pool = EvidencePool(0.9, 3, None)
+    read(pool, prompts)
+    lines = pool.latest
+    pool.read_again(torch.zeros(2, 1, dtype=torch.bool), num_lines=[2, 3])
+    text = scores(2, 1)
+    first, _ = read(pool, text)
+    expected = torch.stack([of_lines(lines[:2], None), of_lines(lines[2:], None)])
+    torch.testing.assert_close(first[:, 0], expected)

@@ -8,9 +8,12 @@ from transformers import PreTrainedTokenizerFast
 from spectr_demo.prompts import (
     encode,
     encode_answered,
+    newline_ids,
     pad_left,
+    request_lines,
     request_start,
     shared_length,
+    template_closing,
     template_opening,
     user_turn,
 )
@@ -45,6 +48,52 @@ def test_the_last_request_of_a_conversation(tokenizer: PreTrainedTokenizerFast) 
     plain = deepcopy(tokenizer)
     plain.chat_template = None
     assert request_start(encode(plain, "Hi"), template_opening(plain), user_turn(plain)) == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "lines"),
+    [
+        ("Paint it red", ["Paint it red"]),
+        ("Paint it red\nCount to two", ["Paint it red\n", "Count to two"]),
+        ("One\n\n  Two\n\nThree", ["One\n\n", "  Two\n\n", "Three"]),
+        ("1\n2\n3\n4", ["1\n", "2\n", "3\n", "4"]),
+        ("1\n2\n3\n4\n5", ["1\n2\n3\n4\n5"]),  # more than a few requests: a text
+    ],
+)
+def test_the_lines_of_a_request_as_if_each_were_the_last(
+    tokenizer: PreTrainedTokenizerFast, message: str, lines: list[str]
+) -> None:
+    turns = [
+        {"role": "user", "content": "Hello\nthere"},
+        {"role": "assistant", "content": "Hi\n!"},
+        {"role": "user", "content": message},
+    ]
+    ids = encode(tokenizer, turns)
+    start = request_start(ids, template_opening(tokenizer), user_turn(tokenizer))
+    found = request_lines(ids, start, template_closing(tokenizer), newline_ids(tokenizer))
+    assert len(found) == len(lines)
+    read = ""
+    for (prompt, line_start), line in zip(found, lines, strict=True):
+        read += line
+        assert prompt == encode(tokenizer, [*turns[:2], {"role": "user", "content": read}])
+        assert tokenizer.decode(prompt[line_start:]) == f"{line}<|im_end|>\n<|im_start|>assistant\n"
+    assert found[-1][0] == ids
+
+
+def test_lines_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = deepcopy(tokenizer)
+    plain.chat_template = None
+    assert template_closing(plain) == []
+    ids = encode(plain, "One\nTwo\n")
+    found = request_lines(ids, 0, [], newline_ids(plain))
+    assert [(plain.decode(prompt), start) for prompt, start in found] == [
+        ("One\n", 0),
+        ("One\nTwo\n", 4),
+    ]
+
+
+def test_newlines_of_a_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert [tokenizer.decode([i]) for i in newline_ids(tokenizer)] == ["\n"]
 
 
 def test_pad_left() -> None:
