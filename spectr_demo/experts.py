@@ -6,9 +6,8 @@ left half-read, unless every adapter is sound: all that is wrong with all of the
 
 import os
 import warnings
-from collections import ChainMap, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,24 +70,21 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
 
 
 def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
-    """Layers of one shape are aligned in one batched SVD. LAPACK takes such a batch one by one, so
-    the shapes are shared among threads."""
+    """Layers of one shape are aligned in one batched SVD."""
     groups = defaultdict(list)
     for path, shape in adapter.shapes.items():
         groups[shape].append(path)
-    factors = adapter.read()
-
-    def align_group(paths: Sequence[str]) -> dict[str, Aligned]:
+    aligned, factors = {}, adapter.read()
+    for paths in groups.values():
         layers = [factors[path] for path in paths]
         stacked = align(
             torch.stack([layer.lora_A for layer in layers]),
             torch.stack([layer.lora_B for layer in layers]),
             torch.tensor([layer.scaling for layer in layers]),
         )
-        return dict(zip(paths, map(Aligned, stacked.A, stacked.B), strict=True))
-
-    with ThreadPoolExecutor() as pool:
-        return dict(ChainMap(*pool.map(align_group, groups.values())))
+        for path, A, B in zip(paths, stacked.A, stacked.B, strict=True):
+            aligned[path] = Aligned(A, B)
+    return aligned
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
