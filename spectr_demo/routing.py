@@ -6,7 +6,7 @@ so one product serves them all.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -294,14 +294,14 @@ class RoutingPlan:
         is_evidence: Tensor | None = None,
         first_reading: "FirstReading | None" = None,
         least_leads: Mapping[RouterConfig, float] | None = None,
-        newline_ids: Collection[int] = (),
+        newline_ids: Tensor | None = None,
     ) -> None:
         """calibration: needed where a router is calibrated. is_evidence: (R, T) bool, False where
         routers that pool have nothing to learn: padding, template, a prompt that was read before.
         first_reading: needed where a router reads first; of the prompts of these routers' rows, in
         their order. least_leads: of the routers with a confidence, what an expert's lead must
-        exceed. newline_ids: tokens after which a router that reads first takes up again what the
-        prompt asked for."""
+        exceed. newline_ids: (N,) int64 tokens after which a router that reads first takes up again
+        what the prompt asked for; None is none."""
         self.routers = tuple(routers)
         self.recorder = recorder
         self.is_base_only = all(router.name == "base" for router in routers)
@@ -311,7 +311,7 @@ class RoutingPlan:
                 group.least = (least_leads or {})[group.router]
             if group.router.reads_first:
                 group.continue_from(first_reading)
-        self._newline_ids = torch.tensor(sorted(newline_ids))
+        self._newline_ids = newline_ids
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
         self._has_merged, self._all_merged = any(is_merged), all(is_merged)
@@ -343,12 +343,12 @@ class RoutingPlan:
 
     def begin_pass(self, input_ids: Tensor) -> None:
         """input_ids: (R, T), which the layers read next."""
-        readers = [group for group in self._groups if group.router.reads_first]
-        if readers:
-            is_newline = torch.isin(input_ids, self._newline_ids.to(input_ids.device))
-        for group in readers:
-            assert group.pool is not None
-            group.pool.begin_lines(is_newline[group.rows])
+        if self._newline_ids is None:
+            return
+        is_newline = torch.isin(input_ids, self._newline_ids)
+        for group in self._groups:
+            if group.pool is not None:
+                group.pool.begin_lines(is_newline if group.is_whole else is_newline[group.rows])
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
         """(R, 1, P, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
