@@ -108,9 +108,6 @@ class SpectrModel:
         self.template_closing = template_closing(base.tokenizer)
         self.user_turn = user_turn(base.tokenizer)
         self.newline_ids = newline_ids(base.tokenizer)
-        self._newline_tensor = torch.tensor(
-            sorted(self.newline_ids), dtype=torch.long, device=base.device
-        )
         self._hooks = follow(self.model.get_decoder())
         self._calibration: Calibration | None = None
         self._calibration_lock = threading.Lock()
@@ -216,7 +213,9 @@ class SpectrModel:
             ),
             first_reading=first_reading,
             least_leads=least_leads,
-            newline_ids=self._newline_tensor if readers else None,
+            newline_ids=torch.tensor(
+                sorted(self.newline_ids), dtype=torch.long, device=self.base.device
+            ),
         )
 
     def _is_evidence(self, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:

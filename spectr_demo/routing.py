@@ -343,7 +343,7 @@ class RoutingPlan:
 
     def begin_pass(self, input_ids: Tensor) -> None:
         """input_ids: (R, T), which the layers read next."""
-        if self._newline_ids is None:
+        if self._newline_ids is None or all(group.pool is None for group in self._groups):
             return
         is_newline = torch.isin(input_ids, self._newline_ids)
         for group in self._groups:
