@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr_demo.kernels import Factors
+from spectr_demo.kernels import Factors, Stored, stored
 from spectr_demo.spectral import Aligned
 
 Zeros = Callable[..., Tensor]
@@ -164,6 +164,11 @@ class ExpertBank:
     def arrows(self) -> Tensor:
         """(P * E, D_in): the first row of each A*, where one product can read them fast."""
         return self.A[:: self._shape[-1]].contiguous()
+
+    @cached_property
+    def compiled_arrows(self) -> Stored:
+        """The same for compiled code."""
+        return stored(self.arrows)
 
     @cached_property
     def num_experts(self) -> int:

@@ -130,7 +130,7 @@ class ExpertLibrary:
             raise AdapterError(problems)
         modules = dict(model.named_modules())
         touched = {path for adapter in adapters for path in adapter.shapes}
-        dtype, zeros = _storage(adapters)
+        dtype, zeros = _storage(adapters, model.dtype)
         banks = []
         for group in shared_inputs(model, [path for path in modules if path in touched]):
             together: dict[Any, list[str]] = defaultdict(list)
@@ -191,12 +191,14 @@ class _Stacked(Mapping[str, Aligned]):
         return len(self._shapes)
 
 
-def _storage(adapters: Sequence[Adapter]) -> tuple[torch.dtype, Zeros]:
-    """How factors are kept on a CPU: their dtype, and what makes their tensors."""
+def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dtype, Zeros]:
+    """How factors are kept on a CPU: their dtype, and what makes their tensors. dtype: in which the
+    base computes."""
     layers = [shape for adapter in adapters for shape in adapter.shapes.values()]
     num_values = sum(shape.rank * (shape.D_in + shape.D_out) for shape in layers)
     free = available_memory()
-    if num_values * torch.float32.itemsize <= FLOAT32_SHARE * free:
+    is_16_bit = dtype == torch.bfloat16
+    if not is_16_bit and num_values * torch.float32.itemsize <= FLOAT32_SHARE * free:
         return torch.float32, torch.zeros
     if num_values * torch.bfloat16.itemsize <= MEMORY_SHARE * free:
         return torch.bfloat16, torch.zeros

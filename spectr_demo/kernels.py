@@ -19,10 +19,12 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-# Stored factors: float32, or the bits of bfloat16, which numpy does not know, as uint16.
+# What torch keeps: float32, or the bits of bfloat16, which numpy does not know, as uint16.
 Stored = NDArray[Any]
 
 _MOST_ROWS = 8
+_FEW_BYTES = 1 << 20
+_DTYPES = (torch.float32, torch.bfloat16)
 LENGTH, FIRST, OUTPUT = 0, 1, 2  # what a score measures: z, its first entry, S z
 
 
@@ -36,30 +38,36 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def can_route(x: Tensor) -> bool:
-    """Whether x (R, T, D_in), on a CPU, is float32 and one token for each of a few rows: for many,
-    torch's threads and matrix products pay."""
-    return x.shape[1] == 1 and x.shape[0] <= _MOST_ROWS and x.dtype == torch.float32
+    """Whether x (R, T, D_in), on a CPU, is one token for each of a few rows: for many, torch's
+    threads and matrix products pay."""
+    return x.shape[1] == 1 and x.shape[0] <= _MOST_ROWS and x.dtype in _DTYPES
 
 
 class Factors(NamedTuple):
-    """A bank's memory as these functions read it: A, B of each layer, singular values."""
+    """A bank's memory as these functions read it: A, B of each layer, singular values.
+
+    is_read_fast: one core reads A as fast as torch's threads, with their calls, do.
+    """
 
     A: Stored
     B: tuple[Stored, ...]
     singular_values: Floats
+    is_read_fast: bool
 
     @classmethod
     def of(cls, A: Tensor, B: Sequence[Tensor], singular_values: Tensor) -> "Factors | None":
         """None for tensors of another dtype, or of a GPU."""
-        if A.device.type != "cpu" or A.dtype not in (torch.float32, torch.bfloat16):
+        if A.device.type != "cpu" or A.dtype not in _DTYPES:
             return None
-        return cls(_bits(A), tuple(map(_bits, B)), singular_values.numpy())
+        is_read_fast = A.dtype == torch.bfloat16 or A.nbytes <= _FEW_BYTES
+        return cls(stored(A), tuple(map(stored, B)), singular_values.numpy(), is_read_fast)
 
 
-def _bits(factors: Tensor) -> Stored:
-    if factors.dtype == torch.bfloat16:
-        factors = factors.view(torch.uint16)
-    return np.asarray(factors.numpy())
+def stored(values: Tensor) -> Stored:
+    """The memory of a tensor on a CPU, in float32 or bfloat16."""
+    if values.dtype == torch.bfloat16:
+        values = values.view(torch.uint16)
+    return np.asarray(values.numpy())
 
 
 def _as_float(value):  # type: ignore[no-untyped-def]
@@ -73,17 +81,45 @@ def _as_float_of(value):  # type: ignore[no-untyped-def]
     return lambda value: value
 
 
+def _as_stored(value, like):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("in compiled code only")
+
+
+@overload(_as_stored, inline="always")
+def _as_stored_of(value, like):  # type: ignore[no-untyped-def]
+    if isinstance(like, numba.types.Integer):  # rounded to the nearest, of two to the even one
+        return lambda value, like: _rounded_bits(np.float32(value).view(np.uint32))
+    return lambda value, like: value
+
+
 @_compiled
-def project(x: Floats, A: Stored, num_layers: int, num_experts: int, rank: int) -> Floats:
+def _rounded_bits(bits: Any) -> Any:
+    """The upper half of a float32's bits, rounded."""
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@_compiled
+def _as_floats(x: Stored) -> Floats:
+    """(R, D) float32 from x (R, 1, D)."""
+    values = np.empty((x.shape[0], x.shape[2]), np.float32)
+    for row in range(x.shape[0]):
+        for d in range(x.shape[2]):
+            values[row, d] = _as_float(x[row, 0, d])
+    return values
+
+
+@_compiled
+def project(x: Stored, A: Stored, num_layers: int, num_experts: int, rank: int) -> Floats:
     """`z = A* x` of all experts: (R, P, E, r) from x (R, 1, D_in) and A (P * E * r, D_in)."""
+    values = _as_floats(x)
     z = np.empty((x.shape[0], num_layers, num_experts, rank), np.float32)
     rows = z.reshape(x.shape[0], -1)
     for i in range(A.shape[0]):
         factors = A[i]
         for row in range(x.shape[0]):
-            total = np.float32(0)
+            token, total = values[row], np.float32(0)
             for d in range(x.shape[2]):
-                total += _as_float(factors[d]) * x[row, 0, d]
+                total += _as_float(factors[d]) * token[d]
             rows[row, i] = total
     return z
 
@@ -123,20 +159,21 @@ def keep(first: Floats, num_kept: int) -> Ids:
 
 @_compiled
 def project_chosen(
-    x: Floats, A: Stored, kept: Ids, num_layers: int, num_experts: int, rank: int
+    x: Stored, A: Stored, kept: Ids, num_layers: int, num_experts: int, rank: int
 ) -> Floats:
     """`z = A* x` of a few experts: (R, P, F, r) from x (R, 1, D_in), A (P * E * r, D_in) and their
     places in the bank (R, P, F)."""
     R, P, F = kept.shape
+    values = _as_floats(x)
     z = np.empty((R, P, F, rank), np.float32)
     for row in range(R):
         for p in range(P):
             for f in range(F):
                 start = (p * num_experts + kept[row, p, f]) * rank
                 for i in range(rank):
-                    factors, total = A[start + i], np.float32(0)
+                    factors, token, total = A[start + i], values[row], np.float32(0)
                     for d in range(x.shape[2]):
-                        total += _as_float(factors[d]) * x[row, 0, d]
+                        total += _as_float(factors[d]) * token[d]
                     z[row, p, f, i] = total
     return z
 
@@ -263,7 +300,7 @@ def choose(scores: Floats, rule: Rule) -> tuple[Ids, Floats, Floats, Floats]:
 
 @_compiled
 def add_(
-    y: Floats,
+    y: Stored,
     z: Floats,
     weights: Floats,
     is_merged: NDArray[np.bool_],
@@ -275,8 +312,9 @@ def add_(
     rows that are merged. y (R, 1, D_out), z (R, P, E, r), weights (R, P, E), B (E * r, D_out). kept
     (R, P, E): places in the bank of those that z has, or None for all of it."""
     R, _, E, r = z.shape
-    merged = np.empty(r, np.float32)
+    merged, delta = np.empty(r, np.float32), np.empty(y.shape[2], np.float32)
     for row in range(R):
+        delta[:] = 0
         if is_merged[row]:
             merged[:] = 0
             for e in range(E):
@@ -291,7 +329,9 @@ def add_(
                 value = weight * (merged[i] if is_merged[row] else z[row, place, e, i])
                 factors = B[start + i]
                 for d in range(y.shape[2]):
-                    y[row, 0, d] += value * _as_float(factors[d])
+                    delta[d] += value * _as_float(factors[d])
+        for d in range(y.shape[2]):
+            y[row, 0, d] = _as_stored(_as_float(y[row, 0, d]) + delta[d], y[row, 0, d])
 
 
 @_compiled
@@ -303,6 +343,53 @@ def route(
     if pool is not None:
         scores = pooled(scores, pool)
     return choose(scores, rule)
+
+
+Choice = tuple[Ids, Floats, Floats]  # of each row, `places`, `weights`, `top`: (R, P, K) each
+
+
+@_compiled
+def route_and_add_(
+    y: Stored,
+    x: Stored,
+    A: Stored,
+    arrows: Stored | None,
+    B: Stored,
+    singular_values: Floats,
+    rule: Rule,
+    pool: Pool | None,
+    is_merged: NDArray[np.bool_],
+) -> tuple[Floats, Floats, Ids | None, Choice]:
+    """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
+    place. arrows (P * E, D_in): where given, the router's filter looks at these alone.
+
+    Returns z, weights and kept, as `add_` takes them for the bank's other layers, and the choice.
+    """
+    P, E, r = singular_values.shape
+    if arrows is None:
+        kept, z = None, project(x, A, P, E, r)
+    else:
+        kept = keep(project(x, arrows, P, E, 1)[..., 0], rule.num_kept)
+        z = project_chosen(x, A, kept, P, E, r)
+    places, chosen, top, weights = route(z, singular_values, rule, pool)
+    add_(y, z, weights, is_merged, kept, B, 0)
+    return z, weights, kept, (places, chosen, top)
+
+
+@_compiled
+def project_and_add_(
+    y: Stored,
+    x: Stored,
+    A: Stored,
+    B: Stored,
+    weights: Floats,
+    is_merged: NDArray[np.bool_],
+    rank: int,
+) -> Floats:
+    """All of a bank's first layer, where the weights (R, P, E) are given. Returns z."""
+    z = project(x, A, weights.shape[1], weights.shape[2], rank)
+    add_(y, z, weights, is_merged, None, B, 0)
+    return z
 
 
 class MixedToken(NamedTuple):
@@ -317,5 +404,5 @@ class MixedToken(NamedTuple):
     def add_(self, y: Tensor, place: int) -> Tensor:
         """y (R, 1, D_out) with it, in place."""
         B = self.B[place]
-        add_(y.numpy(), self.z, self.weights, self.is_merged, self.kept, B, place)
+        add_(stored(y), self.z, self.weights, self.is_merged, self.kept, B, place)
         return y

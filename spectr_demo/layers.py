@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectr_demo.bank import ExpertBank
@@ -36,9 +37,7 @@ class RoutedLinear(nn.Module):
         self.base_layer = base_layer
         self.bank = bank  # plain tensors, shared with the library: nothing to train or to save
         self.place = place
-        # Not called as a module: that costs a token of a small model several percent. Hooks of
-        # torch on the base layer are then not run; accelerate's, which are in `forward`, are.
-        self.__dict__["run_base"] = base_layer.forward
+        self.__dict__["run_base"] = _forward_of(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.run_base(x)
@@ -52,6 +51,23 @@ class RoutedLinear(nn.Module):
                 "leave them out of the adapters' target modules"
             )
         return plan.add(y, self.bank, self.place, x)
+
+
+def _forward_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a base layer computes, past what a token of a small model spends much of its time on.
+
+    `Module.__call__` is left out, and so hooks of torch; accelerate's are in `forward`, and run. Of
+    4-bit weights that are packed for a CPU only the kernel is called: what bitsandbytes does around
+    it, to find out each time which kernel that is, takes as long as a small layer itself.
+    """
+    weight = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    is_packed = getattr(state, "packing_format_for_cpu", False) and not hasattr(layer, "_hf_hook")
+    if not is_packed or layer.bias is not None:
+        return layer.forward
+    kernel = torch.ops.bitsandbytes.gemv_4bit.default
+    packed = weight.data, state.shape, state.absmax, state.code, state.blocksize
+    return lambda x: kernel(x, *packed)
 
 
 def attach_(model: nn.Module, library: ExpertLibrary) -> None:

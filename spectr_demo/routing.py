@@ -26,8 +26,6 @@ Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
 # one token by this many experts, and its calls as long as this many more; with more tokens a
 # product is so many times as fast for each.
 _COPY, _CALLS, _REUSE = 2, 16, 16
-# Factors of so many bytes are read by one core as fast as torch's threads are called to share them.
-_FEW_BYTES = 1 << 20
 
 
 def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
@@ -385,17 +383,13 @@ class RoutingPlan:
                 self.recorder.add_choice(bank, row, places[i], weights[i], top[i])
         return experts, places, weights
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed | MixedToken:
+    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
         """What the bank's layers multiply by B*, from their input x (R, T, D_in).
 
         `outputs`: sum_e w_e B*_e A*_e x. `parameters`: (sum_e w_e B*_e)(sum_e w_e A*_e) x, whose
         cross terms are part of SpectR. Both are one product with the stacked factors, or with
         copies of the chosen ones where all rows share a router and that is less to read.
         """
-        factors = bank.compiled
-        # Where all of many experts are added, torch's threads read them faster.
-        if factors and kernels.can_route(x) and (self._groups or factors.A.nbytes <= _FEW_BYTES):
-            return self._mix_token(bank, factors, x)
         if self._is_folded:
             return Mixed.of(bank.project(x), None)
         group, kept = self._only_group, None
@@ -412,24 +406,52 @@ class RoutingPlan:
         z = z.gather(-2, experts.unsqueeze(-1).expand(*experts.shape, z.shape[-1]))
         return Mixed.of(self._weigh(weights.to(z.dtype), z), places)
 
-    def _mix_token(self, bank: ExpertBank, factors: Factors, x: Tensor) -> MixedToken:
-        """`mix` for one token of each row on a CPU, in compiled code."""
-        shape, group, kept = factors.singular_values.shape, self._only_group, None
-        if group is not None and group.num_filtered < bank.num_experts:
-            first = bank.project_first(x)[:, 0].float().numpy()
-            kept = kernels.keep(first, group.num_filtered)
-            z = kernels.project_chosen(x.numpy(), factors.A, kept, *shape)
-        elif factors.A.nbytes <= _FEW_BYTES:
-            z = kernels.project(x.numpy(), factors.A, *shape)
+    def _can_add_token(self, factors: Factors, x: Tensor) -> bool:
+        """Whether compiled code is the faster way. Where all of many experts are added, torch's
+        threads read them faster."""
+        return kernels.can_route(x) and (bool(self._groups) or factors.is_read_fast)
+
+    def _add_token_(self, y: Tensor, bank: ExpertBank, factors: Factors, x: Tensor) -> MixedToken:
+        """`mix` for one token of each row on a CPU, and `add` at the bank's first layer, in compiled
+        code: y (R, 1, D_out) and x (R, 1, D_in)."""
+        output, token, B = kernels.stored(y), kernels.stored(x), factors.B[0]
+        S, group, is_merged, kept = factors.singular_values, self._only_group, self._rows_merged, None
+        is_filtered = group is not None and group.num_filtered < bank.num_experts
+        if group is not None and (is_filtered or factors.is_read_fast):
+            rule, pool = group.rule(bank)
+            arrows = bank.compiled_arrows if is_filtered else None
+            z, weights, kept, choice = kernels.route_and_add_(
+                output, token, factors.A, arrows, B, S, rule, pool, is_merged
+            )
+            self._record(group, bank, choice, kept)
+        elif not self._groups:
+            weights = self._constant_arrays(bank)
+            z = kernels.project_and_add_(output, token, factors.A, B, weights, is_merged, S.shape[2])
         else:
-            z = bank.project(x).float()[:, 0].numpy()
-        if group is not None:
-            weights = self._choose_token(group, bank, factors, z, kept)
-        else:
+            if factors.is_read_fast:
+                z = kernels.project(token, factors.A, *S.shape)
+            else:
+                z = bank.project(x).float()[:, 0].numpy()
             weights = self._constant_arrays(bank)
             for group in self._groups:
-                weights[group.rows] = self._choose_token(group, bank, factors, z[group.rows])
-        return MixedToken(factors.B, z, weights, self._rows_merged, kept)
+                *choice, of_all = kernels.route(z[group.rows], S, *group.rule(bank))
+                self._record(group, bank, choice)
+                weights[group.rows] = of_all
+            kernels.add_(output, z, weights, is_merged, None, B, 0)
+        return MixedToken(factors.B, z, weights, is_merged, kept)
+
+    def _record(
+        self, group: "_Group", bank: ExpertBank, choice: Sequence[Any], kept: Ids | None = None
+    ) -> None:
+        """choice: places, weights and scores (R, P, K) from compiled code."""
+        if self.recorder is None:
+            return
+        places, weights, top = choice
+        if kept is not None:
+            places = np.take_along_axis(kept, places, -1)
+        for i, row in enumerate(group.rows):
+            of_row = [torch.from_numpy(of[i, None]) for of in (places, weights, top)]
+            self.recorder.add_choice(bank, row, *of_row)
 
     def _constant_arrays(self, bank: ExpertBank) -> Floats:
         """(R, P, E) `constant_weights`, to be overwritten where rows look at the token; ones where
@@ -438,24 +460,6 @@ class RoutingPlan:
             weights = self.constant_weights(bank)[:, 0].numpy().copy()
             self._constant_array_of[bank] = np.ones_like(weights) if self._is_folded else weights
         return self._constant_array_of[bank]
-
-    def _choose_token(
-        self,
-        group: "_Group",
-        bank: ExpertBank,
-        factors: Factors,
-        z: Floats,
-        kept: Ids | None = None,
-    ) -> Floats:
-        """`_choose` in compiled code: the weights (R, P, E) of all experts of z (R, P, E, r)."""
-        rule, pool = group.rule(bank)
-        experts, weights, top, of_all = kernels.route(z, factors.singular_values, rule, pool)
-        if self.recorder is not None:
-            places = experts if kept is None else np.take_along_axis(kept, experts, -1)
-            for i, row in enumerate(group.rows):
-                choice = [torch.from_numpy(of[i, None]) for of in (places, weights, top)]
-                self.recorder.add_choice(bank, row, *choice)
-        return of_all
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
@@ -473,12 +477,19 @@ class RoutingPlan:
         used = self._with_used(bank)
         if used is None:
             return y
-        if place == 0:
-            self._mixed[bank] = self.mix(used, x)
         is_last = place == len(bank.paths) - 1
-        mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
-        if isinstance(mixed, MixedToken):
-            return mixed.add_(y, place)
+        if place > 0:
+            mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
+            if isinstance(mixed, MixedToken):
+                return mixed.add_(y, place)
+        else:
+            factors = used.compiled
+            is_token = factors is not None and self._can_add_token(factors, x)
+            mixed = self._add_token_(y, used, factors, x) if is_token else self.mix(used, x)
+            if not is_last:
+                self._mixed[bank] = mixed
+            if is_token:
+                return y
         return used.add_(y, mixed, place)
 
     def _with_used(self, bank: ExpertBank) -> ExpertBank | None:

@@ -71,8 +71,9 @@ def test_large_banks_are_multiplied_by_torch(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, router: str
 ) -> None:
     compiled = routed_model.compare(PROMPT, [router], max_new_tokens=6)
-    monkeypatch.setattr("spectr_demo.routing._FEW_BYTES", 0)
+    monkeypatch.setattr(kernels.Factors, "is_read_fast", False)
     monkeypatch.setattr(kernels, "project", None)
+    monkeypatch.setattr(kernels, "route_and_add_", None)
     assert_same(compiled, routed_model.compare(PROMPT, [router], max_new_tokens=6))
 
 
@@ -80,7 +81,8 @@ def test_who_can_be_served() -> None:
     assert kernels.can_route(torch.zeros(4, 1, 8))
     assert not kernels.can_route(torch.zeros(4, 2, 8)), "a prompt"
     assert not kernels.can_route(torch.zeros(64, 1, 8)), "many rows"
-    assert not kernels.can_route(torch.zeros(4, 1, 8).bfloat16())
+    assert kernels.can_route(torch.zeros(4, 1, 8).bfloat16())
+    assert not kernels.can_route(torch.zeros(4, 1, 8).half())
     half = torch.zeros(2, 8).half()
     assert kernels.Factors.of(half, [half], torch.zeros(1, 1, 2)) is None
     meta = torch.zeros(2, 8, device="meta")
