@@ -29,7 +29,7 @@ from spectr_demo.memory import available_memory, execution_device, zeros_on_disk
 from spectr_demo.shared_inputs import shared_inputs
 from spectr_demo.spectral import Aligned, align
 
-_ALIGNMENT_VERSION = 1  # part of the cache key: raise it when `align` changes its result
+_ALIGNMENT_VERSION = 2  # part of the cache key: raise it when `align` changes its result
 # A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
 # it is kept in memory at all.
 FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5
@@ -44,15 +44,16 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
     try:
         with safe_open(cached, "pt") as file:
             return {
-                path: Aligned(file.get_tensor(f"{path}.A"), file.get_tensor(f"{path}.B"))
+                path: Aligned(file.get_tensor(f"{path}.A"), file.get_tensor(f"{path}.B").mT)
                 for path in adapter.shapes
             }
     except (OSError, SafetensorError):
         pass  # never written, or cut short: align again
     aligned = align_in_groups(adapter)
-    tensors = {
-        f"{path}.{part}": t for path, a in aligned.items() for part, t in a._asdict().items()
-    }
+    tensors = {}
+    for path, factors in aligned.items():  # B transposed, as it is in memory here and in the banks
+        tensors[f"{path}.A"] = factors.A.contiguous()
+        tensors[f"{path}.B"] = factors.B.mT.contiguous()
     unfinished = cached.with_suffix(f".{os.getpid()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)

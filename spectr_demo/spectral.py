@@ -35,18 +35,20 @@ def align(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Aligned:
     if isinstance(scaling, Tensor):
         scaling = scaling.float()[..., None, None]
     rank = A.shape[-2]
-    Q_B, R_B = torch.linalg.qr(B * scaling)
+    Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(scaling * R_B @ R_A.mT, full_matrices=False)
     precision = torch.finfo(S.dtype).eps * max(A.shape[-1], B.shape[-2])
     S = torch.where(precision * S[..., :1] < S, S, torch.zeros_like(S))
-    A_star = (Vh @ Q_A.mT) * (S > 0).unsqueeze(-1)
-    B_star = (Q_B @ U) * S.unsqueeze(-2)
+    # Scaled and masked are the small factors, not the large products; and a product whose rows are
+    # long takes a quarter of the time of its transpose.
+    A_star = (Vh * (S > 0).unsqueeze(-1)) @ Q_A.mT
+    B_star = ((U * S.unsqueeze(-2)).mT @ Q_B.mT).mT
     missing = rank - S.shape[-1]  # only where r exceeds D_in or D_out
     if missing > 0:
         A_star = torch.nn.functional.pad(A_star, (0, 0, 0, missing))
         B_star = torch.nn.functional.pad(B_star, (0, missing))
-    return Aligned(A_star.contiguous(), B_star.contiguous())
+    return Aligned(A_star, B_star)
 
 
 def subspace_overlap(A_1: Tensor, A_2: Tensor) -> float:

@@ -198,14 +198,14 @@ def _compare(
     is_base = hidden.data_ptr() == base_hidden.data_ptr()
     for start in range(0, len(token_ids) - 1, _POSITIONS_AT_ONCE):
         end = min(start + _POSITIONS_AT_ONCE, len(token_ids) - 1)
-        logprobs = output_logits(model, hidden[start:end]).log_softmax(-1)
+        logprobs = output_logprobs(model, hidden[start:end])
         probs = logprobs.exp()
         drawn = logprobs.gather(-1, token_ids[start + 1 : end + 1, None])[:, 0]
-        entropy = -torch.where(probs > 0, probs * logprobs, 0).sum(-1)
+        entropy = -torch.linalg.vecdot(probs, logprobs)
         kl = torch.zeros_like(entropy)
         if not is_base:
-            base = output_logits(model, base_hidden[start:end]).log_softmax(-1)
-            kl = torch.where(probs > 0, probs * (logprobs - base), 0).sum(-1).clamp(min=0)
+            logprobs -= output_logprobs(model, base_hidden[start:end])
+            kl = torch.linalg.vecdot(probs, logprobs).clamp(min=0)
         parts.append(torch.stack([drawn, entropy, kl]))
     columns = np.full((3, len(token_ids)), np.nan, np.float32)
     if parts:
@@ -213,12 +213,16 @@ def _compare(
     return columns[0], columns[1], columns[2]
 
 
-def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """(T, V) float32 logits of hidden states (T, D), as the model's own head computes them."""
-    head = model.get_output_embeddings()
-    logits = head(hidden).float()
+def output_logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(T, V) float32 log-probabilities from hidden states (T, D), as the model's own head computes
+    them."""
+    logits = model.get_output_embeddings()(hidden)
     config = model.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    scale = getattr(config, "logit_scale", None) or 1  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return cap * torch.tanh(logits / cap) if cap else logits
+    if scale != 1:
+        logits = logits.float() * scale
+    if cap:
+        logits = cap * torch.tanh(logits.float() / cap)
+    return logits.log_softmax(-1, dtype=torch.float32)

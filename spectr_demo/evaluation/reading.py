@@ -23,7 +23,7 @@ from spectr_demo.prompts import decoder_inputs, shared_length
 from spectr_demo.recorder import Recorder
 from spectr_demo.routing import ROUTERS
 from spectr_demo.trace import NOT_ROUTED
-from spectr_demo.tracing import output_logits
+from spectr_demo.tracing import output_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +131,11 @@ def _read_batch(
     for row, text in enumerate(texts):
         answer = torch.tensor(text.answer_ids, device=device)
         num = len(answer)
-        logprobs = output_logits(engine.model, hidden[row, -num:]).log_softmax(-1)
+        logprobs = output_logprobs(engine.model, hidden[row, -num:])
         kl = base_logprob = logprobs.new_zeros(0)
         agrees = logprobs.new_zeros(0, dtype=torch.bool)
         if base_hidden is not None:
-            base = output_logits(engine.model, base_hidden[row, -num:]).log_softmax(-1)
+            base = output_logprobs(engine.model, base_hidden[row, -num:])
             kl = (logprobs.exp() * (logprobs - base)).sum(-1).clamp(min=0)
             agrees = logprobs.argmax(-1) == base.argmax(-1)
             base_logprob = base.gather(-1, answer[:, None])[:, 0]
