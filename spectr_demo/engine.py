@@ -51,6 +51,7 @@ from spectr_demo.prompts import (
 )
 from spectr_demo.recorder import Recorder
 from spectr_demo.routing import Calibration, FirstReading, RoutingPlan, parse_router
+from spectr_demo.threads import release_threads
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.tracing import build_trace, library_versions
 
@@ -298,6 +299,7 @@ class _Run:
 
     def steps(self) -> Iterator[Step]:
         worker = threading.Thread(target=contextvars.copy_context().run, args=(self._work,))
+        release_threads()  # the caller's, in whose way the worker's would be
         worker.start()
         try:
             while (item := self.queue.get()) is not None:

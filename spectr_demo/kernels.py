@@ -95,7 +95,9 @@ def _as_stored_of(value, like):  # type: ignore[no-untyped-def]
 @_compiled
 def _rounded_bits(bits: Any) -> Any:
     """The upper half of a float32's bits, rounded."""
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return np.uint16(
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    )
 
 
 @_compiled

@@ -412,10 +412,15 @@ class RoutingPlan:
         return kernels.can_route(x) and (bool(self._groups) or factors.is_read_fast)
 
     def _add_token_(self, y: Tensor, bank: ExpertBank, factors: Factors, x: Tensor) -> MixedToken:
-        """`mix` for one token of each row on a CPU, and `add` at the bank's first layer, in compiled
-        code: y (R, 1, D_out) and x (R, 1, D_in)."""
+        """`mix` for one token of each row on a CPU, and `add` at the bank's first layer: y
+        (R, 1, D_out) and x (R, 1, D_in), in compiled code."""
         output, token, B = kernels.stored(y), kernels.stored(x), factors.B[0]
-        S, group, is_merged, kept = factors.singular_values, self._only_group, self._rows_merged, None
+        S, group, is_merged, kept = (
+            factors.singular_values,
+            self._only_group,
+            self._rows_merged,
+            None,
+        )
         is_filtered = group is not None and group.num_filtered < bank.num_experts
         if group is not None and (is_filtered or factors.is_read_fast):
             rule, pool = group.rule(bank)
@@ -426,7 +431,9 @@ class RoutingPlan:
             self._record(group, bank, choice, kept)
         elif not self._groups:
             weights = self._constant_arrays(bank)
-            z = kernels.project_and_add_(output, token, factors.A, B, weights, is_merged, S.shape[2])
+            z = kernels.project_and_add_(
+                output, token, factors.A, B, weights, is_merged, S.shape[2]
+            )
         else:
             if factors.is_read_fast:
                 z = kernels.project(token, factors.A, *S.shape)
@@ -477,20 +484,22 @@ class RoutingPlan:
         used = self._with_used(bank)
         if used is None:
             return y
-        is_last = place == len(bank.paths) - 1
-        if place > 0:
-            mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
-            if isinstance(mixed, MixedToken):
-                return mixed.add_(y, place)
+        factors, mixed = used.compiled, self._mixed.get(bank)
+        is_first, is_last = place == 0, place == len(bank.paths) - 1
+        if is_first and factors is not None and self._can_add_token(factors, x):
+            mixed = self._add_token_(y, used, factors, x)
+        elif is_first or mixed is None:
+            mixed = self.mix(used, x)
+            used.add_(y, mixed, place)
+        elif isinstance(mixed, MixedToken):
+            mixed.add_(y, place)
         else:
-            factors = used.compiled
-            is_token = factors is not None and self._can_add_token(factors, x)
-            mixed = self._add_token_(y, used, factors, x) if is_token else self.mix(used, x)
-            if not is_last:
-                self._mixed[bank] = mixed
-            if is_token:
-                return y
-        return used.add_(y, mixed, place)
+            used.add_(y, mixed, place)
+        if is_last:
+            self._mixed.pop(bank, None)
+        elif is_first:
+            self._mixed[bank] = mixed
+        return y
 
     def _with_used(self, bank: ExpertBank) -> ExpertBank | None:
         """The bank with the experts that some row may use; None if it has none of them."""

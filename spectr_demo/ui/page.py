@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from spectr_demo.engine import SpectrModel
+from spectr_demo.threads import release_threads
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui import cards, figures, style
 from spectr_demo.ui.endpoint import compare_with
@@ -66,6 +67,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         _wire_charts(layout, session, page.GRADIO_CACHE)
         page.load(None, None, layout.view, js=style.READ_VIEW, **PRIVATE)
         gr.api(compare_with(steps, model.library.names), api_name="compare", **MODEL_QUEUE)
+    release_threads()  # of loading and building: runs have threads of their own
     return page.queue(max_size=20, default_concurrency_limit=4)
 
 
