@@ -94,23 +94,23 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
     """In bfloat16 from its bits: exact products, where torch would round each."""
     torch.manual_seed(0)
     R, P, E, r, D, D_out = 3, 2, 5, 4, 37, 23
-    x, A = torch.randn(R, 1, D), torch.randn(P * E * r, D).to(dtype)
+    x, A = torch.randn(R, 1, D).to(dtype), torch.randn(P * E * r, D).to(dtype)
     B = torch.randn(E * r, D_out).to(dtype)
     S = torch.rand(P, E, r)
     factors = kernels.Factors.of(A, [B], S)
     assert factors is not None
     expected = (x[:, 0].double() @ A.double().mT).float().view(R, P, E, r)
-    z = kernels.project(x.numpy(), factors.A, P, E, r)
+    z = kernels.project(kernels.stored(x), factors.A, P, E, r)
     assert_close(torch.from_numpy(z), expected)
     kept = torch.stack([torch.randperm(E)[:3] for _ in range(R * P)]).view(R, P, 3)
-    chosen = kernels.project_chosen(x.numpy(), factors.A, kept.numpy(), P, E, r)
+    chosen = kernels.project_chosen(kernels.stored(x), factors.A, kept.numpy(), P, E, r)
     places = kept[..., None].expand(-1, -1, -1, r)
     assert_close(torch.from_numpy(chosen), expected.gather(2, places))
 
     weights = torch.rand(R, P, 3)
     weights[0, 1, 1] = 0
     is_merged = np.array([True, False, True])
-    y = torch.randn(R, 1, D_out)
+    y = torch.randn(R, 1, D_out).to(dtype)
     added = y.clone()
     B_of = (factors.B[0], factors.B[0])
     mixed = kernels.MixedToken(B_of, chosen, weights.numpy(), is_merged, kept.numpy())
@@ -120,7 +120,10 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
         w = weights[row, 1].double()[:, None]
         values = w * ((w * z_of).sum(0) if is_merged[row] else z_of)
         delta = values.flatten() @ B.view(E, r, -1)[kept[row, 1]].flatten(0, 1).double()
-        assert_close(added[row, 0], y[row, 0] + delta.float(), atol=1e-5, rtol=1e-5)
+        once_rounded = (y[row, 0].double() + delta).to(dtype)
+        rounding = 1e-5 if dtype == torch.float32 else 2**-7  # one place, where it is a near tie
+        assert_close(added[row, 0], once_rounded, atol=1e-5, rtol=rounding)
+        assert (added[row, 0] == once_rounded).float().mean() > 0.9 or dtype == torch.float32
 
 
 @settings(deadline=None)
