@@ -415,12 +415,8 @@ class RoutingPlan:
         """`mix` for one token of each row on a CPU, and `add` at the bank's first layer: y
         (R, 1, D_out) and x (R, 1, D_in), in compiled code."""
         output, token, B = kernels.stored(y), kernels.stored(x), factors.B[0]
-        S, group, is_merged, kept = (
-            factors.singular_values,
-            self._only_group,
-            self._rows_merged,
-            None,
-        )
+        S, is_merged = factors.singular_values, self._rows_merged
+        group, kept = self._only_group, None
         is_filtered = group is not None and group.num_filtered < bank.num_experts
         if group is not None and (is_filtered or factors.is_read_fast):
             rule, pool = group.rule(bank)
@@ -484,22 +480,25 @@ class RoutingPlan:
         used = self._with_used(bank)
         if used is None:
             return y
-        factors, mixed = used.compiled, self._mixed.get(bank)
-        is_first, is_last = place == 0, place == len(bank.paths) - 1
-        if is_first and factors is not None and self._can_add_token(factors, x):
-            mixed = self._add_token_(y, used, factors, x)
-        elif is_first or mixed is None:
-            mixed = self.mix(used, x)
-            used.add_(y, mixed, place)
-        elif isinstance(mixed, MixedToken):
-            mixed.add_(y, place)
-        else:
-            used.add_(y, mixed, place)
-        if is_last:
-            self._mixed.pop(bank, None)
-        elif is_first:
-            self._mixed[bank] = mixed
-        return y
+        if place == 0:
+            mixed = self._mix_and_add_(y, used, x)
+            if len(bank.paths) > 1:
+                self._mixed[bank] = mixed
+            return y
+        is_last = place == len(bank.paths) - 1
+        mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
+        if isinstance(mixed, MixedToken):
+            return mixed.add_(y, place)
+        return used.add_(y, mixed, place)
+
+    def _mix_and_add_(self, y: Tensor, bank: ExpertBank, x: Tensor) -> Mixed | MixedToken:
+        """What the bank's layers add, and that of the first one added to its y, in place."""
+        factors = bank.compiled
+        if factors is not None and self._can_add_token(factors, x):
+            return self._add_token_(y, bank, factors, x)
+        mixed = self.mix(bank, x)
+        bank.add_(y, mixed, 0)
+        return mixed
 
     def _with_used(self, bank: ExpertBank) -> ExpertBank | None:
         """The bank with the experts that some row may use; None if it has none of them."""
