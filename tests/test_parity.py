@@ -146,7 +146,10 @@ def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
     for p, (stacked, B) in enumerate(zip(bank.A.chunk(P), bank.B, strict=True)):
         A, B = stacked.float().view(E, r, -1).mean(0), B.float().view(E, r, -1).mean(0)
         ours = plan.add(torch.zeros(1, 3, B.shape[1]), bank, p, x)
-        pair.assert_same(ours, x @ A.mT @ B)
+        if bank.A.dtype == torch.float32:
+            assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
+        else:
+            pair.assert_same(ours, x @ A.mT @ B)
 
 
 # A router that pools leaves a text to the base where nothing speaks for any expert.
