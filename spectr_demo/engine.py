@@ -109,7 +109,7 @@ class SpectrModel:
         self.template_closing = template_closing(base.tokenizer)
         self.user_turn = user_turn(base.tokenizer)
         self.newline_ids = newline_ids(base.tokenizer)
-        self._hooks = follow(self.model.get_decoder())
+        self._hooks = follow(self.model)
         self._calibration: Calibration | None = None
         self._calibration_lock = threading.Lock()
         self._least_leads: dict[RouterConfig, float] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spectr_demo.bank import ExpertBank
 from spectr_demo.experts import ExpertLibrary
@@ -86,9 +87,9 @@ def detach_(model: nn.Module) -> None:
             setattr(parent, name, module.base_layer)
 
 
-def follow(decoder: nn.Module) -> list[Any]:
+def follow(model: PreTrainedModel) -> list[Any]:
     """Hooks that hand what the decoder reads to the run's plan, and its last hidden states to the
-    recorder, if there is one."""
+    recorder, if there is one; and one for a fast product with the output embedding."""
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         plan, input_ids = _plan.get(), kwargs.get("input_ids")
@@ -100,7 +101,14 @@ def follow(decoder: nn.Module) -> list[Any]:
         if plan is not None and plan.recorder is not None:
             plan.recorder.add_hidden(output.last_hidden_state)
 
+    def before_head(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        # Of a prompt only the last token comes here, as a slice. Because of its strides torch would
+        # copy the whole embedding, once for each row.
+        return (args[0].clone(memory_format=torch.contiguous_format),)
+
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     return [
         decoder.register_forward_pre_hook(before, with_kwargs=True),
         decoder.register_forward_hook(after),
+        head.register_forward_pre_hook(before_head),
     ]
