@@ -37,6 +37,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
+from spectr_demo.attention import pack_heads_
 from spectr_demo.config import (
     base_from_environment,
     cache_dir,
@@ -206,6 +207,8 @@ def load_base(
             fingerprint = _fingerprint(base, config)
             model, tokenizer = _from_pretrained(base, config, device_map, dtype)
         bits, quantization = _settle_4bit_(model, dtype)
+        if model.device.type == "cpu" and dtype == torch.bfloat16:
+            pack_heads_(model)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
