@@ -437,9 +437,9 @@ class RoutingPlan:
                 z = bank.project(x).float()[:, 0].numpy()
             weights = self._constant_arrays(bank)
             for group in self._groups:
-                *choice, of_all = kernels.route(z[group.rows], S, *group.rule(bank))
+                *choice, of_all = kernels.route(z[group.some], S, *group.rule(bank))
                 self._record(group, bank, choice)
-                weights[group.rows] = of_all
+                weights[group.some] = of_all
             kernels.add_(output, z, weights, is_merged, None, B, 0)
         return MixedToken(factors.B, z, weights, is_merged, kept)
 
@@ -589,6 +589,8 @@ class _Group:
     ) -> None:
         self.router = router
         self.rows = rows
+        is_run = rows == list(range(rows[0], rows[-1] + 1))
+        self.some = slice(rows[0], rows[-1] + 1) if is_run else rows
         self.is_whole = len(rows) == num_rows
         score = ROUTERS[router.name].score
         assert score is not None
