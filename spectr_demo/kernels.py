@@ -347,7 +347,7 @@ def route(
     return choose(scores, rule)
 
 
-Choice = tuple[Ids, Floats, Floats]  # of each row, `places`, `weights`, `top`: (R, P, K) each
+Chosen = tuple[Ids, Floats, Floats]  # of each row, `places`, `weights`, `top`: (R, P, K) each
 
 
 @_compiled
@@ -361,7 +361,7 @@ def route_and_add_(
     rule: Rule,
     pool: Pool | None,
     is_merged: NDArray[np.bool_],
-) -> tuple[Floats, Floats, Ids | None, Choice]:
+) -> tuple[Floats, Floats, Ids | None, Chosen]:
     """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
     place. arrows (P * E, D_in): where given, the router's filter looks at these alone.
 

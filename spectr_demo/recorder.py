@@ -1,4 +1,4 @@
-"""What the layers chose during one run, kept as the tensors they computed until the run ends."""
+"""What the layers chose during one run, kept as what they computed until the run ends."""
 
 from collections import defaultdict
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectr_demo.bank import ExpertBank
 from spectr_demo.experts import ExpertLibrary
+from spectr_demo.kernels import Chosen
 from spectr_demo.trace import NOT_ROUTED
 
 Choice = tuple[Tensor, Tensor, Tensor]  # expert places in the bank, weights, scores: (T, P, K) each
@@ -19,13 +20,29 @@ class Recorder:
 
     def __init__(self) -> None:
         self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
+        # Single tokens from compiled code, not yet among the choices: by bank, and by its rows.
+        self._tokens: dict[ExpertBank, dict[tuple[int, ...], list[Chosen]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         self._hidden: list[Tensor] = []
 
     def add_choice(
         self, bank: ExpertBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
     ) -> None:
         """experts, weights, scores: (T, P, K) of one row, for the tokens of this pass."""
+        self._join_tokens(bank)
         self._choices[row, bank].append((experts, weights, scores))
+
+    def add_token(self, bank: ExpertBank, rows: tuple[int, ...], chosen: Chosen) -> None:
+        """Experts, weights, scores of a pass of one token: (R, P, K) arrays of these rows."""
+        self._tokens[bank][rows].append(chosen)
+
+    def _join_tokens(self, bank: ExpertBank) -> None:
+        for rows, tokens in self._tokens.pop(bank, {}).items():
+            joined = [torch.from_numpy(np.concatenate(part)) for part in zip(*tokens, strict=True)]
+            for i, row in enumerate(rows):
+                experts, weights, scores = (part[i :: len(rows)] for part in joined)
+                self._choices[row, bank].append((experts, weights, scores))
 
     def add_hidden(self, hidden: Tensor) -> None:
         """hidden: (R, T, D), the decoder's last hidden states for the tokens of this pass."""
@@ -38,6 +55,7 @@ class Recorder:
 
     def choices(self, bank: ExpertBank, row: int) -> Choice:
         """Those of one row over all tokens read so far."""
+        self._join_tokens(bank)
         passes = self._choices[row, bank]
         experts, weights, scores = map(torch.cat, zip(*passes, strict=True))
         self._choices[row, bank] = [(experts, weights, scores)]  # need not be joined again
@@ -55,10 +73,14 @@ class Recorder:
         weights = np.zeros(shape, np.float32)
         scores = np.full(shape, np.nan, np.float32)
         for bank in library.banks:
-            chosen, weight, score = (p[: num_tokens - 1].cpu() for p in self.choices(bank, row))
+            chosen, weight, score = (
+                part[: num_tokens - 1].cpu().numpy() for part in self.choices(bank, row)
+            )
             T, _, K = chosen.shape
-            place = np.s_[:T, *library.places(bank), :K]
-            experts[place] = np.where(weight > 0, bank.expert_ids[chosen], NOT_ROUTED)
-            weights[place] = weight.numpy()
-            scores[place] = np.where(weight > 0, score, np.nan)
+            chosen = np.where(weight > 0, bank.expert_ids.numpy()[chosen], NOT_ROUTED)
+            score = np.where(weight > 0, score, np.nan)
+            for p, (layer, projection) in enumerate(zip(*library.places(bank), strict=True)):
+                place = np.s_[:T, layer, projection, :K]
+                experts[place], weights[place] = chosen[:, p], weight[:, p]
+                scores[place] = score[:, p]
         return experts, weights, scores

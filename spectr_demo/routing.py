@@ -17,7 +17,7 @@ from torch import Tensor
 from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
-from spectr_demo.kernels import Factors, Floats, Ids, MixedToken, Pool, Rule
+from spectr_demo.kernels import Chosen, Factors, Floats, Ids, MixedToken, Pool, Rule
 from spectr_demo.pooling import EvidencePool, lead
 from spectr_demo.recorder import Recorder
 
@@ -421,10 +421,10 @@ class RoutingPlan:
         if group is not None and (is_filtered or factors.is_read_fast):
             rule, pool = group.rule(bank)
             arrows = bank.compiled_arrows if is_filtered else None
-            z, weights, kept, choice = kernels.route_and_add_(
+            z, weights, kept, chosen = kernels.route_and_add_(
                 output, token, factors.A, arrows, B, S, rule, pool, is_merged
             )
-            self._record(group, bank, choice, kept)
+            self._record(group, bank, chosen, kept)
         elif not self._groups:
             weights = self._constant_arrays(bank)
             z = kernels.project_and_add_(
@@ -437,24 +437,21 @@ class RoutingPlan:
                 z = bank.project(x).float()[:, 0].numpy()
             weights = self._constant_arrays(bank)
             for group in self._groups:
-                *choice, of_all = kernels.route(z[group.some], S, *group.rule(bank))
-                self._record(group, bank, choice)
+                places, chosen, top, of_all = kernels.route(z[group.some], S, *group.rule(bank))
+                self._record(group, bank, (places, chosen, top))
                 weights[group.some] = of_all
             kernels.add_(output, z, weights, is_merged, None, B, 0)
         return MixedToken(factors.B, z, weights, is_merged, kept)
 
     def _record(
-        self, group: "_Group", bank: ExpertBank, choice: Sequence[Any], kept: Ids | None = None
+        self, group: "_Group", bank: ExpertBank, chosen: Chosen, kept: Ids | None = None
     ) -> None:
-        """choice: places, weights and scores (R, P, K) from compiled code."""
         if self.recorder is None:
             return
-        places, weights, top = choice
+        places, weights, top = chosen
         if kept is not None:
             places = np.take_along_axis(kept, places, -1)
-        for i, row in enumerate(group.rows):
-            of_row = [torch.from_numpy(of[i, None]) for of in (places, weights, top)]
-            self.recorder.add_choice(bank, row, *of_row)
+        self.recorder.add_token(bank, tuple(group.rows), (places, weights, top))
 
     def _constant_arrays(self, bank: ExpertBank) -> Floats:
         """(R, P, E) `constant_weights`, to be overwritten where rows look at the token; ones where

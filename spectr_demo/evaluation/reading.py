@@ -18,6 +18,7 @@ from tqdm import tqdm
 from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
+from spectr_demo.kernels import Chosen
 from spectr_demo.layers import routed
 from spectr_demo.prompts import decoder_inputs, shared_length
 from spectr_demo.recorder import Recorder
@@ -77,6 +78,11 @@ class _Choices(Recorder):
         chosen = torch.where(weights.cpu() > 0, chosen, NOT_ROUTED)
         place = np.s_[:, *self._library.places(bank), : chosen.shape[-1]]
         self.experts[row][place] = chosen.numpy()
+
+    def add_token(self, bank: ExpertBank, rows: tuple[int, ...], chosen: Chosen) -> None:
+        for i, row in enumerate(rows):
+            experts, weights, scores = (torch.from_numpy(part[i, None]) for part in chosen)
+            self.add_choice(bank, row, experts, weights, scores)
 
     def add_hidden(self, hidden: Tensor) -> None:
         """The caller has them already."""
