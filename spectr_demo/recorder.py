@@ -1,6 +1,7 @@
 """What the layers chose during one run, kept as what they computed until the run ends."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,10 +21,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
-        # Single tokens from compiled code, not yet among the choices: by bank, and by its rows.
-        self._tokens: dict[ExpertBank, dict[tuple[int, ...], list[Chosen]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
+        # Single tokens from compiled code, with their rows: not yet among the choices.
+        self._tokens: dict[ExpertBank, list[tuple[Sequence[int], Chosen]]] = defaultdict(list)
         self._hidden: list[Tensor] = []
 
     def add_choice(
@@ -33,12 +32,15 @@ class Recorder:
         self._join_tokens(bank)
         self._choices[row, bank].append((experts, weights, scores))
 
-    def add_token(self, bank: ExpertBank, rows: tuple[int, ...], chosen: Chosen) -> None:
+    def add_token(self, bank: ExpertBank, rows: Sequence[int], chosen: Chosen) -> None:
         """Experts, weights, scores of a pass of one token: (R, P, K) arrays of these rows."""
-        self._tokens[bank][rows].append(chosen)
+        self._tokens[bank].append((rows, chosen))
 
     def _join_tokens(self, bank: ExpertBank) -> None:
-        for rows, tokens in self._tokens.pop(bank, {}).items():
+        tokens_of: dict[tuple[int, ...], list[Chosen]] = defaultdict(list)
+        for group, chosen in self._tokens.pop(bank, []):
+            tokens_of[tuple(group)].append(chosen)
+        for rows, tokens in tokens_of.items():
             joined = [torch.from_numpy(np.concatenate(part)) for part in zip(*tokens, strict=True)]
             for i, row in enumerate(rows):
                 experts, weights, scores = (part[i :: len(rows)] for part in joined)

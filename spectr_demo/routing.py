@@ -451,7 +451,7 @@ class RoutingPlan:
         places, weights, top = chosen
         if kept is not None:
             places = np.take_along_axis(kept, places, -1)
-        self.recorder.add_token(bank, tuple(group.rows), (places, weights, top))
+        self.recorder.add_token(bank, group.rows, (places, weights, top))
 
     def _constant_arrays(self, bank: ExpertBank) -> Floats:
         """(R, P, E) `constant_weights`, to be overwritten where rows look at the token; ones where

@@ -55,6 +55,21 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(
     assert len(set(texts(together))) > 3, "the columns would hide a mix-up if they all agreed"
 
 
+@pytest.mark.parametrize("columns", [["spectr"], ["base", "spectr"]])
+def test_the_output_embedding_never_reads_a_slice(
+    routed_model: SpectrModel, columns: list[str]
+) -> None:
+    """By its strides torch would decide to copy the whole embedding for every row."""
+    strides = []
+    head = routed_model.model.get_output_embeddings()
+    hook = head.register_forward_hook(
+        lambda module, args, output: strides.append((args[0].shape, args[0].stride()))
+    )
+    run(routed_model, columns, max_new_tokens=3, record=False)
+    hook.remove()
+    assert strides == [((len(columns), 1, D := head.in_features), (D, D, 1))] * 3
+
+
 def test_weights_are_distributions_over_at_most_k(routed_model: SpectrModel) -> None:
     trace = trace_of(run(routed_model, ALL))
     for column in trace.columns:

@@ -79,7 +79,7 @@ class _Choices(Recorder):
         place = np.s_[:, *self._library.places(bank), : chosen.shape[-1]]
         self.experts[row][place] = chosen.numpy()
 
-    def add_token(self, bank: ExpertBank, rows: tuple[int, ...], chosen: Chosen) -> None:
+    def add_token(self, bank: ExpertBank, rows: Sequence[int], chosen: Chosen) -> None:
         for i, row in enumerate(rows):
             experts, weights, scores = (torch.from_numpy(part[i, None]) for part in chosen)
             self.add_choice(bank, row, experts, weights, scores)
