@@ -346,7 +346,7 @@ class RoutingPlan:
         is_newline = torch.isin(input_ids, self._newline_ids)
         for group in self._groups:
             if group.pool is not None:
-                group.pool.begin_lines(is_newline if group.is_whole else is_newline[group.rows])
+                group.pool.begin_lines(is_newline if group.is_whole else is_newline[group.some])
 
     def constant_weights(self, bank: ExpertBank) -> Tensor:
         """(R, 1, P, E) float32 weights of the rows that do not look at tokens; 0 for the others."""
@@ -365,9 +365,9 @@ class RoutingPlan:
             return torch.zeros(z.shape[:4], device=z.device).scatter_(-1, experts, chosen)
         weights = constant.expand(z.shape[:4]).clone()
         for group in self._groups:
-            experts, _, chosen = self._choose(group, bank, z[group.rows])
+            experts, _, chosen = self._choose(group, bank, z[group.some])
             scattered = weights.new_zeros(len(group.rows), *z.shape[1:4])
-            weights[group.rows] = scattered.scatter_(-1, experts, chosen)
+            weights[group.some] = scattered.scatter_(-1, experts, chosen)
         return weights
 
     def _choose(
@@ -547,7 +547,7 @@ class FirstReading(Listening):
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
         z = bank.project(x)
         for group in self._groups:
-            group.scores(bank, z if group.is_whole else z[group.rows])
+            group.scores(bank, z if group.is_whole else z[group.some])
 
     def pool(self, router: RouterConfig) -> tuple[EvidencePool, list[int]]:
         """What the rows of this router have read; and how many lines each prompt has."""
@@ -586,6 +586,7 @@ class _Group:
     ) -> None:
         self.router = router
         self.rows = rows
+        # The rows as an index: rows that follow each other are a view, others would be copied.
         is_run = rows == list(range(rows[0], rows[-1] + 1))
         self.some = slice(rows[0], rows[-1] + 1) if is_run else rows
         self.is_whole = len(rows) == num_rows

@@ -6,7 +6,9 @@ import torch
 
 from spectr_demo.bank import ExpertBank
 from spectr_demo.engine import SpectrModel
+from spectr_demo.evaluation.reading import _Choices
 from spectr_demo.recorder import Choice, Recorder
+from spectr_demo.trace import NOT_ROUTED
 
 ROWS, P, K = (1, 3), 2, 2
 
@@ -50,3 +52,20 @@ def test_rows_of_another_router_are_apart(bank: ExpertBank) -> None:
         weights = np.ones(experts.shape, np.float32)
         recorder.add_token(bank, rows, (experts, weights, weights))
     assert [recorder.choices(bank, row)[0].unique().item() for row in (0, 1, 2)] == [0, 1, 2]
+
+
+def test_an_evaluation_keeps_tokens_as_it_keeps_texts(routed_model: SpectrModel) -> None:
+    """A prompt of one token is all that is read of a text with one more."""
+    read, expected = (_Choices(routed_model, (2, 1), K) for _ in range(2))
+    for bank in routed_model.library.banks:
+        num_layers = len(bank.paths)
+        experts = np.arange(2 * num_layers * K).reshape(2, num_layers, K) % bank.num_experts
+        weights = np.full(experts.shape, 0.5, np.float32)
+        weights[0, :, 1] = 0
+        read.add_token(bank, [0, 1], (experts, weights, weights))
+        for row in (0, 1):
+            of_row = (torch.from_numpy(part[row, None]) for part in (experts, weights, weights))
+            expected.add_choice(bank, row, *of_row)
+    assert (expected.experts >= 0).any()
+    assert (expected.experts[0, ..., 1] == NOT_ROUTED).all()
+    np.testing.assert_array_equal(read.experts, expected.experts)
