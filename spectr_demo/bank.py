@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr_demo.kernels import Factors, Stored, stored
+from spectr_demo.kernels import Arrows, Factors
 from spectr_demo.spectral import Aligned
 
 Zeros = Callable[..., Tensor]
@@ -161,14 +161,9 @@ class ExpertBank:
         return Factors.of(self.A, self.B, self.singular_values)
 
     @cached_property
-    def arrows(self) -> Tensor:
-        """(P * E, D_in): the first row of each A*, where one product can read them fast."""
-        return self.A[:: self._shape[-1]].contiguous()
-
-    @cached_property
-    def compiled_arrows(self) -> Stored:
-        """The same for compiled code."""
-        return stored(self.arrows)
+    def arrows(self) -> Arrows:
+        """The first row of each A*, for compiled code."""
+        return Arrows.of(self.A[:: self._shape[-1]])
 
     @cached_property
     def num_experts(self) -> int:
@@ -186,7 +181,7 @@ class ExpertBank:
 
     def project_first(self, x: Tensor) -> Tensor:
         """The first entry of `z` alone, (R, T, P, E): the token along each expert's arrow."""
-        z = linear(x.to(self.A.dtype), self.arrows)
+        z = linear(x.to(self.A.dtype), self.A[:: self._shape[-1]])
         return z.view(*x.shape[:2], *self._shape[:2])
 
     def project_chosen(self, x: Tensor, experts: Tensor) -> Tensor:

@@ -111,6 +111,24 @@ def _as_floats(x: Stored) -> Floats:
 
 
 @_compiled
+def _dots(values: Floats, A: Stored, rows: Ids, token: Floats) -> None:
+    """`values = A[rows] token`: values and rows (N,), A (., D), token (D,). Rows from anywhere in
+    memory are waited for, so four are read at a time; past the end the last one again."""
+    last = len(rows) - 1
+    for n in range(0, len(rows), 4):
+        second, third, fourth = min(n + 1, last), min(n + 2, last), min(n + 3, last)
+        A_0, A_1, A_2, A_3 = A[rows[n]], A[rows[second]], A[rows[third]], A[rows[fourth]]
+        sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
+        for d in range(len(token)):
+            value = token[d]
+            sum_0 += _as_float(A_0[d]) * value
+            sum_1 += _as_float(A_1[d]) * value
+            sum_2 += _as_float(A_2[d]) * value
+            sum_3 += _as_float(A_3[d]) * value
+        values[n], values[second], values[third], values[fourth] = sum_0, sum_1, sum_2, sum_3
+
+
+@_compiled
 def project(x: Stored, A: Stored, num_layers: int, num_experts: int, rank: int) -> Floats:
     """`z = A* x` of all experts: (R, P, E, r) from x (R, 1, D_in) and A (P * E * r, D_in)."""
     values = _as_floats(x)
@@ -144,19 +162,68 @@ def best(values: Floats, num: int) -> Ids:
     return places
 
 
+class Arrows(NamedTuple):
+    """The first row a of each expert's A* in 8 bits: half the bytes or fewer, and enough to tell
+    which experts are not among the best.
+
+    values (P * E, D_in) int8, scales (P * E,), errors (P * E,) float32: a is `scale * values` but
+    for an error of that length, so `a . x` is known within `error * ||x||`.
+    """
+
+    values: NDArray[np.int8]
+    scales: Floats
+    errors: Floats
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "Arrows":
+        """rows: (P * E, D_in), float."""
+        rows = rows.float()
+        scales = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        values = (rows / scales).round()
+        length = torch.linalg.vector_norm
+        # And what the sums of float32 that are compared may differ by in their last places.
+        errors = length(rows - scales * values, dim=-1) + 1e-5 * length(rows, dim=-1)
+        return cls(values.to(torch.int8).numpy(), scales[:, 0].numpy(), errors.numpy())
+
+
 @_compiled
-def keep(first: Floats, num_kept: int) -> Ids:
-    """(R, P, F) places of the experts with the longest first entries (R, P, E)."""
-    R, P, E = first.shape
-    kept, lengths = np.empty((R, P, num_kept), np.int64), np.empty(E, np.float32)
+def keep(x: Stored, A: Stored, arrows: Arrows, num_layers: int, rank: int, num_kept: int) -> Ids:
+    """(R, P, F) places of the experts with the longest first entries of `z = A* x`, for x
+    (R, 1, D_in) and A (P * E * r, D_in). A is read where the arrows leave it open."""
+    tokens, R, P = _as_floats(x), x.shape[0], num_layers
+    E = len(arrows.scales) // P
+    about, longest = np.empty((R, P * E), np.float32), np.empty((R, P, num_kept), np.int64)
+    for i in range(P * E):
+        arrow = arrows.values[i]
+        for row in range(R):
+            token, total = tokens[row], np.float32(0)
+            for d in range(x.shape[2]):
+                total += np.float32(arrow[d]) * token[d]
+            about[row, i] = abs(arrows.scales[i] * total)
+    surely, lengths = np.empty(E, np.float32), np.empty(E, np.float32)
+    candidates, starts = np.empty(E, np.int64), np.empty(E, np.int64)
     for row in range(R):
+        squares = np.float32(0)
+        for value in tokens[row]:
+            squares += value * value
+        length = np.sqrt(squares)
         for p in range(P):
             for e in range(E):
-                lengths[e] = abs(first[row, p, e])
-            places = best(lengths, num_kept)
+                surely[e] = about[row, p * E + e] - arrows.errors[p * E + e] * length
+            least, count = surely[best(surely, num_kept)[num_kept - 1]], 0
+            for e in range(E):
+                i = p * E + e
+                if about[row, i] + arrows.errors[i] * length < least:
+                    continue
+                candidates[count], starts[count] = e, i * rank
+                count += 1
+            _dots(lengths, A, starts[:count], tokens[row])
+            for c in range(count):
+                lengths[c] = abs(lengths[c])
+            places = best(lengths[:count], num_kept)
             for f in range(num_kept):
-                kept[row, p, f] = places[f]
-    return kept
+                longest[row, p, f] = candidates[places[f]]
+    return longest
 
 
 @_compiled
@@ -166,17 +233,14 @@ def project_chosen(
     """`z = A* x` of a few experts: (R, P, F, r) from x (R, 1, D_in), A (P * E * r, D_in) and their
     places in the bank (R, P, F)."""
     R, P, F = kept.shape
-    values = _as_floats(x)
+    tokens, rows = _as_floats(x), np.empty(F * rank, np.int64)
     z = np.empty((R, P, F, rank), np.float32)
     for row in range(R):
         for p in range(P):
             for f in range(F):
-                start = (p * num_experts + kept[row, p, f]) * rank
                 for i in range(rank):
-                    factors, token, total = A[start + i], values[row], np.float32(0)
-                    for d in range(x.shape[2]):
-                        total += _as_float(factors[d]) * token[d]
-                    z[row, p, f, i] = total
+                    rows[f * rank + i] = (p * num_experts + kept[row, p, f]) * rank + i
+            _dots(z[row, p].reshape(-1), A, rows, tokens[row])
     return z
 
 
@@ -355,7 +419,7 @@ def route_and_add_(
     y: Stored,
     x: Stored,
     A: Stored,
-    arrows: Stored | None,
+    arrows: Arrows | None,
     B: Stored,
     singular_values: Floats,
     rule: Rule,
@@ -363,7 +427,7 @@ def route_and_add_(
     is_merged: NDArray[np.bool_],
 ) -> tuple[Floats, Floats, Ids | None, Chosen]:
     """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
-    place. arrows (P * E, D_in): where given, the router's filter looks at these alone.
+    place. arrows: where given, only the experts that the router's filter keeps are projected on.
 
     Returns z, weights and kept, as `add_` takes them for the bank's other layers, and the choice.
     """
@@ -371,7 +435,7 @@ def route_and_add_(
     if arrows is None:
         kept, z = None, project(x, A, P, E, r)
     else:
-        kept = keep(project(x, arrows, P, E, 1)[..., 0], rule.num_kept)
+        kept = keep(x, A, arrows, P, r, rule.num_kept)
         z = project_chosen(x, A, kept, P, E, r)
     places, chosen, top, weights = route(z, singular_values, rule, pool)
     add_(y, z, weights, is_merged, kept, B, 0)

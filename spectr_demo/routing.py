@@ -420,7 +420,7 @@ class RoutingPlan:
         is_filtered = group is not None and group.num_filtered < bank.num_experts
         if group is not None and (is_filtered or factors.is_read_fast):
             rule, pool = group.rule(bank)
-            arrows = bank.compiled_arrows if is_filtered else None
+            arrows = bank.arrows if is_filtered else None
             z, weights, kept, chosen = kernels.route_and_add_(
                 output, token, factors.A, arrows, B, S, rule, pool, is_merged
             )

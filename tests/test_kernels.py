@@ -127,22 +127,46 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
 
 
 @settings(deadline=None)
-@given(data=st.data(), num_experts=st.integers(1, 12))
-def test_keep_takes_the_longest(data: st.DataObject, num_experts: int) -> None:
-    num_kept = data.draw(st.integers(1, num_experts))
-    lengths = st.integers(-4, 4).map(float)  # few values, so that many are equal
-    first = data.draw(st.lists(lengths, min_size=num_experts, max_size=num_experts))
-    array = np.array(first, np.float32)[None, None]
-    kept = kernels.keep(array, num_kept)[0, 0]
-    assert len(set(kept.tolist())) == num_kept
-    longest = sorted(np.abs(first), reverse=True)[:num_kept]
-    assert sorted(np.abs(np.array(first)[kept]), reverse=True) == longest
+@given(data=st.data(), num_experts=st.integers(1, 12), num_kept=st.integers(1, 12))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keep_takes_the_longest(
+    data: st.DataObject, dtype: torch.dtype, num_experts: int, num_kept: int
+) -> None:
+    """Of rows so alike that 8 bits cannot tell them apart, and of equal ones the first."""
+    num_kept, rank, D = min(num_kept, num_experts), 2, 3
+    entry = st.sampled_from([0.0, 1.0, -1.0, 1.0078125, 0.9921875])
+    x = torch.tensor([data.draw(st.lists(entry, min_size=D, max_size=D)) for _ in range(2)])
+    num_rows = 2 * num_experts * rank
+    rows = [data.draw(st.lists(entry, min_size=D, max_size=D)) for _ in range(num_rows)]
+    A = torch.tensor(rows).to(dtype)
+    tokens = kernels.stored(x.to(dtype)[:, None])
+    arrows = kernels.Arrows.of(A[::rank])
+    kept = kernels.keep(tokens, kernels.stored(A), arrows, 2, rank, num_kept)
+    lengths = (x @ A[::rank].float().mT).abs().view(2, 2, num_experts)
+    expected = lengths.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+    assert np.array_equal(kept, expected.numpy())
+
+
+def test_8_bits_leave_few_arrows_to_read() -> None:
+    """The others are never read, which is what the filter is for: here they are not numbers."""
+    torch.manual_seed(0)
+    A = torch.nn.functional.normalize(torch.randn(1000, 576), dim=-1)
+    x = torch.randn(1, 1, 576)
+    lengths = (A @ x.flatten()).abs()
+    longest = lengths.topk(20).indices
+    arrows = kernels.Arrows.of(A)
+    A[lengths.argsort(descending=True)[100:]] = torch.nan
+    kept = kernels.keep(kernels.stored(x), kernels.stored(A), arrows, 1, 1, 20)
+    assert kept.flatten().tolist() == longest.tolist()
 
 
 def test_what_is_not_a_number_stays_inside_the_bank() -> None:
     """A diverging model must not become a read of other memory."""
+    A = torch.ones(4, 3)
+    lost = np.full((1, 1, 3), np.nan, np.float32)
+    kept = kernels.keep(lost, kernels.stored(A), kernels.Arrows.of(A), 1, 1, 2)
+    assert set(kept.flatten().tolist()) <= {0, 1, 2, 3}
     nan = np.full((1, 2, 4), np.nan, np.float32)
-    assert set(kernels.keep(nan, 2).flatten().tolist()) <= {0, 1, 2, 3}
     places, _, _, _ = kernels.choose(nan, rule(4, top_k=3))
     assert set(places.flatten().tolist()) <= {0, 1, 2, 3}
 
