@@ -25,7 +25,12 @@ from transformers import PreTrainedModel
 from spectr_demo.adapters import Adapter, AdapterError, LoraShape, check_adapters, read_adapter
 from spectr_demo.bank import ExpertBank, Zeros
 from spectr_demo.config import cache_dir, unknown_name
-from spectr_demo.memory import available_memory, execution_device, zeros_on_disk
+from spectr_demo.memory import (
+    available_memory,
+    execution_device,
+    zeros_in_large_pages,
+    zeros_on_disk,
+)
 from spectr_demo.shared_inputs import shared_inputs
 from spectr_demo.spectral import Aligned, align
 
@@ -200,9 +205,9 @@ def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dty
     free = available_memory()
     is_16_bit = dtype == torch.bfloat16
     if not is_16_bit and num_values * torch.float32.itemsize <= FLOAT32_SHARE * free:
-        return torch.float32, torch.zeros
+        return torch.float32, zeros_in_large_pages
     if num_values * torch.bfloat16.itemsize <= MEMORY_SHARE * free:
-        return torch.bfloat16, torch.zeros
+        return torch.bfloat16, zeros_in_large_pages
 
     def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return zeros_on_disk(shape, dtype, cache_dir() / "banks")

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
-from numba.extending import overload
+from llvmlite import ir
+from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +25,8 @@ Stored = NDArray[Any]
 
 _MOST_ROWS = 8
 _FEW_BYTES = 1 << 20
+_LINE_BYTES = 64
+_ROWS_AHEAD = 8
 _DTYPES = (torch.float32, torch.bfloat16)
 LENGTH, FIRST, OUTPUT = 0, 1, 2  # what a score measures: z, its first entry, S z
 
@@ -110,12 +113,33 @@ def _as_floats(x: Stored) -> Floats:
     return values
 
 
+@intrinsic
+def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
+    """Ask memory for the line at an address, without waiting for it."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        number, place = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+        to_read, keep_close, data = number(0), number(3), number(1)
+        pointer = builder.inttoptr(arguments[0], place)
+        builder.call(function, [pointer, to_read, keep_close, data])
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.uintp), build
+
+
 @_compiled
 def _dots(values: Floats, A: Stored, rows: Ids, token: Floats) -> None:
-    """`values = A[rows] token`: values and rows (N,), A (., D), token (D,). Rows from anywhere in
-    memory are waited for, so four are read at a time; past the end the last one again."""
-    last = len(rows) - 1
+    """`values = A[rows] token`: values and rows (N,), A (., D) with its rows one after another,
+    token (D,). Rows from anywhere in memory are waited for, so four are read at a time, past the
+    end the last one again, and asked for some rows before."""
+    last, num_bytes = len(rows) - 1, A.shape[1] * A.itemsize
     for n in range(0, len(rows), 4):
+        for ahead in range(0 if n == 0 else n + _ROWS_AHEAD, min(n + _ROWS_AHEAD + 4, last + 1)):
+            address = A.ctypes.data + rows[ahead] * num_bytes
+            for line in range(0, num_bytes, _LINE_BYTES):
+                _prefetch(address + line)  # type: ignore[call-arg]
         second, third, fourth = min(n + 1, last), min(n + 2, last), min(n + 3, last)
         A_0, A_1, A_2, A_3 = A[rows[n]], A[rows[second]], A[rows[third]], A[rows[fourth]]
         sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
