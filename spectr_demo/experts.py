@@ -28,13 +28,14 @@ from spectr_demo.config import cache_dir, unknown_name
 from spectr_demo.memory import (
     available_memory,
     execution_device,
+    keep_freed_memory,
     zeros_in_large_pages,
     zeros_on_disk,
 )
 from spectr_demo.shared_inputs import shared_inputs
 from spectr_demo.spectral import Aligned, align
 
-_ALIGNMENT_VERSION = 2  # part of the cache key: raise it when `align` changes its result
+_ALIGNMENT_VERSION = 3  # part of the cache key: raise it when `align` changes its result
 # A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
 # it is kept in memory at all.
 FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5
@@ -76,7 +77,8 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
 
 
 def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
-    """Layers of one shape are aligned in one batched SVD."""
+    """Layers of one shape are aligned in one batch."""
+    keep_freed_memory()
     groups = defaultdict(list)
     for path, shape in adapter.shapes.items():
         groups[shape].append(path)

@@ -27,28 +27,43 @@ def align(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Aligned:
 
     lora_A: (..., r, D_in), lora_B: (..., D_out, r), any float dtype; leading axes are a batch.
     scaling: a number, or (...) one per item of the batch.
-    The D_out x D_in product is never formed: thin QR of both factors, then the SVD of the r x r
-    core. Directions whose singular value is zero to float32 precision are not determined by the
-    adapter; they become zero rows, so that padding an adapter's rank changes nothing.
+    The D_out x D_in product is never formed, only r x r Gram matrices in float64, whose rounding is
+    below float32's even once it is squared: `A = L Q` with `L L^T = A A^T`, then the eigenvectors V
+    of `(B L)^T (B L)` give `A* = V^T L^-1 A` and `B* = B L V`. Directions whose singular value is
+    zero to float32 precision are not determined by the adapter; they become zero rows, so that
+    padding an adapter's rank changes nothing.
     """
-    A, B = lora_A.float(), lora_B.float()
+    A, B = lora_A.double(), lora_B.double()
     if isinstance(scaling, Tensor):
-        scaling = scaling.float()[..., None, None]
-    rank = A.shape[-2]
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(scaling * R_B @ R_A.mT, full_matrices=False)
-    precision = torch.finfo(S.dtype).eps * max(A.shape[-1], B.shape[-2])
-    S = torch.where(precision * S[..., :1] < S, S, torch.zeros_like(S))
-    # Scaled and masked are the small factors, not the large products; and a product whose rows are
-    # long takes a quarter of the time of its transpose.
-    A_star = (Vh * (S > 0).unsqueeze(-1)) @ Q_A.mT
-    B_star = ((U * S.unsqueeze(-2)).mT @ Q_B.mT).mT
-    missing = rank - S.shape[-1]  # only where r exceeds D_in or D_out
-    if missing > 0:
-        A_star = torch.nn.functional.pad(A_star, (0, 0, 0, missing))
-        B_star = torch.nn.functional.pad(B_star, (0, missing))
-    return Aligned(A_star, B_star)
+        scaling = scaling.double()[..., None, None]
+    L = _lower_triangle(A @ A.mT)
+    core = scaling * L
+    squares, V = torch.linalg.eigh(core.mT @ (B.mT @ B) @ core)  # rising
+    S, V = squares.clamp_min(0).sqrt().flip(-1), V.flip(-1)
+    sizes = *A.shape[-2:], B.shape[-2]
+    precision = torch.finfo(torch.float32).eps * max(sizes)
+    is_direction = precision * S[..., :1] < S
+    is_direction[..., min(sizes) :] = False
+    V = V * is_direction.unsqueeze(-2)
+    # A product whose rows are long takes a quarter of the time of its transpose.
+    A_star = torch.linalg.solve_triangular(L.mT, V, upper=True).mT @ A
+    B_star = (core @ V).mT @ B.mT
+    return Aligned(A_star.float(), B_star.float().mT)
+
+
+def _lower_triangle(gram: Tensor) -> Tensor:
+    """Cholesky's factor of Gram matrices (..., r, r) of any rank, of rows of any lengths.
+
+    Rows that depend on each other would end it in the root of a rounding error below zero, so the
+    matrix of cosines gets a little more than that on its diagonal: such a row is left with 1e-7 of
+    its length or so, which is zero to float32 precision.
+    """
+    tiny = 1e-150  # rows of zeros; its square is still a number
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(tiny).unsqueeze(-1)
+    cosines = gram / (lengths * lengths.mT)
+    rank = gram.shape[-1]
+    cosines.diagonal(dim1=-2, dim2=-1).add_(1e-14 * rank)
+    return lengths * torch.linalg.cholesky(cosines)
 
 
 def subspace_overlap(A_1: Tensor, A_2: Tensor) -> float:

@@ -59,6 +59,37 @@ def test_padding_a_rank_changes_nothing(padding: int, seed: int) -> None:
     assert padded.B[:, 3:].abs().max() == 0
 
 
+@pytest.mark.parametrize("distance", [0, 1e-6, 1e-3, 1e-1])
+def test_rows_that_depend_on_each_other(distance: float) -> None:
+    """Two nearly equal rows of A whose columns of B nearly cancel: the product is small beside
+    its parts, and what is left of it is still exact, in directions that are orthonormal."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(8, 64, generator=generator), torch.randn(96, 8, generator=generator)
+    A[4] = A[3] + distance * A[4]
+    B[:, 4] = -0.99 * B[:, 3]
+    aligned = align(A, B, 1.0)
+    product = B.double() @ A.double()
+    precision = 1e-6 * torch.linalg.svdvals(product)[0]
+    assert_close(aligned.B.double() @ aligned.A.double(), product, atol=5 * precision, rtol=0)
+    values = aligned.singular_values
+    assert_close(values.double(), torch.linalg.svdvals(product)[:8], atol=5 * precision, rtol=0)
+    gram = aligned.A @ aligned.A.mT
+    assert_close(gram, torch.diag((values > 0).float()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("power", [-12, 0, 12])
+def test_rows_of_any_length(power: int) -> None:
+    """A's rows and B's columns may differ by any factor, as long as their products do not."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 32, generator=generator), torch.randn(24, 4, generator=generator)
+    plain = align(A, B, 1.0)
+    factor = torch.tensor([1, 10.0**power, 1, 10.0**-power])
+    scaled = align(A * factor[:, None], B / factor, 1.0)
+    assert_close(scaled.B @ scaled.A, plain.B @ plain.A, atol=1e-5, rtol=1e-5)
+    assert_close(scaled.singular_values, plain.singular_values)
+    assert_close(scaled.A.abs(), plain.A.abs(), atol=1e-5, rtol=1e-5)
+
+
 def test_an_untrained_adapter_has_no_direction() -> None:
     aligned = align(torch.randn(4, 8), torch.zeros(6, 4), 1.0)
     assert aligned.A.abs().max() == 0
