@@ -35,7 +35,7 @@ from spectr_demo.memory import (
 from spectr_demo.shared_inputs import shared_inputs
 from spectr_demo.spectral import Aligned, align
 
-_ALIGNMENT_VERSION = 3  # part of the cache key: raise it when `align` changes its result
+_ALIGNMENT_VERSION = 4  # part of the cache key: raise it when `align` changes its result
 # A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
 # it is kept in memory at all.
 FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5

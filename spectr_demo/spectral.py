@@ -9,7 +9,8 @@ from torch import Tensor
 class Aligned(NamedTuple):
     """One expert's factors at one layer (or a stack of layers), in the basis of its own SVD.
 
-    A: (..., r, D_in) float32, orthonormal rows by falling singular value; zero rows past the rank.
+    A: (..., r, D_in) float32, orthonormal rows by falling singular value, none with a negative sum;
+        zero rows past the rank.
     B: (..., D_out, r) float32, columns U_i * s_i, so `B @ A` is the expert's whole weight update.
     """
 
@@ -31,7 +32,8 @@ def align(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Aligned:
     below float32's even once it is squared: `A = L Q` with `L L^T = A A^T`, then the eigenvectors V
     of `(B L)^T (B L)` give `A* = V^T L^-1 A` and `B* = B L V`. Directions whose singular value is
     zero to float32 precision are not determined by the adapter; they become zero rows, so that
-    padding an adapter's rank changes nothing.
+    padding an adapter's rank changes nothing. Nor are the directions' signs: here each row of `A*`
+    has a sum of at least 0, since merging several experts' factors depends on them.
     """
     A, B = lora_A.double(), lora_B.double()
     if isinstance(scaling, Tensor):
@@ -45,9 +47,11 @@ def align(lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Aligned:
     is_direction = precision * S[..., :1] < S
     is_direction[..., min(sizes) :] = False
     V = V * is_direction.unsqueeze(-2)
+    rows = torch.linalg.solve_triangular(L.mT, V, upper=True).mT
+    signs = A.new_ones(()).copysign(rows @ A.sum(-1, keepdim=True))  # (..., r, 1)
     # A product whose rows are long takes a quarter of the time of its transpose.
-    A_star = torch.linalg.solve_triangular(L.mT, V, upper=True).mT @ A
-    B_star = (core @ V).mT @ B.mT
+    A_star = (signs * rows) @ A
+    B_star = (signs * (core @ V).mT) @ B.mT
     return Aligned(A_star.float(), B_star.float().mT)
 
 

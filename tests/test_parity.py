@@ -22,22 +22,21 @@ from spectr_demo.loading import load_base
 from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router
 from tests.conftest import IN_CONTEXT, BuildModel, tiny_llama
 
+TOLERANCE = 1e-4  # of logits, relative to their largest
 TEXT = "Run the backup at 02:30 every Monday."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The routed model, and what it takes to build the same in PEFT. tolerance: of logits, relative
-    to their largest; in bfloat16, where single ones differ by more, as one vector."""
+    """The routed model, and what it takes to build the same in PEFT; both in float32."""
 
     model: SpectrModel
     folders: list[str]
-    tolerance: float
 
     def peft_base(self) -> PreTrainedModel:
         if self.model.base.name == "tiny":
             return tiny_llama(len(self.model.tokenizer))
-        return load_base(None).model
+        return load_base(None, dtype=torch.float32).model
 
     def input_ids(self) -> Tensor:
         return torch.tensor([self.model.encode(TEXT)])
@@ -49,11 +48,7 @@ class Pair:
             return self.model.model(self.input_ids()).logits.float()
 
     def assert_same(self, ours: Tensor, theirs: Tensor) -> None:
-        theirs = theirs.float()
-        if self.model.base.compute_dtype == torch.bfloat16:
-            assert (ours - theirs).norm() <= self.tolerance * theirs.norm()
-        else:
-            assert_close(ours, theirs, atol=self.tolerance * float(theirs.abs().max()), rtol=0)
+        assert_close(ours, theirs, atol=TOLERANCE * float(theirs.abs().max()), rtol=0)
 
 
 @pytest.fixture(
@@ -63,23 +58,22 @@ def pair(
     request: pytest.FixtureRequest, build_model: BuildModel, expert_folders: list[str]
 ) -> Pair:
     if request.param == "tiny":
-        return Pair(model=build_model(expert_folders), folders=expert_folders, tolerance=1e-4)
-    model = load(None, shipped_experts())
-    tolerance = 1e-4 if model.base.compute_dtype == torch.float32 else 0.05
-    return Pair(model=model, folders=shipped_experts(), tolerance=tolerance)
+        return Pair(model=build_model(expert_folders), folders=expert_folders)
+    base = load_base(None, dtype=torch.float32)
+    folders = shipped_experts()
+    return Pair(model=SpectrModel(base, load_experts(folders, base.model)), folders=folders)
 
 
-def in_peft(pair: Pair, folders: Sequence[str]) -> PeftModel:
-    names = pair.model.library.names
-    model = PeftModel.from_pretrained(pair.peft_base(), folders[0], adapter_name=names[0])
-    for name, folder in zip(names[1:], folders[1:], strict=False):
+def in_peft(base: PreTrainedModel, names: Sequence[str], folders: Sequence[str]) -> PeftModel:
+    model = PeftModel.from_pretrained(base, folders[0], adapter_name=names[0])
+    for name, folder in zip(names[1:], folders[1:], strict=True):
         model.load_adapter(folder, adapter_name=name)
     return model.eval()
 
 
 def test_single_and_uniform_equal_peft(pair: Pair) -> None:
     names = list(pair.model.library.names)
-    peft_model = in_peft(pair, pair.folders)
+    peft_model = in_peft(pair.peft_base(), names, pair.folders)
     with torch.no_grad():
         for name in names:
             peft_model.set_adapter(name)
@@ -91,7 +85,30 @@ def test_single_and_uniform_equal_peft(pair: Pair) -> None:
         theirs = peft_model(pair.input_ids()).logits
     pair.assert_same(pair.logits("uniform"), theirs)
     base = pair.logits("base")
-    assert (base - theirs).abs().max() > 10 * pair.tolerance * theirs.abs().max()
+    assert (base - theirs).abs().max() > 10 * TOLERANCE * theirs.abs().max()
+
+
+@pytest.mark.embedded
+def test_packed_weights_round_no_more_than_in_peft() -> None:
+    """Where the base stays packed in 4 bits it computes in bfloat16, and logits are off by some
+    percent; ours are as close as PEFT's to those of float32."""
+    packed = load(None, shipped_experts())
+    if packed.base.compute_dtype == torch.float32:
+        pytest.skip("this CPU computes the default in float32, as the other tests here do")
+    names = packed.library.names
+    ids = torch.tensor([packed.encode(TEXT)])
+    exact_model, theirs_model = (
+        in_peft(load_base(None, dtype=dtype).model, names, shipped_experts())
+        for dtype in (torch.float32, packed.base.compute_dtype)
+    )
+    with torch.no_grad():
+        for name in names:
+            exact_model.set_adapter(name)
+            theirs_model.set_adapter(name)
+            exact, theirs = exact_model(ids).logits, theirs_model(ids).logits
+            with routed(packed.plan([parse_router(f"single:{name}", names)], ids.tolist())):
+                ours = packed.model(ids).logits
+            assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +163,7 @@ def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
     for p, (stacked, B) in enumerate(zip(bank.A.chunk(P), bank.B, strict=True)):
         A, B = stacked.float().view(E, r, -1).mean(0), B.float().view(E, r, -1).mean(0)
         ours = plan.add(torch.zeros(1, 3, B.shape[1]), bank, p, x)
-        if bank.A.dtype == torch.float32:
-            assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
-        else:
-            pair.assert_same(ours, x @ A.mT @ B)
+        assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
 
 
 # A router that pools leaves a text to the base where nothing speaks for any expert.
@@ -161,9 +175,9 @@ def test_one_expert_alone_is_that_expert_for_every_router(
     router: str, build_model: BuildModel, expert_folders: list[str]
 ) -> None:
     model = build_model(expert_folders[:1])
-    pair = Pair(model=model, folders=expert_folders[:1], tolerance=1e-4)
+    pair = Pair(model=model, folders=expert_folders[:1])
     with torch.no_grad():
-        theirs = in_peft(pair, pair.folders)(pair.input_ids()).logits
+        theirs = in_peft(pair.peft_base(), ["one"], pair.folders)(pair.input_ids()).logits
     for composition in ("parameters", "outputs"):
         pair.assert_same(pair.logits(router, composition=composition), theirs)
 
