@@ -303,15 +303,18 @@ def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]
         return 4, f"{packed}, {spread}{kept}"
     if model.device.type != "cpu":
         return 4, packed
-    # The fused kernel computes in bfloat16 whatever it is given, so other dtypes are expanded too.
+    # The fused kernel computes in bfloat16 whatever it is given, and there are no gradients through
+    # the weights that it reordered; so other dtypes are expanded too.
     if not (has_avx512bf16() and dtype == torch.bfloat16):
         num_weights = sum(layer.in_features * layer.out_features for layer in layers)
         if num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory():
             expand_4bit_(model, dtype)
             name = _dtype_name(dtype)
             return 4, f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
-        packed += ", expanded again at every step (too little memory to keep it expanded)"
-    # The first forward may repack weights in place, which two threads must not do at once.
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+        return 4, f"{packed}, expanded again at every step (too little memory to keep it expanded)"
+    # The first forward repacks weights in place, which two threads must not do at once.
     with torch.no_grad():
         model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     return 4, packed

@@ -195,7 +195,8 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if base is not None:  # said before gigabytes are fetched
         _say_cost(read_base_config(base), split, recipe, device)
-    loaded = load_base(base)
+    # Where a CPU multiplies by packed weights, in bfloat16, gradients through them are wrong.
+    loaded = load_base(base, dtype=torch.float32 if device.type == "cpu" else None)
     if base is None:
         _say_cost(loaded.model.config, split, recipe, device)
     tokenizer = loaded.tokenizer

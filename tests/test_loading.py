@@ -364,3 +364,21 @@ def test_the_embedded_default_answers() -> None:
     )
     output = base.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "Paris" in base.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_gradients_through_a_base_in_float32(
+    share: float, base_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expanded once or at every step; also after an evaluation, at which CPUs with AVX512-BF16
+    would reorder packed weights."""
+    monkeypatch.setattr(loading, "EXPANSION_SHARE", share)
+    base = load_base(base_folder, device="cpu", dtype=torch.float32)
+    layer = base.model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer, bnb.nn.Linear4bit) == (share == 0)
+    with torch.no_grad():
+        transposed = layer(torch.eye(layer.in_features))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert_close(x.grad, transposed.sum(-1).expand(3, -1))

@@ -57,7 +57,8 @@ def tiny_base(
 ) -> None:
     """Training uses a fresh tiny model, few examples and an empty cache folder."""
 
-    def load_base(base: str | None) -> SimpleNamespace:
+    def load_base(base: str | None, dtype: torch.dtype | None) -> SimpleNamespace:
+        assert dtype == (None if torch.cuda.is_available() else torch.float32)
         model = tiny_llama(len(tokenizer))
         model.name_or_path = model.config._name_or_path = "tiny/llama"
         return SimpleNamespace(model=model, tokenizer=tokenizer, fingerprint="tiny")
@@ -180,7 +181,7 @@ def test_the_baselines_of_the_task_are_scored_and_said_to_be_better(tmp_path: Pa
 def test_a_hub_base_is_estimated_before_it_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def unreachable(base: str | None) -> SimpleNamespace:
+    def unreachable(base: str | None, dtype: torch.dtype | None) -> SimpleNamespace:
         raise OSError(f"{base} cannot be fetched")
 
     monkeypatch.setattr(training, "read_base_config", lambda base: tiny_llama(300).config)
