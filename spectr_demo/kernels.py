@@ -1,11 +1,13 @@
-"""Routing one token on a CPU: one compiled loop where torch would make a chain of calls.
+"""One token on a CPU: a compiled loop where torch would make a chain of calls.
 
 One token needs little arithmetic, but between the base's products each call of torch costs 10 to
 40 us whatever it computes (docs/performance.md). These functions do for one token what `routing`,
 `pooling` and `bank` do for any number in torch, to rounding; both ways are tested against each
-other. Axes: R rows, P projections of a bank, E experts, K selected, r rank.
+other. `multiply` is what all products with a few tokens come down to, the base's too where torch is
+slower (`token_linear`). Axes: R rows, P projections of a bank, E experts, K selected, r rank.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -18,13 +20,19 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spectr_demo import threads
+
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 # What torch keeps: float32, or the bits of bfloat16, which numpy does not know, as uint16.
 Stored = NDArray[Any]
 
+# Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
+_FASTMATH = {"reassoc", "contract", "nsz"}
 _MOST_ROWS = 8
 _FEW_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 17
+_BYTES_OF_A_THREAD = 1 << 17
 _LINE_BYTES = 64
 _ROWS_AHEAD = 8
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -32,24 +40,24 @@ LENGTH, FIRST, OUTPUT = 0, 1, 2  # what a score measures: z, its first entry, S 
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    # Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
-    fastmath = {"reassoc", "contract", "nsz"}
-    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=_FASTMATH)(function)
     with suppress(RuntimeError):  # no folder can be written: compiled anew at each start
         dispatcher.enable_caching()
     return dispatcher
 
 
-def can_route(x: Tensor) -> bool:
-    """Whether x (R, T, D_in), on a CPU, is one token for each of a few rows: for many, torch's
-    threads and matrix products pay."""
-    return x.shape[1] == 1 and x.shape[0] <= _MOST_ROWS and x.dtype in _DTYPES
+def can_route(x: Tensor, y: Tensor) -> bool:
+    """Whether x (R, T, D_in) and y (R, T, D_out), on a CPU, are one token for each of a few rows:
+    for many, torch's threads and matrix products pay."""
+    is_token = x.shape[1] == 1 and x.shape[0] <= _MOST_ROWS
+    is_plain = x.is_contiguous() and y.is_contiguous() and x.dtype == y.dtype
+    return is_token and is_plain and x.dtype in _DTYPES
 
 
 class Factors(NamedTuple):
     """A bank's memory as these functions read it: A, B of each layer, singular values.
 
-    is_read_fast: one core reads A as fast as torch's threads, with their calls, do.
+    is_read_fast: one core reads A as fast as all do, with the calls that takes.
     """
 
     A: Stored
@@ -70,7 +78,7 @@ def stored(values: Tensor) -> Stored:
     """The memory of a tensor on a CPU, in float32 or bfloat16."""
     if values.dtype == torch.bfloat16:
         values = values.view(torch.uint16)
-    return np.asarray(values.numpy())
+    return values.numpy()
 
 
 def _as_float(value):  # type: ignore[no-untyped-def]
@@ -84,17 +92,6 @@ def _as_float_of(value):  # type: ignore[no-untyped-def]
     return lambda value: value
 
 
-def _as_stored(value, like):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("in compiled code only")
-
-
-@overload(_as_stored, inline="always")
-def _as_stored_of(value, like):  # type: ignore[no-untyped-def]
-    if isinstance(like, numba.types.Integer):  # rounded to the nearest, of two to the even one
-        return lambda value, like: _rounded_bits(np.float32(value).view(np.uint32))
-    return lambda value, like: value
-
-
 @_compiled
 def _rounded_bits(bits: Any) -> Any:
     """The upper half of a float32's bits, rounded."""
@@ -103,14 +100,42 @@ def _rounded_bits(bits: Any) -> Any:
     )
 
 
+def _to_pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.voidptr(numba.types.int64), build
+
+
+_pointer: Any = intrinsic(_to_pointer)
+
+
 @_compiled
-def _as_floats(x: Stored) -> Floats:
-    """(R, D) float32 from x (R, 1, D)."""
-    values = np.empty((x.shape[0], x.shape[2]), np.float32)
-    for row in range(x.shape[0]):
-        for d in range(x.shape[2]):
-            values[row, d] = _as_float(x[row, 0, d])
+def _floats_at(x: int, is_bfloat16: bool, num_rows: int, size: int) -> Floats:
+    """(R, D) float32: a copy of what a tensor has at this address, in float32 or bfloat16."""
+    values, num = np.empty((num_rows, size), np.float32), num_rows * size
+    flat = values.reshape(num)
+    if is_bfloat16:
+        bits = numba.carray(_pointer(x), num, np.uint16)
+        for i in range(num):
+            flat[i] = _as_float(bits[i])
+    else:
+        flat[:] = numba.carray(_pointer(x), num, np.float32)
     return values
+
+
+@_compiled
+def _add_at(y: int, is_bfloat16: bool, row: int, delta: Floats) -> None:
+    """`y[row] += delta` (D,) in a tensor (R, D) at this address, rounded once."""
+    num = len(delta)
+    if is_bfloat16:
+        bits = numba.carray(_pointer(y + 2 * row * num), num, np.uint16)
+        for d in range(num):
+            bits[d] = _rounded_bits(np.float32(_as_float(bits[d]) + delta[d]).view(np.uint32))
+    else:
+        values = numba.carray(_pointer(y + 4 * row * num), num, np.float32)
+        for d in range(num):
+            values[d] += delta[d]
 
 
 @intrinsic
@@ -153,19 +178,84 @@ def _dots(values: Floats, A: Stored, rows: Ids, token: Floats) -> None:
 
 
 @_compiled
-def project(x: Stored, A: Stored, num_layers: int, num_experts: int, rank: int) -> Floats:
-    """`z = A* x` of all experts: (R, P, E, r) from x (R, 1, D_in) and A (P * E * r, D_in)."""
-    values = _as_floats(x)
-    z = np.empty((x.shape[0], num_layers, num_experts, rank), np.float32)
-    rows = z.reshape(x.shape[0], -1)
-    for i in range(A.shape[0]):
-        factors = A[i]
-        for row in range(x.shape[0]):
-            token, total = values[row], np.float32(0)
-            for d in range(x.shape[2]):
-                total += _as_float(factors[d]) * token[d]
-            rows[row, i] = total
-    return z
+def multiply(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> None:
+    """`values = x A^T` for the rows of A from start to stop: values (R, N), x (R, D), A (N, D).
+
+    A is read in the order in which it lies in memory, one row at a time, which memory gives two to
+    three times as fast as several rows at once. Tokens are taken in pairs, the last one with itself
+    where it is alone: so a token's product does not depend on the tokens beside it, not even in
+    rounding. A block of rows stays in the cache for the next pair.
+    """
+    last, num_rows = len(x) - 1, max(_BLOCK_BYTES // (A.shape[1] * A.itemsize), 1)
+    for first in range(start, stop, num_rows):
+        for row in range(0, len(x), 2):
+            other = min(row + 1, last)
+            token_0, token_1 = x[row], x[other]
+            for n in range(first, min(first + num_rows, stop)):
+                factors, sum_0, sum_1 = A[n], np.float32(0), np.float32(0)
+                for d in range(A.shape[1]):
+                    value = _as_float(factors[d])
+                    sum_0 += value * token_0[d]
+                    sum_1 += value * token_1[d]
+                values[row, n], values[other, n] = sum_0, sum_1
+
+
+@_compiled
+def project(z: Floats, x: int, is_bfloat16: bool, A: Stored) -> None:
+    """`z = A* x` of all experts: z (R, P, E, r), x (R, 1, D_in), A (P * E * r, D_in)."""
+    tokens = _floats_at(x, is_bfloat16, len(z), A.shape[1])
+    multiply(z.reshape(len(z), -1), tokens, A, 0, A.shape[0])
+
+
+@intrinsic
+def _next_part(typing_context, counter):  # type: ignore[no-untyped-def]
+    """The number at an address, which is one more for the thread that asks next."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        number = ir.IntType(64)
+        place = builder.bitcast(arguments[0], number.as_pointer())
+        return builder.atomic_rmw("add", place, number(1), "monotonic")
+
+    return numba.types.int64(numba.types.voidptr), build
+
+
+class _Task(ctypes.Structure):
+    """A product that threads share: what `multiply` takes, and the next part that nobody has."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("part", "num_parts", "values", "x", "A", "num_rows", "num_values", "size")
+    ]
+
+
+def _take_parts(task: Any) -> None:
+    numbers: Any = numba.carray(task, 8, np.int64)
+    _, num_parts, values, x, A, R, N, D = numbers
+    products = numba.carray(_pointer(values), (R, N), np.float32)
+    tokens = numba.carray(_pointer(x), (R, D), np.float32)
+    rows = numba.carray(_pointer(A), (N, D), np.float32)
+    part: int = _next_part(task)  # type: ignore[call-arg]
+    while part < num_parts:
+        multiply(products, tokens, rows, part * N // num_parts, (part + 1) * N // num_parts)
+        part = _next_part(task)
+
+
+_multiply_parts: Any = numba.cfunc(
+    "void(voidptr)", cache=True, error_model="numpy", fastmath=_FASTMATH
+)(_take_parts)
+
+
+def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
+    """`values = x A^T` of a few tokens, by torch's threads, unless A is small: values (..., N), x
+    (..., D), A (N, D), float32 on a CPU, contiguous."""
+    num_values, size = A.shape
+    num_parts = min(threads.num_threads(), A.nbytes // _BYTES_OF_A_THREAD)
+    addresses = values.data_ptr(), x.data_ptr(), A.data_ptr()
+    task = _Task(0, max(num_parts, 1), *addresses, x.numel() // size, num_values, size)
+    if num_parts > 1:
+        threads.run_in_threads(_multiply_parts.address, ctypes.addressof(task), num_parts)
+    else:
+        _multiply_parts.ctypes(ctypes.addressof(task))
 
 
 @_compiled
@@ -211,17 +301,18 @@ class Arrows(NamedTuple):
 
 
 @_compiled
-def keep(x: Stored, A: Stored, arrows: Arrows, num_layers: int, rank: int, num_kept: int) -> Ids:
-    """(R, P, F) places of the experts with the longest first entries of `z = A* x`, for x
+def keep(kept: Ids, x: int, is_bfloat16: bool, A: Stored, arrows: Arrows, rank: int) -> None:
+    """kept (R, P, F) = places of the experts with the longest first entries of `z = A* x`, for x
     (R, 1, D_in) and A (P * E * r, D_in). A is read where the arrows leave it open."""
-    tokens, R, P = _as_floats(x), x.shape[0], num_layers
+    (R, P, num_kept), D = kept.shape, A.shape[1]
+    tokens = _floats_at(x, is_bfloat16, R, D)
     E = len(arrows.scales) // P
-    about, longest = np.empty((R, P * E), np.float32), np.empty((R, P, num_kept), np.int64)
+    about = np.empty((R, P * E), np.float32)
     for i in range(P * E):
         arrow = arrows.values[i]
         for row in range(R):
             token, total = tokens[row], np.float32(0)
-            for d in range(x.shape[2]):
+            for d in range(D):
                 total += np.float32(arrow[d]) * token[d]
             about[row, i] = abs(arrows.scales[i] * total)
     surely, lengths = np.empty(E, np.float32), np.empty(E, np.float32)
@@ -246,41 +337,37 @@ def keep(x: Stored, A: Stored, arrows: Arrows, num_layers: int, rank: int, num_k
                 lengths[c] = abs(lengths[c])
             places = best(lengths[:count], num_kept)
             for f in range(num_kept):
-                longest[row, p, f] = candidates[places[f]]
-    return longest
+                kept[row, p, f] = candidates[places[f]]
 
 
 @_compiled
 def project_chosen(
-    x: Stored, A: Stored, kept: Ids, num_layers: int, num_experts: int, rank: int
-) -> Floats:
-    """`z = A* x` of a few experts: (R, P, F, r) from x (R, 1, D_in), A (P * E * r, D_in) and their
-    places in the bank (R, P, F)."""
-    R, P, F = kept.shape
-    tokens, rows = _as_floats(x), np.empty(F * rank, np.int64)
-    z = np.empty((R, P, F, rank), np.float32)
+    z: Floats, x: int, is_bfloat16: bool, A: Stored, kept: Ids, num_experts: int
+) -> None:
+    """`z = A* x` of a few experts: z (R, P, F, r), x (R, 1, D_in), A (P * E * r, D_in); kept
+    (R, P, F): their places in the bank."""
+    R, P, F, rank = z.shape
+    tokens, rows = _floats_at(x, is_bfloat16, R, A.shape[1]), np.empty(F * rank, np.int64)
     for row in range(R):
         for p in range(P):
             for f in range(F):
                 for i in range(rank):
                     rows[f * rank + i] = (p * num_experts + kept[row, p, f]) * rank + i
             _dots(z[row, p].reshape(-1), A, rows, tokens[row])
-    return z
 
 
 class Rule(NamedTuple):
     """How a router scores and chooses at a bank.
 
     measure: LENGTH, FIRST or OUTPUT. num_kept: of the experts with the longest first entry; the
-    others have no score. mean, std (P, E): by which scores are standardised. top_k, temperature (of
-    a softmax; 0 is 1/K each) and least (the best score must exceed it): see `routing.select`.
+    others have no score. mean, std (P, E): by which scores are standardised. temperature (of a
+    softmax; 0 is 1/K each) and least (the best score must exceed it): see `routing.select`.
     """
 
     measure: int
     num_kept: int
     mean: Floats
     std: Floats
-    top_k: int
     temperature: float
     least: float
 
@@ -359,38 +446,47 @@ def pooled(scores: Floats, pool: Pool) -> Floats:
     return evidence
 
 
+class Chosen(NamedTuple):
+    """What a router chose: places in the bank, weights and scores of K experts, (R, P, K) each."""
+
+    places: Ids
+    weights: Floats
+    scores: Floats
+
+    @classmethod
+    def empty(cls, num_rows: int, num_layers: int, num_chosen: int) -> "Chosen":
+        shape = num_rows, num_layers, num_chosen
+        values = np.empty((2, *shape), np.float32)
+        return cls(np.empty(shape, np.int64), values[0], values[1])
+
+
 @_compiled
-def choose(scores: Floats, rule: Rule) -> tuple[Ids, Floats, Floats, Floats]:
-    """The K experts with the best scores (R, P, E): their places, weights and scores, (R, P, K)
-    each; and the weights of all, (R, P, E)."""
-    R, P, E = scores.shape
-    K = min(rule.top_k, E)
-    places = np.empty((R, P, K), np.int64)
-    weights, top = np.empty((R, P, K), np.float32), np.empty((R, P, K), np.float32)
-    dense = np.zeros((R, P, E), np.float32)
+def choose(chosen: Chosen, weights: Floats, scores: Floats, rule: Rule) -> None:
+    """The K experts with the best scores (R, P, E), and the weights of all (R, P, E)."""
+    R, P, K = chosen.places.shape
+    weights[:] = 0
     for row in range(R):
         for p in range(P):
-            chosen = best(scores[row, p], K)
-            for k in range(K):
-                places[row, p, k], top[row, p, k] = chosen[k], scores[row, p, chosen[k]]
+            top, some = chosen.scores[row, p], chosen.weights[row, p]
+            places = best(scores[row, p], K)
             sum_of_weights = np.float32(0)
             for k in range(K):
+                chosen.places[row, p, k], top[k] = places[k], scores[row, p, places[k]]
                 weight = np.float32(1)
                 if rule.temperature > 0:
-                    lead = top[row, p, k] - top[row, p, 0]
-                    weight = np.exp(lead / np.float32(rule.temperature))
-                weights[row, p, k] = weight
+                    weight = np.exp((top[k] - top[0]) / np.float32(rule.temperature))
+                some[k] = weight
                 sum_of_weights += weight
-            is_any = top[row, p, 0] > rule.least
+            is_any = top[0] > rule.least
             for k in range(K):
-                weight = weights[row, p, k] / sum_of_weights if is_any else np.float32(0)
-                weights[row, p, k] = dense[row, p, places[row, p, k]] = weight
-    return places, weights, top, dense
+                some[k] = some[k] / sum_of_weights if is_any else np.float32(0)
+                weights[row, p, places[k]] = some[k]
 
 
 @_compiled
 def add_(
-    y: Stored,
+    y: int,
+    is_bfloat16: bool,
     z: Floats,
     weights: Floats,
     is_merged: NDArray[np.bool_],
@@ -399,10 +495,10 @@ def add_(
     place: int,
 ) -> None:
     """`y += sum_e w_e B*_e z_e` at one layer, in place; with `sum_e w_e z_e` for each z_e in the
-    rows that are merged. y (R, 1, D_out), z (R, P, E, r), weights (R, P, E), B (E * r, D_out). kept
-    (R, P, E): places in the bank of those that z has, or None for all of it."""
+    rows that are merged. y: address of (R, 1, D_out), z (R, P, E, r), weights (R, P, E), B
+    (E * r, D_out). kept (R, P, E): places in the bank of those that z has, None for all of it."""
     R, _, E, r = z.shape
-    merged, delta = np.empty(r, np.float32), np.empty(y.shape[2], np.float32)
+    merged, delta = np.empty(r, np.float32), np.empty(B.shape[1], np.float32)
     for row in range(R):
         delta[:] = 0
         if is_merged[row]:
@@ -418,30 +514,32 @@ def add_(
             for i in range(r):
                 value = weight * (merged[i] if is_merged[row] else z[row, place, e, i])
                 factors = B[start + i]
-                for d in range(y.shape[2]):
+                for d in range(len(delta)):
                     delta[d] += value * _as_float(factors[d])
-        for d in range(y.shape[2]):
-            y[row, 0, d] = _as_stored(_as_float(y[row, 0, d]) + delta[d], y[row, 0, d])
+        _add_at(y, is_bfloat16, row, delta)
 
 
 @_compiled
 def route(
-    z: Floats, singular_values: Floats, rule: Rule, pool: Pool | None
-) -> tuple[Ids, Floats, Floats, Floats]:
-    """What a router chooses from z (R, P, E, r), as `choose` returns it."""
+    chosen: Chosen,
+    weights: Floats,
+    z: Floats,
+    singular_values: Floats,
+    rule: Rule,
+    pool: Pool | None,
+) -> None:
+    """What a router chooses from z (R, P, E, r), as `choose` gives it."""
     scores = scored(z, singular_values, rule)
     if pool is not None:
         scores = pooled(scores, pool)
-    return choose(scores, rule)
-
-
-Chosen = tuple[Ids, Floats, Floats]  # of each row, `places`, `weights`, `top`: (R, P, K) each
+    choose(chosen, weights, scores, rule)
 
 
 @_compiled
 def route_and_add_(
-    y: Stored,
-    x: Stored,
+    y: int,
+    x: int,
+    is_bfloat16: bool,
     A: Stored,
     arrows: Arrows | None,
     B: Stored,
@@ -449,41 +547,45 @@ def route_and_add_(
     rule: Rule,
     pool: Pool | None,
     is_merged: NDArray[np.bool_],
-) -> tuple[Floats, Floats, Ids | None, Chosen]:
+    chosen: Chosen,
+    z: Floats,
+    weights: Floats,
+    kept: Ids | None,
+) -> None:
     """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
     place. arrows: where given, only the experts that the router's filter keeps are projected on.
 
-    Returns z, weights and kept, as `add_` takes them for the bank's other layers, and the choice.
+    chosen, z, weights and kept are written: the choice, and what `add_` takes for the bank's other
+    layers. Their memory is given, since making an array for Python takes longer than filling it.
     """
-    P, E, r = singular_values.shape
     if arrows is None:
-        kept, z = None, project(x, A, P, E, r)
+        project(z, x, is_bfloat16, A)
     else:
-        kept = keep(x, A, arrows, P, r, rule.num_kept)
-        z = project_chosen(x, A, kept, P, E, r)
-    places, chosen, top, weights = route(z, singular_values, rule, pool)
-    add_(y, z, weights, is_merged, kept, B, 0)
-    return z, weights, kept, (places, chosen, top)
+        keep(kept, x, is_bfloat16, A, arrows, z.shape[3])
+        project_chosen(z, x, is_bfloat16, A, kept, singular_values.shape[1])
+    route(chosen, weights, z, singular_values, rule, pool)
+    add_(y, is_bfloat16, z, weights, is_merged, kept, B, 0)
 
 
 @_compiled
 def project_and_add_(
-    y: Stored,
-    x: Stored,
+    y: int,
+    x: int,
+    is_bfloat16: bool,
     A: Stored,
     B: Stored,
     weights: Floats,
     is_merged: NDArray[np.bool_],
-    rank: int,
-) -> Floats:
-    """All of a bank's first layer, where the weights (R, P, E) are given. Returns z."""
-    z = project(x, A, weights.shape[1], weights.shape[2], rank)
-    add_(y, z, weights, is_merged, None, B, 0)
-    return z
+    z: Floats,
+) -> None:
+    """All of a bank's first layer, where the weights (R, P, E) are given; z is written."""
+    project(z, x, is_bfloat16, A)
+    add_(y, is_bfloat16, z, weights, is_merged, None, B, 0)
 
 
 class MixedToken(NamedTuple):
-    """What one token adds at the layers of a bank; the arguments of `add_`."""
+    """What one token adds at the layers of a bank; the arguments of `add_`. The same memory serves
+    all tokens of a run."""
 
     B: tuple[Stored, ...]
     z: Floats
@@ -493,6 +595,6 @@ class MixedToken(NamedTuple):
 
     def add_(self, y: Tensor, place: int) -> Tensor:
         """y (R, 1, D_out) with it, in place."""
-        B = self.B[place]
-        add_(stored(y), self.z, self.weights, self.is_merged, self.kept, B, place)
+        of_token = self.z, self.weights, self.is_merged, self.kept, self.B[place], place
+        add_(y.data_ptr(), y.dtype == torch.bfloat16, *of_token)
         return y

@@ -55,6 +55,7 @@ from spectr_demo.embedded import (
     scratch_dir,
 )
 from spectr_demo.memory import available_memory, execution_device
+from spectr_demo.token_linear import make_token_linear_
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Dense float32 weights beside the NF4 checkpoint: the most that is on disk while converting.
@@ -309,6 +310,8 @@ def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]
         num_weights = sum(layer.in_features * layer.out_features for layer in layers)
         if num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory():
             expand_4bit_(model, dtype)
+            if dtype == torch.float32:
+                make_token_linear_(model)
             name = _dtype_name(dtype)
             return 4, f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
         for layer in layers:

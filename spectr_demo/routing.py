@@ -17,7 +17,7 @@ from torch import Tensor
 from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
-from spectr_demo.kernels import Chosen, Factors, Floats, Ids, MixedToken, Pool, Rule
+from spectr_demo.kernels import Chosen, Factors, Ids, MixedToken, Pool, Rule
 from spectr_demo.pooling import EvidencePool, lead
 from spectr_demo.recorder import Recorder
 
@@ -319,7 +319,6 @@ class RoutingPlan:
         ]
         self._constant = torch.tensor(constant)  # (R, E)
         self._constant_of: dict[ExpertBank, Tensor] = {}
-        self._constant_array_of: dict[ExpertBank, Floats] = {}
         # Where no row scores, the experts that none uses need not be computed with; and weights
         # that are the same for all rows are put into the factors once.
         self._used: Tensor | None = None  # (E,) those used, by their weights; None is all of them
@@ -338,6 +337,9 @@ class RoutingPlan:
         self._only_group = self._groups[0] if is_one else None
         # Of the banks of which a layer is still to run.
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
+        # Memory for one token.
+        self._tokens: dict[ExpertBank, MixedToken] = {}
+        self._chosen_of: dict[tuple[_Group, ExpertBank], Chosen] = {}
 
     def begin_pass(self, input_ids: Tensor) -> None:
         """input_ids: (R, T), which the layers read next."""
@@ -406,60 +408,72 @@ class RoutingPlan:
         z = z.gather(-2, experts.unsqueeze(-1).expand(*experts.shape, z.shape[-1]))
         return Mixed.of(self._weigh(weights.to(z.dtype), z), places)
 
-    def _can_add_token(self, factors: Factors, x: Tensor) -> bool:
-        """Whether compiled code is the faster way. Where all of many experts are added, torch's
-        threads read them faster."""
-        return kernels.can_route(x) and (bool(self._groups) or factors.is_read_fast)
+    def _can_add_token(self, factors: Factors, x: Tensor, y: Tensor) -> bool:
+        """Whether compiled code is faster. All of many experts torch's threads add faster."""
+        return kernels.can_route(x, y) and (bool(self._groups) or factors.is_read_fast)
 
     def _add_token_(self, y: Tensor, bank: ExpertBank, factors: Factors, x: Tensor) -> MixedToken:
         """`mix` for one token of each row on a CPU, and `add` at the bank's first layer: y
         (R, 1, D_out) and x (R, 1, D_in), in compiled code."""
-        output, token, B = kernels.stored(y), kernels.stored(x), factors.B[0]
-        S, is_merged = factors.singular_values, self._rows_merged
-        group, kept = self._only_group, None
-        is_filtered = group is not None and group.num_filtered < bank.num_experts
-        if group is not None and (is_filtered or factors.is_read_fast):
+        token = self._tokens.get(bank)
+        if token is None:
+            token = self._tokens[bank] = self._make_token(bank, factors)
+        places = y.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16
+        B, S, z, weights = factors.B[0], factors.singular_values, token.z, token.weights
+        group = self._only_group
+        if group is not None and (token.kept is not None or factors.is_read_fast):
             rule, pool = group.rule(bank)
-            arrows = bank.arrows if is_filtered else None
-            z, weights, kept, chosen = kernels.route_and_add_(
-                output, token, factors.A, arrows, B, S, rule, pool, is_merged
+            chosen = self._chosen(group, bank)
+            arrows = None if token.kept is None else bank.arrows
+            kernels.route_and_add_(
+                *(*places, factors.A, arrows, B, S, rule, pool),
+                *(token.is_merged, chosen, z, weights, token.kept),
             )
-            self._record(group, bank, chosen, kept)
+            self._record(group, bank, chosen, token.kept)
         elif not self._groups:
-            weights = self._constant_arrays(bank)
-            z = kernels.project_and_add_(
-                output, token, factors.A, B, weights, is_merged, S.shape[2]
-            )
+            kernels.project_and_add_(*places, factors.A, B, weights, token.is_merged, z)
         else:
             if factors.is_read_fast:
-                z = kernels.project(token, factors.A, *S.shape)
+                kernels.project(z, *places[1:], factors.A)
             else:
-                z = bank.project(x).float()[:, 0].numpy()
-            weights = self._constant_arrays(bank)
+                kernels.multiply_in_threads(torch.from_numpy(z), x, bank.A)
             for group in self._groups:
-                places, chosen, top, of_all = kernels.route(z[group.some], S, *group.rule(bank))
-                self._record(group, bank, (places, chosen, top))
-                weights[group.some] = of_all
-            kernels.add_(output, z, weights, is_merged, None, B, 0)
-        return MixedToken(factors.B, z, weights, is_merged, kept)
+                chosen, some = self._chosen(group, bank), weights[group.some]
+                kernels.route(chosen, some, z[group.some], S, *group.rule(bank))
+                weights[group.some] = some  # where it is a copy
+                self._record(group, bank, chosen)
+            token.add_(y, 0)
+        return token
+
+    def _make_token(self, bank: ExpertBank, factors: Factors) -> MixedToken:
+        P, E, r = factors.singular_values.shape
+        R, group, kept = len(self.routers), self._only_group, None
+        if group is not None and group.num_filtered < E:
+            kept = np.empty((R, P, group.num_filtered), np.int64)
+        shape = R, P, E if kept is None else kept.shape[2]
+        weights = np.ones(shape, np.float32)  # where rows are constant and the factors hold theirs
+        if kept is None and not self._is_folded:
+            weights = self.constant_weights(bank)[:, 0].numpy().copy()
+        z = np.empty((*shape, r), np.float32)
+        return MixedToken(factors.B, z, weights, self._rows_merged, kept)
+
+    def _chosen(self, group: "_Group", bank: ExpertBank) -> Chosen:
+        """Memory for what a group chooses at a bank: each time anew where it is recorded."""
+        if self.recorder is not None:
+            return group.new_chosen(bank)
+        chosen = self._chosen_of.get((group, bank))
+        if chosen is None:
+            chosen = self._chosen_of[group, bank] = group.new_chosen(bank)
+        return chosen
 
     def _record(
         self, group: "_Group", bank: ExpertBank, chosen: Chosen, kept: Ids | None = None
     ) -> None:
         if self.recorder is None:
             return
-        places, weights, top = chosen
         if kept is not None:
-            places = np.take_along_axis(kept, places, -1)
-        self.recorder.add_token(bank, group.rows, (places, weights, top))
-
-    def _constant_arrays(self, bank: ExpertBank) -> Floats:
-        """(R, P, E) `constant_weights`, to be overwritten where rows look at the token; ones where
-        the factors hold the weights."""
-        if bank not in self._constant_array_of:
-            weights = self.constant_weights(bank)[:, 0].numpy().copy()
-            self._constant_array_of[bank] = np.ones_like(weights) if self._is_folded else weights
-        return self._constant_array_of[bank]
+            chosen = chosen._replace(places=np.take_along_axis(kept, chosen.places, -1))
+        self.recorder.add_token(bank, group.rows, chosen)
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
@@ -491,7 +505,7 @@ class RoutingPlan:
     def _mix_and_add_(self, y: Tensor, bank: ExpertBank, x: Tensor) -> Mixed | MixedToken:
         """What the bank's layers add, and that of the first one added to its y, in place."""
         factors = bank.compiled
-        if factors is not None and self._can_add_token(factors, x):
+        if factors is not None and self._can_add_token(factors, x, y):
             return self._add_token_(y, bank, factors, x)
         mixed = self.mix(bank, x)
         bank.add_(y, mixed, 0)
@@ -627,6 +641,10 @@ class _Group:
         evidence = self.pool.add(bank, scores)
         return evidence if self.router.confidence is None else lead(evidence)
 
+    def new_chosen(self, bank: ExpertBank) -> Chosen:
+        K = min(self.router.top_k or bank.num_experts, bank.num_experts)
+        return Chosen.empty(len(self.rows), len(bank.paths), K)
+
     def rule(self, bank: ExpertBank) -> tuple[Rule, Pool | None]:
         """For compiled code: how to score and choose, and the pool with the next token begun."""
         rule = self._rules.get(bank)
@@ -648,7 +666,6 @@ class _Group:
             num_kept=config.prefilter if self._score is lag_scores else bank.num_experts,
             mean=mean.numpy(),
             std=std.numpy(),
-            top_k=config.top_k or bank.num_experts,
             temperature=config.temperature if config.weighting == "softmax" else 0.0,
             least=-np.inf if self.least is None else self.least,
         )

@@ -1,9 +1,26 @@
-"""The threads that torch computes with on a CPU."""
+"""The threads that torch computes with on a CPU: GNU OpenMP's, shared with compiled loops."""
 
 import ctypes
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
+
+import torch
 
 _SOFT = 1  # omp_pause_soft: what is set stays, the threads end
+
+
+def _openmp(name: str, *arguments: Any) -> Callable[..., Any] | None:
+    """A C function of the OpenMP that this process has loaded; None if it is another one."""
+    with suppress(OSError, AttributeError, TypeError):  # no such library, function; Windows
+        function = getattr(ctypes.CDLL(None), name)
+        function.argtypes = arguments
+        return function
+    return None
+
+
+_pause = _openmp("omp_pause_resource_all", ctypes.c_int)
+_parallel = _openmp("GOMP_parallel", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
 def release_threads() -> None:
@@ -14,5 +31,17 @@ def release_threads() -> None:
     woken. A token is hundreds of short operations; on two cores it took 1.8 times as long in a
     thread whose creator had computed before. Does nothing where OpenMP is another one.
     """
-    with suppress(OSError, AttributeError, TypeError):  # no such library, function; Windows
-        ctypes.CDLL(None).omp_pause_resource_all(_SOFT)
+    if _pause is not None:
+        _pause(_SOFT)
+
+
+def num_threads() -> int:
+    """How many threads `run_in_threads` may use: torch's, or 1 where they are not OpenMP's."""
+    return 1 if _parallel is None else torch.get_num_threads()
+
+
+def run_in_threads(function: int, argument: int, num: int) -> None:
+    """Call a C function `void f(void *argument)`, by its address, in so many threads at once, and
+    return when all have returned. The threads are torch's own, so that none compete with them."""
+    assert _parallel is not None
+    _parallel(function, argument, num, 0)

@@ -31,17 +31,21 @@ COLUMNS: list[list[str | RouterConfig]] = [
 
 
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "can_route", lambda x: False)
+    monkeypatch.setattr(kernels, "can_route", lambda x, y: False)
+
+
+def at(x: torch.Tensor) -> tuple[int, bool]:
+    """A tensor as compiled code is told of it."""
+    return x.data_ptr(), x.dtype == torch.bfloat16
 
 
 def rule(num_experts: int, **changes: float) -> kernels.Rule:
-    """SpectR's score, as it is; K = 1."""
+    """SpectR's score, as it is."""
     plain = kernels.Rule(
         measure=kernels.LENGTH,
         num_kept=num_experts,
         mean=np.zeros((2, num_experts), np.float32),
         std=np.ones((2, num_experts), np.float32),
-        top_k=1,
         temperature=0.0,
         least=-np.inf,
     )
@@ -67,7 +71,7 @@ def test_a_run_is_the_same_in_both(
 
 
 @pytest.mark.parametrize("router", ["spectr-paper", "spectr-context"])
-def test_large_banks_are_multiplied_by_torch(
+def test_large_banks_are_multiplied_in_threads(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, router: str
 ) -> None:
     compiled = routed_model.compare(PROMPT, [router], max_new_tokens=6)
@@ -78,11 +82,15 @@ def test_large_banks_are_multiplied_by_torch(
 
 
 def test_who_can_be_served() -> None:
-    assert kernels.can_route(torch.zeros(4, 1, 8))
-    assert not kernels.can_route(torch.zeros(4, 2, 8)), "a prompt"
-    assert not kernels.can_route(torch.zeros(64, 1, 8)), "many rows"
-    assert kernels.can_route(torch.zeros(4, 1, 8).bfloat16())
-    assert not kernels.can_route(torch.zeros(4, 1, 8).half())
+    token = torch.zeros(4, 1, 8)
+    assert kernels.can_route(token, token)
+    assert not kernels.can_route(torch.zeros(4, 2, 8), torch.zeros(4, 2, 8)), "a prompt"
+    assert not kernels.can_route(torch.zeros(64, 1, 8), torch.zeros(64, 1, 8)), "many rows"
+    assert kernels.can_route(token.bfloat16(), token.bfloat16())
+    assert not kernels.can_route(token.bfloat16(), token), "two dtypes"
+    assert not kernels.can_route(token.half(), token.half())
+    apart = torch.zeros(4, 3, 8)[:, :1]
+    assert not kernels.can_route(apart, token) and not kernels.can_route(token, apart)
     half = torch.zeros(2, 8).half()
     assert kernels.Factors.of(half, [half], torch.zeros(1, 1, 2)) is None
     meta = torch.zeros(2, 8, device="meta")
@@ -100,10 +108,12 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
     factors = kernels.Factors.of(A, [B], S)
     assert factors is not None
     expected = (x[:, 0].double() @ A.double().mT).float().view(R, P, E, r)
-    z = kernels.project(kernels.stored(x), factors.A, P, E, r)
-    assert_close(torch.from_numpy(z), expected)
+    z = torch.empty(R, P, E, r)
+    kernels.project(z.numpy(), *at(x), factors.A)
+    assert_close(z, expected)
     kept = torch.stack([torch.randperm(E)[:3] for _ in range(R * P)]).view(R, P, 3)
-    chosen = kernels.project_chosen(kernels.stored(x), factors.A, kept.numpy(), P, E, r)
+    chosen = np.empty((R, P, 3, r), np.float32)
+    kernels.project_chosen(chosen, *at(x), factors.A, kept.numpy(), E)
     places = kept[..., None].expand(-1, -1, -1, r)
     assert_close(torch.from_numpy(chosen), expected.gather(2, places))
 
@@ -139,9 +149,10 @@ def test_keep_takes_the_longest(
     num_rows = 2 * num_experts * rank
     rows = [data.draw(st.lists(entry, min_size=D, max_size=D)) for _ in range(num_rows)]
     A = torch.tensor(rows).to(dtype)
-    tokens = kernels.stored(x.to(dtype)[:, None])
+    tokens = x.to(dtype)
     arrows = kernels.Arrows.of(A[::rank])
-    kept = kernels.keep(tokens, kernels.stored(A), arrows, 2, rank, num_kept)
+    kept = np.empty((2, 2, num_kept), np.int64)
+    kernels.keep(kept, *at(tokens), kernels.stored(A), arrows, rank)
     lengths = (x @ A[::rank].float().mT).abs().view(2, 2, num_experts)
     expected = lengths.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
     assert np.array_equal(kept, expected.numpy())
@@ -156,19 +167,22 @@ def test_8_bits_leave_few_arrows_to_read() -> None:
     longest = lengths.topk(20).indices
     arrows = kernels.Arrows.of(A)
     A[lengths.argsort(descending=True)[100:]] = torch.nan
-    kept = kernels.keep(kernels.stored(x), kernels.stored(A), arrows, 1, 1, 20)
+    kept = np.empty((1, 1, 20), np.int64)
+    kernels.keep(kept, *at(x), kernels.stored(A), arrows, 1)
     assert kept.flatten().tolist() == longest.tolist()
 
 
 def test_what_is_not_a_number_stays_inside_the_bank() -> None:
     """A diverging model must not become a read of other memory."""
     A = torch.ones(4, 3)
-    lost = np.full((1, 1, 3), np.nan, np.float32)
-    kept = kernels.keep(lost, kernels.stored(A), kernels.Arrows.of(A), 1, 1, 2)
+    lost = torch.full((1, 1, 3), torch.nan)
+    kept = np.empty((1, 1, 2), np.int64)
+    kernels.keep(kept, *at(lost), kernels.stored(A), kernels.Arrows.of(A), 1)
     assert set(kept.flatten().tolist()) <= {0, 1, 2, 3}
     nan = np.full((1, 2, 4), np.nan, np.float32)
-    places, _, _, _ = kernels.choose(nan, rule(4, top_k=3))
-    assert set(places.flatten().tolist()) <= {0, 1, 2, 3}
+    chosen = kernels.Chosen.empty(1, 2, 3)
+    kernels.choose(chosen, np.empty_like(nan), nan, rule(4))
+    assert set(chosen.places.flatten().tolist()) <= {0, 1, 2, 3}
 
 
 @settings(deadline=None)
@@ -192,15 +206,16 @@ def test_choose_is_select(
     expected = select(tensor, config, least)
     asked = rule(
         len(scores),
-        top_k=top_k,
         temperature=temperature or 0.0,
         least=-np.inf if least is None else least,
     )
-    places, weights, top, of_all = kernels.choose(tensor.numpy(), asked)
-    for found, of_torch in zip((places, weights, top), expected, strict=True):
+    chosen = kernels.Chosen.empty(1, 1, min(top_k, len(scores)))
+    of_all = torch.full_like(tensor, torch.nan)
+    kernels.choose(chosen, of_all.numpy(), tensor.numpy(), asked)
+    for found, of_torch in zip(chosen, expected, strict=True):
         assert_close(torch.from_numpy(found), of_torch, atol=1e-6, rtol=1e-5)
     indices, kept, _ = expected
-    assert_close(torch.from_numpy(of_all), torch.zeros_like(tensor).scatter(-1, indices, kept))
+    assert_close(of_all, torch.zeros_like(tensor).scatter(-1, indices, kept))
 
 
 @pytest.mark.parametrize("num_first", [0, 4], ids=["read once", "read twice, in lines"])

@@ -146,7 +146,8 @@ def test_an_expanded_model_is_an_ordinary_one_to_peft_and_to_torch(folder: Path)
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
     assert type(layer).__module__ == "peft.tuners.lora.layer"
-    assert type(layer.base_layer) is nn.Linear
+    assert isinstance(layer.base_layer, nn.Linear)
+    assert not isinstance(layer.base_layer, bnb.nn.Linear4bit)
     tokens = torch.tensor([[3, 4, 5]])
     assert tuned.generate(tokens, max_new_tokens=2, do_sample=False).shape[1] <= 5
 
