@@ -30,8 +30,8 @@ Stored = NDArray[Any]
 # Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz"}
 _MOST_ROWS = 8
-_FEW_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 17
+_SHORT = 1024  # values of a token of which four stay in a core's nearest cache
 _BYTES_OF_A_THREAD = 1 << 17
 _LINE_BYTES = 64
 _ROWS_AHEAD = 8
@@ -55,23 +55,18 @@ def can_route(x: Tensor, y: Tensor) -> bool:
 
 
 class Factors(NamedTuple):
-    """A bank's memory as these functions read it: A, B of each layer, singular values.
-
-    is_read_fast: one core reads A as fast as all do, with the calls that takes.
-    """
+    """A bank's memory as these functions read it: A, B of each layer, singular values."""
 
     A: Stored
     B: tuple[Stored, ...]
     singular_values: Floats
-    is_read_fast: bool
 
     @classmethod
     def of(cls, A: Tensor, B: Sequence[Tensor], singular_values: Tensor) -> "Factors | None":
         """None for tensors of another dtype, or of a GPU."""
         if A.device.type != "cpu" or A.dtype not in _DTYPES:
             return None
-        is_read_fast = A.dtype == torch.bfloat16 or A.nbytes <= _FEW_BYTES
-        return cls(stored(A), tuple(map(stored, B)), singular_values.numpy(), is_read_fast)
+        return cls(stored(A), tuple(map(stored, B)), singular_values.numpy())
 
 
 def stored(values: Tensor) -> Stored:
@@ -182,29 +177,53 @@ def multiply(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> Non
     """`values = x A^T` for the rows of A from start to stop: values (R, N), x (R, D), A (N, D).
 
     A is read in the order in which it lies in memory, one row at a time, which memory gives two to
-    three times as fast as several rows at once. Tokens are taken in pairs, the last one with itself
-    where it is alone: so a token's product does not depend on the tokens beside it, not even in
-    rounding. A block of rows stays in the cache for the next pair.
+    three times as fast as several rows at once. A row meets several tokens, the last one again
+    where there are fewer: so a token's product does not depend on the tokens beside it, not even in
+    rounding. A block of rows stays in the cache for the next tokens.
     """
-    last, num_rows = len(x) - 1, max(_BLOCK_BYTES // (A.shape[1] * A.itemsize), 1)
+    last, D = len(x) - 1, A.shape[1]
+    num_rows, num_tokens = max(_BLOCK_BYTES // (D * A.itemsize), 1), 4 if D <= _SHORT else 2
     for first in range(start, stop, num_rows):
-        for row in range(0, len(x), 2):
-            other = min(row + 1, last)
-            token_0, token_1 = x[row], x[other]
-            for n in range(first, min(first + num_rows, stop)):
-                factors, sum_0, sum_1 = A[n], np.float32(0), np.float32(0)
-                for d in range(A.shape[1]):
-                    value = _as_float(factors[d])
-                    sum_0 += value * token_0[d]
-                    sum_1 += value * token_1[d]
-                values[row, n], values[other, n] = sum_0, sum_1
+        end = min(first + num_rows, stop)
+        for row in range(0, len(x), num_tokens):
+            if num_tokens == 2:
+                _multiply_two(values, x, A, first, end, row, min(row + 1, last))
+            else:
+                rows = row, min(row + 1, last), min(row + 2, last), min(row + 3, last)
+                _multiply_four(values, x, A, first, end, rows)
 
 
 @_compiled
-def project(z: Floats, x: int, is_bfloat16: bool, A: Stored) -> None:
-    """`z = A* x` of all experts: z (R, P, E, r), x (R, 1, D_in), A (P * E * r, D_in)."""
-    tokens = _floats_at(x, is_bfloat16, len(z), A.shape[1])
-    multiply(z.reshape(len(z), -1), tokens, A, 0, A.shape[0])
+def _multiply_two(
+    values: Floats, x: Floats, A: Stored, start: int, stop: int, row_0: int, row_1: int
+) -> None:
+    x_0, x_1 = x[row_0], x[row_1]
+    for n in range(start, stop):
+        factors, sum_0, sum_1 = A[n], np.float32(0), np.float32(0)
+        for d in range(A.shape[1]):
+            value = _as_float(factors[d])
+            sum_0 += value * x_0[d]
+            sum_1 += value * x_1[d]
+        values[row_0, n], values[row_1, n] = sum_0, sum_1
+
+
+@_compiled
+def _multiply_four(
+    values: Floats, x: Floats, A: Stored, start: int, stop: int, rows: tuple[int, int, int, int]
+) -> None:
+    row_0, row_1, row_2, row_3 = rows
+    x_0, x_1, x_2, x_3 = x[row_0], x[row_1], x[row_2], x[row_3]
+    for n in range(start, stop):
+        factors = A[n]
+        sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
+        for d in range(A.shape[1]):
+            value = _as_float(factors[d])
+            sum_0 += value * x_0[d]
+            sum_1 += value * x_1[d]
+            sum_2 += value * x_2[d]
+            sum_3 += value * x_3[d]
+        values[row_0, n], values[row_1, n] = sum_0, sum_1
+        values[row_2, n], values[row_3, n] = sum_2, sum_3
 
 
 @intrinsic
@@ -256,6 +275,48 @@ def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
         threads.run_in_threads(_multiply_parts.address, ctypes.addressof(task), num_parts)
     else:
         _multiply_parts.ctypes(ctypes.addressof(task))
+
+
+class Team(NamedTuple):
+    """Threads for compiled code: the addresses of what starts them and of what they run; how many
+    there may be."""
+
+    start: int
+    work: int
+    size: int
+
+    @classmethod
+    def of_torch(cls) -> "Team":
+        return cls(threads.start_address(), _multiply_parts.address, threads.num_threads())
+
+
+def _to_call(typing_context, start, work, task, num):  # type: ignore[no-untyped-def]
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place, place, number, number])
+        function = builder.inttoptr(arguments[0], kind.as_pointer())
+        addresses = [builder.inttoptr(address, place) for address in arguments[1:3]]
+        builder.call(function, [*addresses, builder.trunc(arguments[3], number), number(0)])
+        return context.get_dummy_value()
+
+    return numba.types.void(*[numba.types.int64] * 4), build
+
+
+_start_threads: Any = intrinsic(_to_call)
+
+
+@_compiled
+def project(z: Floats, x: int, is_bfloat16: bool, A: Stored, team: Team) -> None:
+    """`z = A* x` of all experts: z (R, P, E, r), x (R, 1, D_in), A (P * E * r, D_in)."""
+    tokens, values = _floats_at(x, is_bfloat16, len(z), A.shape[1]), z.reshape(len(z), -1)
+    num_parts = min(team.size, A.size * A.itemsize // _BYTES_OF_A_THREAD)
+    if A.itemsize == 2 or num_parts < 2:  # of bfloat16 one core computes no faster than it reads
+        multiply(values, tokens, A, 0, A.shape[0])
+        return
+    task = np.zeros(8, np.int64)  # a `_Task`
+    task[1], task[5], task[6], task[7] = num_parts, len(z), A.shape[0], A.shape[1]
+    task[2], task[3], task[4] = values.ctypes.data, tokens.ctypes.data, A.ctypes.data
+    _start_threads(team.start, team.work, task.ctypes.data, num_parts)
 
 
 @_compiled
@@ -551,6 +612,7 @@ def route_and_add_(
     z: Floats,
     weights: Floats,
     kept: Ids | None,
+    team: Team,
 ) -> None:
     """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
     place. arrows: where given, only the experts that the router's filter keeps are projected on.
@@ -559,7 +621,7 @@ def route_and_add_(
     layers. Their memory is given, since making an array for Python takes longer than filling it.
     """
     if arrows is None:
-        project(z, x, is_bfloat16, A)
+        project(z, x, is_bfloat16, A, team)
     else:
         keep(kept, x, is_bfloat16, A, arrows, z.shape[3])
         project_chosen(z, x, is_bfloat16, A, kept, singular_values.shape[1])
@@ -577,9 +639,10 @@ def project_and_add_(
     weights: Floats,
     is_merged: NDArray[np.bool_],
     z: Floats,
+    team: Team,
 ) -> None:
     """All of a bank's first layer, where the weights (R, P, E) are given; z is written."""
-    project(z, x, is_bfloat16, A)
+    project(z, x, is_bfloat16, A, team)
     add_(y, is_bfloat16, z, weights, is_merged, None, B, 0)
 
 

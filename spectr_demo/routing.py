@@ -17,7 +17,7 @@ from torch import Tensor
 from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
-from spectr_demo.kernels import Chosen, Factors, Ids, MixedToken, Pool, Rule
+from spectr_demo.kernels import Chosen, Factors, Ids, MixedToken, Pool, Rule, Team
 from spectr_demo.pooling import EvidencePool, lead
 from spectr_demo.recorder import Recorder
 
@@ -337,7 +337,8 @@ class RoutingPlan:
         self._only_group = self._groups[0] if is_one else None
         # Of the banks of which a layer is still to run.
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
-        # Memory for one token.
+        # Threads and memory for one token.
+        self._team = Team.of_torch()
         self._tokens: dict[ExpertBank, MixedToken] = {}
         self._chosen_of: dict[tuple[_Group, ExpertBank], Chosen] = {}
 
@@ -408,10 +409,6 @@ class RoutingPlan:
         z = z.gather(-2, experts.unsqueeze(-1).expand(*experts.shape, z.shape[-1]))
         return Mixed.of(self._weigh(weights.to(z.dtype), z), places)
 
-    def _can_add_token(self, factors: Factors, x: Tensor, y: Tensor) -> bool:
-        """Whether compiled code is faster. All of many experts torch's threads add faster."""
-        return kernels.can_route(x, y) and (bool(self._groups) or factors.is_read_fast)
-
     def _add_token_(self, y: Tensor, bank: ExpertBank, factors: Factors, x: Tensor) -> MixedToken:
         """`mix` for one token of each row on a CPU, and `add` at the bank's first layer: y
         (R, 1, D_out) and x (R, 1, D_in), in compiled code."""
@@ -421,22 +418,21 @@ class RoutingPlan:
         places = y.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16
         B, S, z, weights = factors.B[0], factors.singular_values, token.z, token.weights
         group = self._only_group
-        if group is not None and (token.kept is not None or factors.is_read_fast):
+        if group is not None:
             rule, pool = group.rule(bank)
             chosen = self._chosen(group, bank)
             arrows = None if token.kept is None else bank.arrows
             kernels.route_and_add_(
                 *(*places, factors.A, arrows, B, S, rule, pool),
-                *(token.is_merged, chosen, z, weights, token.kept),
+                *(token.is_merged, chosen, z, weights, token.kept, self._team),
             )
             self._record(group, bank, chosen, token.kept)
         elif not self._groups:
-            kernels.project_and_add_(*places, factors.A, B, weights, token.is_merged, z)
+            kernels.project_and_add_(
+                *(*places, factors.A, B, weights, token.is_merged, z, self._team)
+            )
         else:
-            if factors.is_read_fast:
-                kernels.project(z, *places[1:], factors.A)
-            else:
-                kernels.multiply_in_threads(torch.from_numpy(z), x, bank.A)
+            kernels.project(z, *places[1:], factors.A, self._team)
             for group in self._groups:
                 chosen, some = self._chosen(group, bank), weights[group.some]
                 kernels.route(chosen, some, z[group.some], S, *group.rule(bank))
@@ -505,7 +501,7 @@ class RoutingPlan:
     def _mix_and_add_(self, y: Tensor, bank: ExpertBank, x: Tensor) -> Mixed | MixedToken:
         """What the bank's layers add, and that of the first one added to its y, in place."""
         factors = bank.compiled
-        if factors is not None and self._can_add_token(factors, x, y):
+        if factors is not None and kernels.can_route(x, y):
             return self._add_token_(y, bank, factors, x)
         mixed = self.mix(bank, x)
         bank.add_(y, mixed, 0)

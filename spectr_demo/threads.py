@@ -40,6 +40,12 @@ def num_threads() -> int:
     return 1 if _parallel is None else torch.get_num_threads()
 
 
+def start_address() -> int:
+    """Of the C function by which compiled code does what `run_in_threads` does: `void start(void
+    (*function)(void *), void *argument, unsigned num, unsigned zero)`. 0 if there is none."""
+    return 0 if _parallel is None else ctypes.cast(_parallel, ctypes.c_void_p).value or 0
+
+
 def run_in_threads(function: int, argument: int, num: int) -> None:
     """Call a C function `void f(void *argument)`, by its address, in so many threads at once, and
     return when all have returned. The threads are torch's own, so that none compete with them."""

@@ -70,17 +70,6 @@ def test_a_run_is_the_same_in_both(
     assert_same(compiled, routed_model.compare(PROMPT, columns, max_new_tokens=6))
 
 
-@pytest.mark.parametrize("router", ["spectr-paper", "spectr-context"])
-def test_large_banks_are_multiplied_in_threads(
-    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, router: str
-) -> None:
-    compiled = routed_model.compare(PROMPT, [router], max_new_tokens=6)
-    monkeypatch.setattr(kernels.Factors, "is_read_fast", False)
-    monkeypatch.setattr(kernels, "project", None)
-    monkeypatch.setattr(kernels, "route_and_add_", None)
-    assert_same(compiled, routed_model.compare(PROMPT, [router], max_new_tokens=6))
-
-
 def test_who_can_be_served() -> None:
     token = torch.zeros(4, 1, 8)
     assert kernels.can_route(token, token)
@@ -109,7 +98,7 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
     assert factors is not None
     expected = (x[:, 0].double() @ A.double().mT).float().view(R, P, E, r)
     z = torch.empty(R, P, E, r)
-    kernels.project(z.numpy(), *at(x), factors.A)
+    kernels.project(z.numpy(), *at(x), factors.A, kernels.Team.of_torch())
     assert_close(z, expected)
     kept = torch.stack([torch.randperm(E)[:3] for _ in range(R * P)]).view(R, P, 3)
     chosen = np.empty((R, P, 3, r), np.float32)
@@ -134,6 +123,24 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
         rounding = 1e-5 if dtype == torch.float32 else 2**-7  # one place, where it is a near tie
         assert_close(added[row, 0], once_rounded, atol=1e-5, rtol=rounding)
         assert (added[row, 0] == once_rounded).float().mean() > 0.9 or dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_a_large_bank(dtype: torch.dtype) -> None:
+    """And give the same as one, bit for bit; a small bank is not worth waking them."""
+    torch.manual_seed(0)
+    A, x = torch.randn(2 * 50 * 4, 576).to(dtype), torch.randn(3, 1, 576).to(dtype)
+    one = kernels.Team.of_torch()._replace(size=1)
+    products = []
+    for team in (one, one._replace(size=2), one._replace(size=5)):
+        if team.start == 0:
+            pytest.skip("needs torch with GNU OpenMP")
+        z = torch.full((3, 2, 50, 4), torch.nan)
+        kernels.project(z.numpy(), *at(x), kernels.stored(A), team)
+        products.append(z)
+    expected = (x[:, 0].double() @ A.double().mT).float().view_as(products[0])
+    assert_close(products[0], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(products[0], products[1]) and torch.equal(products[0], products[2])
 
 
 @settings(deadline=None)
