@@ -3,7 +3,9 @@
     python benchmarks/decode.py [--quick] [--json FILE]
 
 Each case has read the same prompt and decodes token by token with a growing cache; the ratio is to
-the bare base. Experts beyond the shipped ones are random, of the same shapes and size.
+the bare base as `load_base` gives it, with or without PEFT's adapters. `torch's layers` is that
+base with plain `nn.Linear` where the loader has made it faster (float32, `token_linear.py`).
+Experts beyond the shipped ones are random, of the same shapes and size.
 """
 
 import gc
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import ArrowConfig, PeftModel, create_arrow_model
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
@@ -29,19 +32,28 @@ from benchmarks.common import (
 )
 from spectr_demo.engine import SpectrModel
 from spectr_demo.loading import LoadedBase, load_base
+from spectr_demo.token_linear import TokenLinear
 
 ROUTERS = ("base", "single", "uniform", "arrow", "spectr", "spectr-paper", "spectr-context", "lag")
 
 
 def cases(bare: LoadedBase, num_experts: int, folder: Path) -> dict[str, Decoding]:
     experts = expert_folders(num_experts, folder)
-    one, many, ours = (load_base(None) for _ in range(3))
+    plain, one, many, ours = (load_base(None) for _ in range(4))
+    for layer in plain.model.modules():
+        if isinstance(layer, TokenLinear):
+            layer.__class__ = nn.Linear
     peft_one = PeftModel.from_pretrained(one.model, experts[0]).eval()
     arrow = create_arrow_model(many.model, experts, ArrowConfig(top_k=3)).eval()
     model = SpectrModel(ours, load_library(experts, ours, folder))
     prompt = model.encode(PROMPT)
     names = {"single": f"single:{model.library.names[0]}"}
-    theirs = {"bare base": bare.model, "PEFT, one adapter": peft_one, "PEFT Arrow": arrow}
+    theirs = {
+        "bare base": bare.model,
+        "torch's layers": plain.model,
+        "PEFT, one adapter": peft_one,
+        "PEFT Arrow": arrow,
+    }
     return {
         **{
             name: decoding(their, torch.tensor([prompt], device=bare.device))

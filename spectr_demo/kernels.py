@@ -267,12 +267,12 @@ _multiply_parts: Any = numba.cfunc(
 def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
     """`values = x A^T` of a few tokens, by torch's threads, unless A is small: values (..., N), x
     (..., D), A (N, D), float32 on a CPU, contiguous."""
-    num_values, size = A.shape
-    num_parts = min(threads.num_threads(), A.nbytes // _BYTES_OF_A_THREAD)
+    (num_values, size), num_threads = A.shape, threads.num_threads()
+    num_parts = min(num_threads, A.nbytes // _BYTES_OF_A_THREAD)
     addresses = values.data_ptr(), x.data_ptr(), A.data_ptr()
     task = _Task(0, max(num_parts, 1), *addresses, x.numel() // size, num_values, size)
     if num_parts > 1:
-        threads.run_in_threads(_multiply_parts.address, ctypes.addressof(task), num_parts)
+        threads.run_in_threads(_multiply_parts.address, ctypes.addressof(task), num_threads)
     else:
         _multiply_parts.ctypes(ctypes.addressof(task))
 
@@ -316,7 +316,7 @@ def project(z: Floats, x: int, is_bfloat16: bool, A: Stored, team: Team) -> None
     task = np.zeros(8, np.int64)  # a `_Task`
     task[1], task[5], task[6], task[7] = num_parts, len(z), A.shape[0], A.shape[1]
     task[2], task[3], task[4] = values.ctypes.data, tokens.ctypes.data, A.ctypes.data
-    _start_threads(team.start, team.work, task.ctypes.data, num_parts)
+    _start_threads(team.start, team.work, task.ctypes.data, team.size)
 
 
 @_compiled

@@ -1,7 +1,6 @@
 """The threads that torch computes with on a CPU: GNU OpenMP's, shared with compiled loops."""
 
 import ctypes
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 _SOFT = 1  # omp_pause_soft: what is set stays, the threads end
 
 
-def _openmp(name: str, *arguments: Any) -> Callable[..., Any] | None:
+def _openmp(name: str, *arguments: Any) -> Any:
     """A C function of the OpenMP that this process has loaded; None if it is another one."""
     with suppress(OSError, AttributeError, TypeError):  # no such library, function; Windows
         function = getattr(ctypes.CDLL(None), name)
@@ -48,6 +47,10 @@ def start_address() -> int:
 
 def run_in_threads(function: int, argument: int, num: int) -> None:
     """Call a C function `void f(void *argument)`, by its address, in so many threads at once, and
-    return when all have returned. The threads are torch's own, so that none compete with them."""
+    return when all have returned.
+
+    The threads are torch's own, so that none compete with them. num: all that it has; OpenMP would
+    end the others, and make them anew for torch's next operation.
+    """
     assert _parallel is not None
     _parallel(function, argument, num, 0)
