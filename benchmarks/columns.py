@@ -3,7 +3,7 @@
     python benchmarks/columns.py [--quick] [--json FILE]
 
 Wall time of whole runs, prompt included; and what recording a full trace adds to one. Answers have
-128 tokens, as many as a run has where nothing is said, and 32.
+128 tokens, as many as a run has where nothing is said.
 """
 
 import sys
@@ -49,17 +49,15 @@ def cases(model: SpectrModel, num_tokens: int) -> tuple[Cases, Cases]:
 
 def main() -> None:
     options = arguments(__doc__)
-    lengths = (12,) if options.quick else (32, GenerationSettings().max_new_tokens)
+    num_tokens = 12 if options.quick else GenerationSettings().max_new_tokens
     num_rounds = 3 if options.quick else 5
     with tempfile.TemporaryDirectory() as folder:
         base = endless_base()
         model = SpectrModel(base, load_experts(expert_folders(8, Path(folder)), base.model))
-        results = []
-        for num_tokens in lengths:
-            together, recording = cases(model, num_tokens)
-            times = seconds(together, num_rounds)
-            results += rows(times, "one after another", tokens=num_tokens)
-            results += rows(seconds(recording, num_rounds), "not recorded", tokens=num_tokens)
+        together, recording = cases(model, num_tokens)
+        times = seconds(together, num_rounds)
+        results = rows(times, "one after another", tokens=num_tokens)
+        results += rows(seconds(recording, num_rounds), "not recorded", tokens=num_tokens)
     report("python benchmarks/columns.py", results, options.json, base)
 
 

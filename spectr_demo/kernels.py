@@ -7,9 +7,9 @@ other. `multiply` is what all products with a few tokens come down to, the base'
 slower (`token_linear`). Axes: R rows, P projections of a bank, E experts, K selected, r rank.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import numba
@@ -30,8 +30,7 @@ Stored = NDArray[Any]
 # Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz"}
 _MOST_ROWS = 8
-_BLOCK_BYTES = 1 << 17
-_SHORT = 1024  # values of a token of which four stay in a core's nearest cache
+_BLOCK_BYTES, _TOKEN_BYTES = 1 << 17, 1 << 13
 _BYTES_OF_A_THREAD = 1 << 17
 _LINE_BYTES = 64
 _ROWS_AHEAD = 8
@@ -177,53 +176,21 @@ def multiply(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> Non
     """`values = x A^T` for the rows of A from start to stop: values (R, N), x (R, D), A (N, D).
 
     A is read in the order in which it lies in memory, one row at a time, which memory gives two to
-    three times as fast as several rows at once. A row meets several tokens, the last one again
-    where there are fewer: so a token's product does not depend on the tokens beside it, not even in
-    rounding. A block of rows stays in the cache for the next tokens.
+    three times as fast as several rows at once. A row meets as many tokens as stay in a core's
+    nearest cache, and a block of rows stays in the next one for the others. Each token has a sum of
+    its own, so its product does not depend on the tokens beside it, not even in rounding.
     """
-    last, D = len(x) - 1, A.shape[1]
-    num_rows, num_tokens = max(_BLOCK_BYTES // (D * A.itemsize), 1), 4 if D <= _SHORT else 2
+    R, D = x.shape
+    num_rows, num_tokens = _BLOCK_BYTES // (D * A.itemsize) + 1, _TOKEN_BYTES // (D * 4) + 1
     for first in range(start, stop, num_rows):
-        end = min(first + num_rows, stop)
-        for row in range(0, len(x), num_tokens):
-            if num_tokens == 2:
-                _multiply_two(values, x, A, first, end, row, min(row + 1, last))
-            else:
-                rows = row, min(row + 1, last), min(row + 2, last), min(row + 3, last)
-                _multiply_four(values, x, A, first, end, rows)
-
-
-@_compiled
-def _multiply_two(
-    values: Floats, x: Floats, A: Stored, start: int, stop: int, row_0: int, row_1: int
-) -> None:
-    x_0, x_1 = x[row_0], x[row_1]
-    for n in range(start, stop):
-        factors, sum_0, sum_1 = A[n], np.float32(0), np.float32(0)
-        for d in range(A.shape[1]):
-            value = _as_float(factors[d])
-            sum_0 += value * x_0[d]
-            sum_1 += value * x_1[d]
-        values[row_0, n], values[row_1, n] = sum_0, sum_1
-
-
-@_compiled
-def _multiply_four(
-    values: Floats, x: Floats, A: Stored, start: int, stop: int, rows: tuple[int, int, int, int]
-) -> None:
-    row_0, row_1, row_2, row_3 = rows
-    x_0, x_1, x_2, x_3 = x[row_0], x[row_1], x[row_2], x[row_3]
-    for n in range(start, stop):
-        factors = A[n]
-        sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
-        for d in range(A.shape[1]):
-            value = _as_float(factors[d])
-            sum_0 += value * x_0[d]
-            sum_1 += value * x_1[d]
-            sum_2 += value * x_2[d]
-            sum_3 += value * x_3[d]
-        values[row_0, n], values[row_1, n] = sum_0, sum_1
-        values[row_2, n], values[row_3, n] = sum_2, sum_3
+        for first_token in range(0, R, num_tokens):
+            for n in range(first, min(first + num_rows, stop)):
+                factors = A[n]
+                for row in range(first_token, min(first_token + num_tokens, R)):
+                    token, total = x[row], np.float32(0)
+                    for d in range(D):
+                        total += _as_float(factors[d]) * token[d]
+                    values[row, n] = total
 
 
 @intrinsic
@@ -238,16 +205,9 @@ def _next_part(typing_context, counter):  # type: ignore[no-untyped-def]
     return numba.types.int64(numba.types.voidptr), build
 
 
-class _Task(ctypes.Structure):
-    """A product that threads share: what `multiply` takes, and the next part that nobody has."""
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("part", "num_parts", "values", "x", "A", "num_rows", "num_values", "size")
-    ]
-
-
 def _take_parts(task: Any) -> None:
+    """What each thread does for a product: takes the next part that nobody has, until all are
+    taken. task: address of 8 int64, see `_multiply_in_threads`."""
     numbers: Any = numba.carray(task, 8, np.int64)
     _, num_parts, values, x, A, R, N, D = numbers
     products = numba.carray(_pointer(values), (R, N), np.float32)
@@ -259,27 +219,18 @@ def _take_parts(task: Any) -> None:
         part = _next_part(task)
 
 
-_multiply_parts: Any = numba.cfunc(
-    "void(voidptr)", cache=True, error_model="numpy", fastmath=_FASTMATH
-)(_take_parts)
-
-
-def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
-    """`values = x A^T` of a few tokens, by torch's threads, unless A is small: values (..., N), x
-    (..., D), A (N, D), float32 on a CPU, contiguous."""
-    (num_values, size), num_threads = A.shape, threads.num_threads()
-    num_parts = min(num_threads, A.nbytes // _BYTES_OF_A_THREAD)
-    addresses = values.data_ptr(), x.data_ptr(), A.data_ptr()
-    task = _Task(0, max(num_parts, 1), *addresses, x.numel() // size, num_values, size)
-    if num_parts > 1:
-        threads.run_in_threads(_multiply_parts.address, ctypes.addressof(task), num_threads)
-    else:
-        _multiply_parts.ctypes(ctypes.addressof(task))
+@cache
+def _work() -> Any:
+    """`_take_parts` as a C function, compiled when it is first needed."""
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": _FASTMATH}
+    with suppress(RuntimeError):  # no folder can be written
+        return numba.cfunc("void(voidptr)", cache=True, **options)(_take_parts)
+    return numba.cfunc("void(voidptr)", **options)(_take_parts)
 
 
 class Team(NamedTuple):
-    """Threads for compiled code: the addresses of what starts them and of what they run; how many
-    there may be."""
+    """Threads for compiled code: the addresses of what starts them (`threads.START`) and of what
+    they run; how many there may be."""
 
     start: int
     work: int
@@ -287,7 +238,7 @@ class Team(NamedTuple):
 
     @classmethod
     def of_torch(cls) -> "Team":
-        return cls(threads.start_address(), _multiply_parts.address, threads.num_threads())
+        return cls(threads.START, _work().address, threads.num_threads())
 
 
 def _to_call(typing_context, start, work, task, num):  # type: ignore[no-untyped-def]
@@ -302,21 +253,47 @@ def _to_call(typing_context, start, work, task, num):  # type: ignore[no-untyped
     return numba.types.void(*[numba.types.int64] * 4), build
 
 
-_start_threads: Any = intrinsic(_to_call)
+_start: Any = intrinsic(_to_call)
+
+
+@_compiled
+def _multiply_in_threads(
+    values: int, x: int, A: int, num_rows: int, num_values: int, size: int, team: Team
+) -> None:
+    """`multiply` all rows of A in float32: the addresses of values (R, N), x (R, D), A (N, D)."""
+    num_parts = min(team.size, num_values * size * 4 // _BYTES_OF_A_THREAD)
+    if num_parts < 2:
+        products = numba.carray(_pointer(values), (num_rows, num_values), np.float32)
+        tokens = numba.carray(_pointer(x), (num_rows, size), np.float32)
+        rows = numba.carray(_pointer(A), (num_values, size), np.float32)
+        multiply(products, tokens, rows, 0, num_values)
+        return
+    task = np.zeros(8, np.int64)
+    task[1], task[2], task[3], task[4] = num_parts, values, x, A
+    task[5], task[6], task[7] = num_rows, num_values, size
+    # All threads, even where parts are fewer: OpenMP would end the others, and torch's next
+    # operation would have to make them anew.
+    _start(team.start, team.work, task.ctypes.data, team.size)
+
+
+def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
+    """`values = x A^T` of a few tokens, by torch's threads, unless A is small: values (..., N), x
+    (..., D), A (N, D), float32 on a CPU, contiguous."""
+    addresses = values.data_ptr(), x.data_ptr(), A.data_ptr()
+    (N, D), num_values = A.shape, x.numel()
+    _multiply_in_threads(*addresses, num_values // D, N, D, Team.of_torch())
 
 
 @_compiled
 def project(z: Floats, x: int, is_bfloat16: bool, A: Stored, team: Team) -> None:
     """`z = A* x` of all experts: z (R, P, E, r), x (R, 1, D_in), A (P * E * r, D_in)."""
-    tokens, values = _floats_at(x, is_bfloat16, len(z), A.shape[1]), z.reshape(len(z), -1)
-    num_parts = min(team.size, A.size * A.itemsize // _BYTES_OF_A_THREAD)
-    if A.itemsize == 2 or num_parts < 2:  # of bfloat16 one core computes no faster than it reads
-        multiply(values, tokens, A, 0, A.shape[0])
-        return
-    task = np.zeros(8, np.int64)  # a `_Task`
-    task[1], task[5], task[6], task[7] = num_parts, len(z), A.shape[0], A.shape[1]
-    task[2], task[3], task[4] = values.ctypes.data, tokens.ctypes.data, A.ctypes.data
-    _start_threads(team.start, team.work, task.ctypes.data, team.size)
+    (N, D), R = A.shape, len(z)
+    tokens, values = _floats_at(x, is_bfloat16, R, D), z.reshape(R, N)
+    if A.itemsize == 2:  # of bfloat16 one core reads as fast as all do
+        multiply(values, tokens, A, 0, N)
+    else:
+        places = values.ctypes.data, tokens.ctypes.data, A.ctypes.data
+        _multiply_in_threads(places[0], places[1], places[2], R, N, D, team)
 
 
 @_compiled

@@ -19,7 +19,15 @@ def _openmp(name: str, *arguments: Any) -> Any:
 
 
 _pause = _openmp("omp_pause_resource_all", ctypes.c_int)
-_parallel = _openmp("GOMP_parallel", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+_parallel = _openmp("GOMP_parallel")
+# By its address compiled code starts torch's own threads: `void start(void (*function)(void *),
+# void *argument, unsigned num, unsigned flags)` returns when the function has in all of them.
+START = ctypes.cast(_parallel, ctypes.c_void_p).value or 0 if _parallel else 0
+
+
+def num_threads() -> int:
+    """How many threads compiled code may start: torch's, or 1 where they are not GNU OpenMP's."""
+    return torch.get_num_threads() if START else 1
 
 
 def release_threads() -> None:
@@ -32,25 +40,3 @@ def release_threads() -> None:
     """
     if _pause is not None:
         _pause(_SOFT)
-
-
-def num_threads() -> int:
-    """How many threads `run_in_threads` may use: torch's, or 1 where they are not OpenMP's."""
-    return 1 if _parallel is None else torch.get_num_threads()
-
-
-def start_address() -> int:
-    """Of the C function by which compiled code does what `run_in_threads` does: `void start(void
-    (*function)(void *), void *argument, unsigned num, unsigned zero)`. 0 if there is none."""
-    return 0 if _parallel is None else ctypes.cast(_parallel, ctypes.c_void_p).value or 0
-
-
-def run_in_threads(function: int, argument: int, num: int) -> None:
-    """Call a C function `void f(void *argument)`, by its address, in so many threads at once, and
-    return when all have returned.
-
-    The threads are torch's own, so that none compete with them. num: all that it has; OpenMP would
-    end the others, and make them anew for torch's next operation.
-    """
-    assert _parallel is not None
-    _parallel(function, argument, num, 0)

@@ -8,6 +8,7 @@ import torch
 
 from spectr_demo import engine, ui
 from spectr_demo.engine import SpectrModel
+from spectr_demo.kernels import multiply_in_threads
 from spectr_demo.threads import release_threads
 from spectr_demo.ui import page
 
@@ -34,6 +35,19 @@ def test_helpers_end_and_come_back() -> None:
     with_helpers = num_threads()
     release_threads()
     assert num_threads() < with_helpers
+    compute()
+    assert num_threads() == with_helpers
+
+
+def test_compiled_products_use_them_too() -> None:
+    """And no threads of their own."""
+    A, x = torch.ones(1 << 12, 64), torch.ones(1, 64)
+    product = torch.empty(1, 1 << 12)
+    release_threads()
+    alone = num_threads()
+    multiply_in_threads(product, x, A)
+    with_helpers = num_threads()
+    assert with_helpers == alone + torch.get_num_threads() - 1
     compute()
     assert num_threads() == with_helpers
 
