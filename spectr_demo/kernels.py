@@ -573,54 +573,111 @@ def route(
     choose(chosen, weights, scores, rule)
 
 
+# Numba takes 23 us to find out what a dozen arrays are, in a token, for 10 us of arithmetic. What
+# stays the same from token to token is therefore handed over once, as the numbers of a record.
+_SIZES = 6  # R, P, E, experts in z, r, K
+_NUM_ADDRESSES = 10
+_RULE, _TEAM = _NUM_ADDRESSES + _SIZES, _NUM_ADDRESSES + _SIZES + 4
+
+
+def bind(
+    z: Floats,
+    weights: Floats,
+    is_merged: NDArray[np.bool_],
+    kept: Ids | None,
+    singular_values: Floats,
+    rule: Rule | None = None,
+) -> Ids:
+    """A record of these arrays, which somebody must keep, for one token in each row: z (R, P, F, r)
+    and weights (R, P, F) are written; kept (R, P, F) too, None where F is E.
+
+    rule: of the router that serves all rows, and has a choice then too (`bind_choice`).
+    """
+    (P, E, r), (R, _, F, _) = singular_values.shape, z.shape
+    record = np.zeros(_TEAM + 3, np.int64)
+    arrays = [z, weights, is_merged, kept, singular_values]
+    if rule is not None:
+        arrays += [rule.mean, rule.std]
+        record[_RULE], record[_RULE + 1] = rule.measure, rule.num_kept
+        record.view(np.float64)[_RULE + 2 : _TEAM] = rule.temperature, rule.least
+    record[: len(arrays)] = [0 if array is None else array.ctypes.data for array in arrays]
+    record[_NUM_ADDRESSES : _RULE - 1] = R, P, E, F, r
+    record[_TEAM:] = Team.of_torch()
+    return record
+
+
+def bind_choice(record: Ids, chosen: Chosen) -> None:
+    """Have the next token's choice written here."""
+    record[_NUM_ADDRESSES - 3 : _NUM_ADDRESSES] = [array.ctypes.data for array in chosen]
+    record[_RULE - 1] = chosen.places.shape[2]
+
+
 @_compiled
-def route_and_add_(
+def _bound(record: Ids) -> tuple[Floats, Floats, NDArray[np.bool_], Ids, Team]:
+    """z, weights, is_merged, kept (empty where there is none) and the team of a record."""
+    R, P, _, F, r, _ = record[_NUM_ADDRESSES:_RULE]
+    z = numba.carray(_pointer(record[0]), (R, P, F, r), np.float32)
+    weights = numba.carray(_pointer(record[1]), (R, P, F), np.float32)
+    is_merged = numba.carray(_pointer(record[2]), R, np.bool_)
+    kept = numba.carray(_pointer(record[3]), (R, P, F if record[3] else 0), np.int64)
+    return z, weights, is_merged, kept, Team(record[_TEAM], record[_TEAM + 1], record[_TEAM + 2])
+
+
+@_compiled
+def route_and_add_at(
+    record: Ids,
     y: int,
     x: int,
     is_bfloat16: bool,
     A: Stored,
     arrows: Arrows | None,
     B: Stored,
-    singular_values: Floats,
-    rule: Rule,
     pool: Pool | None,
-    is_merged: NDArray[np.bool_],
-    chosen: Chosen,
-    z: Floats,
-    weights: Floats,
-    kept: Ids | None,
-    team: Team,
 ) -> None:
     """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
-    place. arrows: where given, only the experts that the router's filter keeps are projected on.
-
-    chosen, z, weights and kept are written: the choice, and what `add_` takes for the bank's other
-    layers. Their memory is given, since making an array for Python takes longer than filling it.
-    """
+    place, and what `bind` was given is written. arrows: where given, only the experts that the
+    router's filter keeps are projected on."""
+    R, P, E, _, r, K = record[_NUM_ADDRESSES:_RULE]
+    z, weights, is_merged, kept, team = _bound(record)
+    S = numba.carray(_pointer(record[4]), (P, E, r), np.float32)
+    mean = numba.carray(_pointer(record[5]), (P, E), np.float32)
+    std = numba.carray(_pointer(record[6]), (P, E), np.float32)
+    temperature, least = record.view(np.float64)[_RULE + 2 : _TEAM]
+    rule = Rule(record[_RULE], record[_RULE + 1], mean, std, temperature, least)
+    chosen = Chosen(
+        numba.carray(_pointer(record[7]), (R, P, K), np.int64),
+        numba.carray(_pointer(record[8]), (R, P, K), np.float32),
+        numba.carray(_pointer(record[9]), (R, P, K), np.float32),
+    )
     if arrows is None:
         project(z, x, is_bfloat16, A, team)
+        route(chosen, weights, z, S, rule, pool)
+        add_(y, is_bfloat16, z, weights, is_merged, None, B, 0)
     else:
-        keep(kept, x, is_bfloat16, A, arrows, z.shape[3])
-        project_chosen(z, x, is_bfloat16, A, kept, singular_values.shape[1])
-    route(chosen, weights, z, singular_values, rule, pool)
-    add_(y, is_bfloat16, z, weights, is_merged, kept, B, 0)
+        keep(kept, x, is_bfloat16, A, arrows, r)
+        project_chosen(z, x, is_bfloat16, A, kept, E)
+        route(chosen, weights, z, S, rule, pool)
+        add_(y, is_bfloat16, z, weights, is_merged, kept, B, 0)
 
 
 @_compiled
-def project_and_add_(
-    y: int,
-    x: int,
-    is_bfloat16: bool,
-    A: Stored,
-    B: Stored,
-    weights: Floats,
-    is_merged: NDArray[np.bool_],
-    z: Floats,
-    team: Team,
+def project_and_add_at(
+    record: Ids, y: int, x: int, is_bfloat16: bool, A: Stored, B: Stored
 ) -> None:
-    """All of a bank's first layer, where the weights (R, P, E) are given; z is written."""
+    """All of a bank's first layer, where the weights are given."""
+    z, weights, is_merged, _, team = _bound(record)
     project(z, x, is_bfloat16, A, team)
     add_(y, is_bfloat16, z, weights, is_merged, None, B, 0)
+
+
+@_compiled
+def add_at(record: Ids, y: int, is_bfloat16: bool, B: Stored, place: int) -> None:
+    """`add_` with a record of `bind`."""
+    z, weights, is_merged, kept, _ = _bound(record)
+    if kept.shape[2] == 0:
+        add_(y, is_bfloat16, z, weights, is_merged, None, B, place)
+    else:
+        add_(y, is_bfloat16, z, weights, is_merged, kept, B, place)
 
 
 class MixedToken(NamedTuple):
@@ -632,9 +689,9 @@ class MixedToken(NamedTuple):
     weights: Floats
     is_merged: NDArray[np.bool_]
     kept: Ids | None
+    record: Ids
 
     def add_(self, y: Tensor, place: int) -> Tensor:
         """y (R, 1, D_out) with it, in place."""
-        of_token = self.z, self.weights, self.is_merged, self.kept, self.B[place], place
-        add_(y.data_ptr(), y.dtype == torch.bfloat16, *of_token)
+        add_at(self.record, y.data_ptr(), y.dtype == torch.bfloat16, self.B[place], place)
         return y

@@ -416,26 +416,23 @@ class RoutingPlan:
         if token is None:
             token = self._tokens[bank] = self._make_token(bank, factors)
         places = y.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16
-        B, S, z, weights = factors.B[0], factors.singular_values, token.z, token.weights
-        group = self._only_group
+        A, B, group = factors.A, factors.B[0], self._only_group
         if group is not None:
-            rule, pool = group.rule(bank)
-            chosen = self._chosen(group, bank)
+            chosen, pool = self._chosen(group, bank), group.pool_of_token(bank)
+            if self.recorder is not None:
+                kernels.bind_choice(token.record, chosen)
             arrows = None if token.kept is None else bank.arrows
-            kernels.route_and_add_(
-                *(*places, factors.A, arrows, B, S, rule, pool),
-                *(token.is_merged, chosen, z, weights, token.kept, self._team),
-            )
+            kernels.route_and_add_at(token.record, *places, A, arrows, B, pool)
             self._record(group, bank, chosen, token.kept)
         elif not self._groups:
-            kernels.project_and_add_(
-                *(*places, factors.A, B, weights, token.is_merged, z, self._team)
-            )
+            kernels.project_and_add_at(token.record, *places, A, B)
         else:
-            kernels.project(z, *places[1:], factors.A, self._team)
+            z, weights = token.z, token.weights
+            kernels.project(z, *places[1:], A, self._team)
             for group in self._groups:
                 chosen, some = self._chosen(group, bank), weights[group.some]
-                kernels.route(chosen, some, z[group.some], S, *group.rule(bank))
+                rule, pool = group.rule(bank), group.pool_of_token(bank)
+                kernels.route(chosen, some, z[group.some], factors.singular_values, rule, pool)
                 weights[group.some] = some  # where it is a copy
                 self._record(group, bank, chosen)
             token.add_(y, 0)
@@ -450,8 +447,12 @@ class RoutingPlan:
         weights = np.ones(shape, np.float32)  # where rows are constant and the factors hold theirs
         if kept is None and not self._is_folded:
             weights = self.constant_weights(bank)[:, 0].numpy().copy()
-        z = np.empty((*shape, r), np.float32)
-        return MixedToken(factors.B, z, weights, self._rows_merged, kept)
+        arrays = np.empty((*shape, r), np.float32), weights, self._rows_merged, kept
+        rule = None if group is None else group.rule(bank)
+        record = kernels.bind(*arrays, factors.singular_values, rule)
+        if group is not None:
+            kernels.bind_choice(record, self._chosen(group, bank))
+        return MixedToken(factors.B, *arrays, record)
 
     def _chosen(self, group: "_Group", bank: ExpertBank) -> Chosen:
         """Memory for what a group chooses at a bank: each time anew where it is recorded."""
@@ -641,15 +642,18 @@ class _Group:
         K = min(self.router.top_k or bank.num_experts, bank.num_experts)
         return Chosen.empty(len(self.rows), len(bank.paths), K)
 
-    def rule(self, bank: ExpertBank) -> tuple[Rule, Pool | None]:
-        """For compiled code: how to score and choose, and the pool with the next token begun."""
-        rule = self._rules.get(bank)
-        if rule is None:
-            rule = self._rules[bank] = self._make_rule(bank)
+    def rule(self, bank: ExpertBank) -> Rule:
+        """For compiled code: how to score and choose."""
+        if bank not in self._rules:
+            self._rules[bank] = self._make_rule(bank)
+        return self._rules[bank]
+
+    def pool_of_token(self, bank: ExpertBank) -> Pool | None:
+        """For compiled code: the pool, with the next token begun."""
         if self.pool is None:
-            return rule, None
+            return None
         is_lead = self.router.confidence is not None
-        return rule, self.pool.of_token(bank, len(self.rows), is_lead=is_lead)
+        return self.pool.of_token(bank, len(self.rows), is_lead=is_lead)
 
     def _make_rule(self, bank: ExpertBank) -> Rule:
         shape = bank.singular_values.shape[:2]

@@ -112,7 +112,9 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
     y = torch.randn(R, 1, D_out).to(dtype)
     added = y.clone()
     B_of = (factors.B[0], factors.B[0])
-    mixed = kernels.MixedToken(B_of, chosen, weights.numpy(), is_merged, kept.numpy())
+    arrays = chosen, weights.numpy(), is_merged, kept.numpy()
+    record = kernels.bind(*arrays, factors.singular_values)
+    mixed = kernels.MixedToken(B_of, *arrays, record)
     assert mixed.add_(added, 1) is added
     for row in range(R):
         z_of = torch.from_numpy(chosen)[row, 1].double()
