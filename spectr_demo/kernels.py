@@ -573,11 +573,10 @@ def route(
     choose(chosen, weights, scores, rule)
 
 
-# Numba takes 23 us to find out what a dozen arrays are, in a token, for 10 us of arithmetic. What
-# stays the same from token to token is therefore handed over once, as the numbers of a record.
-_SIZES = 6  # R, P, E, experts in z, r, K
-_NUM_ADDRESSES = 10
-_RULE, _TEAM = _NUM_ADDRESSES + _SIZES, _NUM_ADDRESSES + _SIZES + 4
+# In the midst of a token numba takes 23 us to find out what a dozen arrays are. What stays the same
+# from token to token is therefore handed over once, as the numbers of a record: ten addresses; R,
+# P, E, F, r and K; four numbers of the rule; the team.
+_SIZES, _RULE, _TEAM, _RECORD = 10, 16, 20, 23
 
 
 def bind(
@@ -594,28 +593,29 @@ def bind(
     rule: of the router that serves all rows, and has a choice then too (`bind_choice`).
     """
     (P, E, r), (R, _, F, _) = singular_values.shape, z.shape
-    record = np.zeros(_TEAM + 3, np.int64)
-    arrays = [z, weights, is_merged, kept, singular_values]
+    record = np.zeros(_RECORD, np.int64)
+    arrays = [z, weights, is_merged, kept]
     if rule is not None:
-        arrays += [rule.mean, rule.std]
+        arrays += [singular_values, rule.mean, rule.std]
         record[_RULE], record[_RULE + 1] = rule.measure, rule.num_kept
         record.view(np.float64)[_RULE + 2 : _TEAM] = rule.temperature, rule.least
+    assert all(array is None or array.flags.c_contiguous for array in arrays)
     record[: len(arrays)] = [0 if array is None else array.ctypes.data for array in arrays]
-    record[_NUM_ADDRESSES : _RULE - 1] = R, P, E, F, r
+    record[_SIZES : _RULE - 1] = R, P, E, F, r
     record[_TEAM:] = Team.of_torch()
     return record
 
 
 def bind_choice(record: Ids, chosen: Chosen) -> None:
     """Have the next token's choice written here."""
-    record[_NUM_ADDRESSES - 3 : _NUM_ADDRESSES] = [array.ctypes.data for array in chosen]
+    record[_SIZES - 3 : _SIZES] = [array.ctypes.data for array in chosen]
     record[_RULE - 1] = chosen.places.shape[2]
 
 
 @_compiled
 def _bound(record: Ids) -> tuple[Floats, Floats, NDArray[np.bool_], Ids, Team]:
     """z, weights, is_merged, kept (empty where there is none) and the team of a record."""
-    R, P, _, F, r, _ = record[_NUM_ADDRESSES:_RULE]
+    R, P, _, F, r, _ = record[_SIZES:_RULE]
     z = numba.carray(_pointer(record[0]), (R, P, F, r), np.float32)
     weights = numba.carray(_pointer(record[1]), (R, P, F), np.float32)
     is_merged = numba.carray(_pointer(record[2]), R, np.bool_)
@@ -637,7 +637,7 @@ def route_and_add_at(
     """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
     place, and what `bind` was given is written. arrows: where given, only the experts that the
     router's filter keeps are projected on."""
-    R, P, E, _, r, K = record[_NUM_ADDRESSES:_RULE]
+    R, P, E, _, r, K = record[_SIZES:_RULE]
     z, weights, is_merged, kept, team = _bound(record)
     S = numba.carray(_pointer(record[4]), (P, E, r), np.float32)
     mean = numba.carray(_pointer(record[5]), (P, E), np.float32)
