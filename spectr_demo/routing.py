@@ -337,8 +337,7 @@ class RoutingPlan:
         self._only_group = self._groups[0] if is_one else None
         # Of the banks of which a layer is still to run.
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
-        # Threads and memory for one token.
-        self._team = Team.of_torch()
+        # Memory for one token.
         self._tokens: dict[ExpertBank, MixedToken] = {}
         self._chosen_of: dict[tuple[_Group, ExpertBank], Chosen] = {}
 
@@ -428,7 +427,7 @@ class RoutingPlan:
             kernels.project_and_add_at(token.record, *places, A, B)
         else:
             z, weights = token.z, token.weights
-            kernels.project(z, *places[1:], A, self._team)
+            kernels.project(z, *places[1:], A, Team.of_torch())
             for group in self._groups:
                 chosen, some = self._chosen(group, bank), weights[group.some]
                 rule, pool = group.rule(bank), group.pool_of_token(bank)

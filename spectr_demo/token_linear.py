@@ -22,7 +22,8 @@ class TokenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         is_few = 0 < x.numel() <= _MOST_TOKENS * self.in_features
-        if not is_few or torch.is_grad_enabled() or weight.dtype != torch.float32:
+        is_plain = x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
+        if not (is_few and is_plain) or torch.is_grad_enabled():
             return super().forward(x)
         y = x.new_empty(*x.shape[:-1], self.out_features)
         kernels.multiply_in_threads(y, x.contiguous(), weight)
@@ -34,7 +35,8 @@ def make_token_linear_(model: PreTrainedModel) -> None:
 
     Whether they are is measured: on the largest layer, for one token.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    linear_layers = (module for module in model.modules() if type(module) is nn.Linear)
+    layers = [layer for layer in linear_layers if layer.weight.is_contiguous()]
     if is_faster(max(layers, key=lambda layer: layer.weight.numel()).weight):
         for layer in layers:
             layer.__class__ = TokenLinear  # the same weights, shared ones as before

@@ -107,13 +107,15 @@ def test_many_tokens_and_none_are_torchs(x: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("no_compiled_products")
-def test_gradients_and_other_dtypes_are_torchs() -> None:
+def test_gradients_other_dtypes_and_devices_are_torchs() -> None:
     layer, x = token_layer(64, 64), torch.ones(1, 1, 64, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
     with torch.no_grad():
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.bfloat16())
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-        meta = layer.to("meta")
+        meta = layer.float().to("meta")
         assert meta(torch.ones(1, 1, 64, device="meta")).is_meta
 
 
