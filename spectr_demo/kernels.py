@@ -10,7 +10,7 @@ slower (`token_linear`). Axes: R rows, P projections of a bank, E experts, K sel
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numba
 import numpy as np
@@ -32,6 +32,7 @@ _FASTMATH = {"reassoc", "contract", "nsz"}
 _MOST_ROWS = 8
 _BLOCK_BYTES, _TOKEN_BYTES = 1 << 17, 1 << 13
 _BYTES_OF_A_THREAD = 1 << 17
+_BYTES_AHEAD = 1 << 14
 _LINE_BYTES = 64
 _ROWS_AHEAD = 8
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -87,8 +88,9 @@ def _as_float_of(value):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _rounded_bits(bits: Any) -> Any:
-    """The upper half of a float32's bits, rounded."""
+def _rounded_bits(value: Any) -> Any:
+    """Those of a number rounded to bfloat16: the upper half of a float32's."""
+    bits = np.float32(value).view(np.uint32)
     return np.uint16(
         (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     )
@@ -125,7 +127,7 @@ def _add_at(y: int, is_bfloat16: bool, row: int, delta: Floats) -> None:
     if is_bfloat16:
         bits = numba.carray(_pointer(y + 2 * row * num), num, np.uint16)
         for d in range(num):
-            bits[d] = _rounded_bits(np.float32(_as_float(bits[d]) + delta[d]).view(np.uint32))
+            bits[d] = _rounded_bits(_as_float(bits[d]) + delta[d])
     else:
         values = numba.carray(_pointer(y + 4 * row * num), num, np.float32)
         for d in range(num):
@@ -140,12 +142,18 @@ def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
         number, place = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
         function = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
-        to_read, keep_close, data = number(0), number(3), number(1)
+        to_read, keep_near, data = number(0), number(2), number(1)
         pointer = builder.inttoptr(arguments[0], place)
-        builder.call(function, [pointer, to_read, keep_close, data])
+        builder.call(function, [pointer, to_read, keep_near, data])
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.uintp), build
+
+
+@_compiled
+def _ask_for(address: int, num_bytes: int) -> None:
+    for line in range(0, num_bytes, _LINE_BYTES):
+        _prefetch(address + line)  # type: ignore[call-arg]
 
 
 @_compiled
@@ -156,9 +164,7 @@ def _dots(values: Floats, A: Stored, rows: Ids, token: Floats) -> None:
     last, num_bytes = len(rows) - 1, A.shape[1] * A.itemsize
     for n in range(0, len(rows), 4):
         for ahead in range(0 if n == 0 else n + _ROWS_AHEAD, min(n + _ROWS_AHEAD + 4, last + 1)):
-            address = A.ctypes.data + rows[ahead] * num_bytes
-            for line in range(0, num_bytes, _LINE_BYTES):
-                _prefetch(address + line)  # type: ignore[call-arg]
+            _ask_for(A.ctypes.data + rows[ahead] * num_bytes, num_bytes)
         second, third, fourth = min(n + 1, last), min(n + 2, last), min(n + 3, last)
         A_0, A_1, A_2, A_3 = A[rows[n]], A[rows[second]], A[rows[third]], A[rows[fourth]]
         sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
@@ -172,7 +178,7 @@ def _dots(values: Floats, A: Stored, rows: Ids, token: Floats) -> None:
 
 
 @_compiled
-def multiply(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> None:
+def multiply(values: Floats, x: Floats, A: Floats, start: int, stop: int) -> None:
     """`values = x A^T` for the rows of A from start to stop: values (R, N), x (R, D), A (N, D).
 
     A is read in the order in which it lies in memory, one row at a time, which memory gives two to
@@ -181,7 +187,7 @@ def multiply(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> Non
     its own, so its product does not depend on the tokens beside it, not even in rounding.
     """
     R, D = x.shape
-    num_rows, num_tokens = _BLOCK_BYTES // (D * A.itemsize) + 1, _TOKEN_BYTES // (D * 4) + 1
+    num_rows, num_tokens = _BLOCK_BYTES // (D * 4) + 1, _TOKEN_BYTES // (D * 4) + 1
     for first in range(start, stop, num_rows):
         for first_token in range(0, R, num_tokens):
             for n in range(first, min(first + num_rows, stop)):
@@ -189,8 +195,90 @@ def multiply(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> Non
                 for row in range(first_token, min(first_token + num_tokens, R)):
                     token, total = x[row], np.float32(0)
                     for d in range(D):
-                        total += _as_float(factors[d]) * token[d]
+                        total += factors[d] * token[d]
                     values[row, n] = total
+
+
+@_compiled
+def multiply_bfloat16(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> None:
+    """The same with A (N, D) in bfloat16. What takes the time is to make floats of it, so four
+    tokens are served at once, past the end the last one again."""
+    (R, D), ahead = x.shape, _BYTES_AHEAD // (2 * A.shape[1]) + 1
+    for n in range(start, stop):
+        factors = A[n]
+        _ask_for(A[min(n + ahead, stop - 1)].ctypes.data, 2 * D)
+        if R == 1:
+            token, total = x[0], np.float32(0)
+            for d in range(D):
+                total += _as_float(factors[d]) * token[d]
+            values[0, n] = total
+            continue
+        for row in range(0, R, 4):
+            second, third, fourth = min(row + 1, R - 1), min(row + 2, R - 1), min(row + 3, R - 1)
+            x_0, x_1, x_2, x_3 = x[row], x[second], x[third], x[fourth]
+            sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
+            for d in range(D):
+                factor = _as_float(factors[d])
+                sum_0 += factor * x_0[d]
+                sum_1 += factor * x_1[d]
+                sum_2 += factor * x_2[d]
+                sum_3 += factor * x_3[d]
+            values[row, n], values[second, n] = sum_0, sum_1
+            values[third, n], values[fourth, n] = sum_2, sum_3
+
+
+@_compiled
+def multiply_int8(
+    values: Floats, x: Floats, A: NDArray[np.int8], scales: Floats, start: int, stop: int
+) -> None:
+    """`values = |x A^T|` with rows of A (N, D) that are 8 bits times a scale (N,)."""
+    (R, D), ahead = x.shape, _BYTES_AHEAD // A.shape[1] + 1
+    for n in range(start, stop):
+        factors = A[n]
+        _ask_for(A[min(n + ahead, stop - 1)].ctypes.data, D)
+        for row in range(R):
+            token, total = x[row], np.float32(0)
+            for d in range(D):
+                total += np.float32(factors[d]) * token[d]
+            values[row, n] = abs(scales[n] * total)
+
+
+@_compiled
+def _expand(
+    pairs: NDArray[np.uint32],
+    packed: NDArray[np.uint16],
+    scales: NDArray[np.uint16],
+    code: Floats,
+    start: int,
+    stop: int,
+) -> None:
+    """Blocks of 32 rows of a matrix (N, D), from start to stop: pairs (N, D / 2) of bfloat16 from
+    packed (N / 32, D / 2, 16), scales (., N) in bfloat16 and the 16 values of a code.
+
+    16 bits hold two neighbours of a row in the lower halves of their bytes, and of the row that is
+    16 further on in the upper ones.
+    """
+    rounded = np.empty(16, np.float32)
+    for i in range(16):
+        rounded[i] = _as_float(_rounded_bits(code[i]))
+    num_scales, half = len(scales), packed.shape[2]
+    num_pairs = packed.shape[1] // num_scales
+    values, values_below = np.empty(16, np.uint32), np.empty(16, np.uint32)
+    for block in range(start, stop):
+        for r in range(half):
+            row = 2 * half * block + r
+            here, below = pairs[row], pairs[row + half]
+            for s in range(num_scales):
+                scale, scale_below = _as_float(scales[s, row]), _as_float(scales[s, row + half])
+                for i in range(16):
+                    values[i] = _rounded_bits(rounded[i] * scale)
+                    values_below[i] = _rounded_bits(rounded[i] * scale_below)
+                for d in range(s * num_pairs, (s + 1) * num_pairs):
+                    bits = np.uint32(packed[block, d, r])
+                    second, upper = (bits >> np.uint32(8)) & np.uint32(15), bits >> np.uint32(12)
+                    here[d] = values[bits & np.uint32(15)] | (values[second] << np.uint32(16))
+                    first = (bits >> np.uint32(4)) & np.uint32(15)
+                    below[d] = values_below[first] | (values_below[upper] << np.uint32(16))
 
 
 @intrinsic
@@ -207,25 +295,56 @@ def _next_part(typing_context, counter):  # type: ignore[no-untyped-def]
 
 def _take_parts(task: Any) -> None:
     """What each thread does for a product: takes the next part that nobody has, until all are
-    taken. task: address of 8 int64, see `_multiply_in_threads`."""
-    numbers: Any = numba.carray(task, 8, np.int64)
-    _, num_parts, values, x, A, R, N, D = numbers
+    taken. task: address of ten int64, see `_share`."""
+    numbers: Any = numba.carray(task, 10, np.int64)
+    _, num_parts, num_bytes, values, x, A, scales, R, N, D = numbers
     products = numba.carray(_pointer(values), (R, N), np.float32)
     tokens = numba.carray(_pointer(x), (R, D), np.float32)
-    rows = numba.carray(_pointer(A), (N, D), np.float32)
     part: int = _next_part(task)  # type: ignore[call-arg]
     while part < num_parts:
-        multiply(products, tokens, rows, part * N // num_parts, (part + 1) * N // num_parts)
+        start, stop = part * N // num_parts, (part + 1) * N // num_parts
+        if num_bytes == 4:
+            floats = numba.carray(_pointer(A), (N, D), np.float32)
+            multiply(products, tokens, floats, start, stop)
+        elif num_bytes == 2:
+            bits = numba.carray(_pointer(A), (N, D), np.uint16)
+            multiply_bfloat16(products, tokens, bits, start, stop)
+        else:
+            numbers_8 = numba.carray(_pointer(A), (N, D), np.int8)
+            scales_8 = numba.carray(_pointer(scales), N, np.float32)
+            multiply_int8(products, tokens, numbers_8, scales_8, start, stop)
         part = _next_part(task)
 
 
+_PACKED_ROWS = 32
+
+
+def _expand_parts(task: Any) -> None:
+    """The same for `expand_in_threads`, whose task has nine int64."""
+    numbers: Any = numba.carray(task, 9, np.int64)
+    _, num_parts, values, A, scales, code, N, D, num_scales = numbers
+    num_blocks = N // _PACKED_ROWS
+    pairs = numba.carray(_pointer(values), (N, D // 2), np.uint32)
+    packed = numba.carray(_pointer(A), (num_blocks, D // 2, _PACKED_ROWS // 2), np.uint16)
+    scale_of = numba.carray(_pointer(scales), (num_scales, N), np.uint16)
+    numbers_4 = numba.carray(_pointer(code), 16, np.float32)
+    part: int = _next_part(task)  # type: ignore[call-arg]
+    while part < num_parts:
+        start, stop = part * num_blocks // num_parts, (part + 1) * num_blocks // num_parts
+        _expand(pairs, packed, scale_of, numbers_4, start, stop)
+        part = _next_part(task)
+
+
+_take_all_parts, _expand_all_parts = _compiled(_take_parts), _compiled(_expand_parts)
+
+
 @cache
-def _work() -> Any:
-    """`_take_parts` as a C function, compiled when it is first needed."""
+def _address(function: Callable[[Any], None]) -> int:
+    """Of this as a C function, `void function(void *task)`, compiled when it is first needed."""
     options: dict[str, Any] = {"error_model": "numpy", "fastmath": _FASTMATH}
     with suppress(RuntimeError):  # no folder can be written
-        return numba.cfunc("void(voidptr)", cache=True, **options)(_take_parts)
-    return numba.cfunc("void(voidptr)", **options)(_take_parts)
+        return cast(int, numba.cfunc("void(voidptr)", cache=True, **options)(function).address)
+    return cast(int, numba.cfunc("void(voidptr)", **options)(function).address)
 
 
 class Team(NamedTuple):
@@ -237,8 +356,8 @@ class Team(NamedTuple):
     size: int
 
     @classmethod
-    def of_torch(cls) -> "Team":
-        return cls(threads.START, _work().address, threads.num_threads())
+    def of_torch(cls, function: Callable[[Any], None] = _take_parts) -> "Team":
+        return cls(threads.START, _address(function), threads.num_threads())
 
 
 def _to_call(typing_context, start, work, task, num):  # type: ignore[no-untyped-def]
@@ -257,23 +376,31 @@ _start: Any = intrinsic(_to_call)
 
 
 @_compiled
-def _multiply_in_threads(
-    values: int, x: int, A: int, num_rows: int, num_values: int, size: int, team: Team
+def _share(
+    values: Floats, x: Floats, A: int, num_bytes: int, scales: int, N: int, team: Team
 ) -> None:
-    """`multiply` all rows of A in float32: the addresses of values (R, N), x (R, D), A (N, D)."""
-    num_parts = min(team.size, num_values * size * 4 // _BYTES_OF_A_THREAD)
-    if num_parts < 2:
-        products = numba.carray(_pointer(values), (num_rows, num_values), np.float32)
-        tokens = numba.carray(_pointer(x), (num_rows, size), np.float32)
-        rows = numba.carray(_pointer(A), (num_values, size), np.float32)
-        multiply(products, tokens, rows, 0, num_values)
-        return
-    task = np.zeros(8, np.int64)
-    task[1], task[2], task[3], task[4] = num_parts, values, x, A
-    task[5], task[6], task[7] = num_rows, num_values, size
-    # All threads, even where parts are fewer: OpenMP would end the others, and torch's next
-    # operation would have to make them anew.
-    _start(team.start, team.work, task.ctypes.data, team.size)
+    """The product of all rows of A, by as many threads as it is worth: values (R, N), x (R, D); the
+    addresses of A (N, D) and, where its values have 1 byte and not 4 or 2, of their scales (N,)."""
+    R, D = x.shape
+    num_parts = max(1, min(team.size, N * D * num_bytes // _BYTES_OF_A_THREAD))
+    task = np.zeros(10, np.int64)
+    task[1], task[2], task[3], task[4] = num_parts, num_bytes, values.ctypes.data, x.ctypes.data
+    task[5], task[6], task[7], task[8], task[9] = A, scales, R, N, D
+    if num_parts == 1:
+        _take_all_parts(_pointer(task.ctypes.data))
+    else:
+        # All threads, even where parts are fewer: OpenMP would end the others, and torch's next
+        # operation would have to make them anew.
+        _start(team.start, team.work, task.ctypes.data, team.size)
+    task[0] = 0  # an array lives until it is last named, whoever has its address
+
+
+@_compiled
+def _multiply_at(values: int, x: int, A: int, R: int, N: int, D: int, team: Team) -> None:
+    """The same in float32 with the addresses of all."""
+    products = numba.carray(_pointer(values), (R, N), np.float32)
+    tokens = numba.carray(_pointer(x), (R, D), np.float32)
+    _share(products, tokens, A, 4, 0, N, team)
 
 
 def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
@@ -281,19 +408,37 @@ def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
     (..., D), A (N, D), float32 on a CPU, contiguous."""
     addresses = values.data_ptr(), x.data_ptr(), A.data_ptr()
     (N, D), num_values = A.shape, x.numel()
-    _multiply_in_threads(*addresses, num_values // D, N, D, Team.of_torch())
+    _multiply_at(*addresses, num_values // D, N, D, Team.of_torch())
+
+
+@_compiled
+def _expand_at(
+    values: int, A: int, scales: int, code: int, N: int, D: int, num_scales: int, team: Team
+) -> None:
+    task = np.zeros(9, np.int64)
+    task[1], task[2], task[3], task[4], task[5] = 4 * team.size, values, A, scales, code
+    task[6], task[7], task[8] = N, D, num_scales
+    if team.size == 1:
+        _expand_all_parts(_pointer(task.ctypes.data))
+    else:
+        _start(team.start, team.work, task.ctypes.data, team.size)
+    task[0] = 0  # as above
+
+
+def expand_in_threads(values: Tensor, packed: Tensor, scales: Tensor, code: Tensor) -> None:
+    """The values (N, D) bfloat16 of 4-bit weights that bitsandbytes has packed for a CPU: packed
+    (N, D / 2) uint8, scales (., N) bfloat16, code (16,) float32, contiguous. What its kernel
+    multiplies by, the code in bfloat16 times the scales, rounded once."""
+    addresses = [tensor.data_ptr() for tensor in (values, packed, scales, code)]
+    _expand_at(*addresses, *values.shape, len(scales), Team.of_torch(_expand_parts))
 
 
 @_compiled
 def project(z: Floats, x: int, is_bfloat16: bool, A: Stored, team: Team) -> None:
     """`z = A* x` of all experts: z (R, P, E, r), x (R, 1, D_in), A (P * E * r, D_in)."""
     (N, D), R = A.shape, len(z)
-    tokens, values = _floats_at(x, is_bfloat16, R, D), z.reshape(R, N)
-    if A.itemsize == 2:  # of bfloat16 one core reads as fast as all do
-        multiply(values, tokens, A, 0, N)
-    else:
-        places = values.ctypes.data, tokens.ctypes.data, A.ctypes.data
-        _multiply_in_threads(places[0], places[1], places[2], R, N, D, team)
+    tokens = _floats_at(x, is_bfloat16, R, D)
+    _share(z.reshape(R, N), tokens, A.ctypes.data, A.itemsize, 0, N, team)
 
 
 @_compiled
@@ -339,20 +484,17 @@ class Arrows(NamedTuple):
 
 
 @_compiled
-def keep(kept: Ids, x: int, is_bfloat16: bool, A: Stored, arrows: Arrows, rank: int) -> None:
+def keep(
+    kept: Ids, x: int, is_bfloat16: bool, A: Stored, arrows: Arrows, rank: int, team: Team
+) -> None:
     """kept (R, P, F) = places of the experts with the longest first entries of `z = A* x`, for x
     (R, 1, D_in) and A (P * E * r, D_in). A is read where the arrows leave it open."""
     (R, P, num_kept), D = kept.shape, A.shape[1]
     tokens = _floats_at(x, is_bfloat16, R, D)
     E = len(arrows.scales) // P
     about = np.empty((R, P * E), np.float32)
-    for i in range(P * E):
-        arrow = arrows.values[i]
-        for row in range(R):
-            token, total = tokens[row], np.float32(0)
-            for d in range(D):
-                total += np.float32(arrow[d]) * token[d]
-            about[row, i] = abs(arrows.scales[i] * total)
+    arrow, scale = arrows.values.ctypes.data, arrows.scales.ctypes.data
+    _share(about, tokens, arrow, 1, scale, P * E, team)
     surely, lengths = np.empty(E, np.float32), np.empty(E, np.float32)
     candidates, starts = np.empty(E, np.int64), np.empty(E, np.int64)
     for row in range(R):
@@ -373,9 +515,9 @@ def keep(kept: Ids, x: int, is_bfloat16: bool, A: Stored, arrows: Arrows, rank: 
             _dots(lengths, A, starts[:count], tokens[row])
             for c in range(count):
                 lengths[c] = abs(lengths[c])
-            places = best(lengths[:count], num_kept)
+            longest = best(lengths[:count], num_kept)
             for f in range(num_kept):
-                kept[row, p, f] = candidates[places[f]]
+                kept[row, p, f] = candidates[longest[f]]
 
 
 @_compiled
@@ -411,11 +553,12 @@ class Rule(NamedTuple):
 
 
 @_compiled
-def scored(z: Floats, singular_values: Floats, rule: Rule) -> Floats:
-    """(R, P, E) scores from z (R, P, E, r); -inf for experts that are not kept."""
-    R, P, E, r = z.shape
-    scores, lengths = np.empty((R, P, E), np.float32), np.empty(E, np.float32)
-    for row in range(R):
+def scored(z: Floats, rows: Ids, singular_values: Floats, rule: Rule) -> Floats:
+    """(G, P, E) scores of some rows (G,) of z (R, P, E, r); -inf for experts that are not kept."""
+    G, (_, P, E, r) = len(rows), z.shape
+    scores, lengths = np.empty((G, P, E), np.float32), np.empty(E, np.float32)
+    for g in range(G):
+        row = rows[g]
         for p in range(P):
             for e in range(E):
                 squares = np.float32(0)
@@ -424,7 +567,7 @@ def scored(z: Floats, singular_values: Floats, rule: Rule) -> Floats:
                     if rule.measure == OUTPUT:
                         value *= singular_values[p, e, i]
                     squares += value * value
-                scores[row, p, e] = (np.sqrt(squares) - rule.mean[p, e]) / rule.std[p, e]
+                scores[g, p, e] = (np.sqrt(squares) - rule.mean[p, e]) / rule.std[p, e]
             if rule.num_kept < E:
                 for e in range(E):
                     lengths[e] = abs(z[row, p, e, 0])
@@ -432,7 +575,7 @@ def scored(z: Floats, singular_values: Floats, rule: Rule) -> Floats:
                     lengths[e] = -1
                 for e in range(E):
                     if lengths[e] >= 0:
-                        scores[row, p, e] = -np.inf
+                        scores[g, p, e] = -np.inf
     return scores
 
 
@@ -485,7 +628,7 @@ def pooled(scores: Floats, pool: Pool) -> Floats:
 
 
 class Chosen(NamedTuple):
-    """What a router chose: places in the bank, weights and scores of K experts, (R, P, K) each."""
+    """What a router chose: places in the bank, weights and scores of K experts, (G, P, K) each."""
 
     places: Ids
     weights: Floats
@@ -499,26 +642,27 @@ class Chosen(NamedTuple):
 
 
 @_compiled
-def choose(chosen: Chosen, weights: Floats, scores: Floats, rule: Rule) -> None:
-    """The K experts with the best scores (R, P, E), and the weights of all (R, P, E)."""
-    R, P, K = chosen.places.shape
-    weights[:] = 0
-    for row in range(R):
+def choose(chosen: Chosen, weights: Floats, rows: Ids, scores: Floats, rule: Rule) -> None:
+    """The K experts with the best scores (G, P, E), and the weights of all experts in these rows
+    (G,) of weights (R, P, E)."""
+    G, P, K = chosen.places.shape
+    for g in range(G):
         for p in range(P):
-            top, some = chosen.scores[row, p], chosen.weights[row, p]
-            places = best(scores[row, p], K)
+            top, some, of_all = chosen.scores[g, p], chosen.weights[g, p], weights[rows[g], p]
+            places = best(scores[g, p], K)
             sum_of_weights = np.float32(0)
             for k in range(K):
-                chosen.places[row, p, k], top[k] = places[k], scores[row, p, places[k]]
+                chosen.places[g, p, k], top[k] = places[k], scores[g, p, places[k]]
                 weight = np.float32(1)
                 if rule.temperature > 0:
                     weight = np.exp((top[k] - top[0]) / np.float32(rule.temperature))
                 some[k] = weight
                 sum_of_weights += weight
             is_any = top[0] > rule.least
+            of_all[:] = 0
             for k in range(K):
                 some[k] = some[k] / sum_of_weights if is_any else np.float32(0)
-                weights[row, p, places[k]] = some[k]
+                of_all[places[k]] = some[k]
 
 
 @_compiled
@@ -557,26 +701,10 @@ def add_(
         _add_at(y, is_bfloat16, row, delta)
 
 
-@_compiled
-def route(
-    chosen: Chosen,
-    weights: Floats,
-    z: Floats,
-    singular_values: Floats,
-    rule: Rule,
-    pool: Pool | None,
-) -> None:
-    """What a router chooses from z (R, P, E, r), as `choose` gives it."""
-    scores = scored(z, singular_values, rule)
-    if pool is not None:
-        scores = pooled(scores, pool)
-    choose(chosen, weights, scores, rule)
-
-
 # In the midst of a token numba takes 23 us to find out what a dozen arrays are. What stays the same
-# from token to token is therefore handed over once, as the numbers of a record: ten addresses; R,
-# P, E, F, r and K; four numbers of the rule; the team.
-_SIZES, _RULE, _TEAM, _RECORD = 10, 16, 20, 23
+# from token to token is therefore handed over once, as the numbers of a record: eleven addresses;
+# R, P, E, F, r, G and K; four numbers of the rule; the team.
+_CHOICE, _SIZES, _RULE, _TEAM, _RECORD = 8, 11, 18, 22, 25
 
 
 def bind(
@@ -586,41 +714,64 @@ def bind(
     kept: Ids | None,
     singular_values: Floats,
     rule: Rule | None = None,
+    rows: Ids | None = None,
 ) -> Ids:
     """A record of these arrays, which somebody must keep, for one token in each row: z (R, P, F, r)
     and weights (R, P, F) are written; kept (R, P, F) too, None where F is E.
 
-    rule: of the router that serves all rows, and has a choice then too (`bind_choice`).
+    rule: of the router that serves these rows (G,), and has a choice then too (`bind_choice`).
     """
     (P, E, r), (R, _, F, _) = singular_values.shape, z.shape
     record = np.zeros(_RECORD, np.int64)
     arrays = [z, weights, is_merged, kept]
-    if rule is not None:
-        arrays += [singular_values, rule.mean, rule.std]
+    if rule is not None and rows is not None:
+        arrays += [singular_values, rule.mean, rule.std, rows]
+        record[_RULE - 2] = len(rows)
         record[_RULE], record[_RULE + 1] = rule.measure, rule.num_kept
         record.view(np.float64)[_RULE + 2 : _TEAM] = rule.temperature, rule.least
     assert all(array is None or array.flags.c_contiguous for array in arrays)
     record[: len(arrays)] = [0 if array is None else array.ctypes.data for array in arrays]
-    record[_SIZES : _RULE - 1] = R, P, E, F, r
+    record[_SIZES : _RULE - 2] = R, P, E, F, r
     record[_TEAM:] = Team.of_torch()
     return record
 
 
 def bind_choice(record: Ids, chosen: Chosen) -> None:
     """Have the next token's choice written here."""
-    record[_SIZES - 3 : _SIZES] = [array.ctypes.data for array in chosen]
+    record[_CHOICE:_SIZES] = [array.ctypes.data for array in chosen]
     record[_RULE - 1] = chosen.places.shape[2]
 
 
 @_compiled
 def _bound(record: Ids) -> tuple[Floats, Floats, NDArray[np.bool_], Ids, Team]:
     """z, weights, is_merged, kept (empty where there is none) and the team of a record."""
-    R, P, _, F, r, _ = record[_SIZES:_RULE]
+    R, P, _, F, r, _, _ = record[_SIZES:_RULE]
     z = numba.carray(_pointer(record[0]), (R, P, F, r), np.float32)
     weights = numba.carray(_pointer(record[1]), (R, P, F), np.float32)
     is_merged = numba.carray(_pointer(record[2]), R, np.bool_)
     kept = numba.carray(_pointer(record[3]), (R, P, F if record[3] else 0), np.int64)
     return z, weights, is_merged, kept, Team(record[_TEAM], record[_TEAM + 1], record[_TEAM + 2])
+
+
+@_compiled
+def _route(record: Ids, z: Floats, weights: Floats, pool: Pool | None) -> None:
+    """The choice of the record's router from z (R, P, F, r), and what it makes of the weights."""
+    _, P, E, _, r, G, K = record[_SIZES:_RULE]
+    S = numba.carray(_pointer(record[4]), (P, E, r), np.float32)
+    mean = numba.carray(_pointer(record[5]), (P, E), np.float32)
+    std = numba.carray(_pointer(record[6]), (P, E), np.float32)
+    rows = numba.carray(_pointer(record[7]), G, np.int64)
+    temperature, least = record.view(np.float64)[_RULE + 2 : _TEAM]
+    rule = Rule(record[_RULE], record[_RULE + 1], mean, std, temperature, least)
+    chosen = Chosen(
+        numba.carray(_pointer(record[_CHOICE]), (G, P, K), np.int64),
+        numba.carray(_pointer(record[_CHOICE + 1]), (G, P, K), np.float32),
+        numba.carray(_pointer(record[_CHOICE + 2]), (G, P, K), np.float32),
+    )
+    scores = scored(z, rows, S, rule)
+    if pool is not None:
+        scores = pooled(scores, pool)
+    choose(chosen, weights, rows, scores, rule)
 
 
 @_compiled
@@ -633,31 +784,28 @@ def route_and_add_at(
     arrows: Arrows | None,
     B: Stored,
     pool: Pool | None,
+    is_first: bool,
+    is_last: bool,
 ) -> None:
-    """All of a bank's first layer, where one router serves all rows: y (R, 1, D_out) changes in
-    place, and what `bind` was given is written. arrows: where given, only the experts that the
-    router's filter keeps are projected on."""
-    R, P, E, _, r, K = record[_SIZES:_RULE]
+    """All of a bank's first layer, for the rows of one router: what `bind` was given is written,
+    and y (R, 1, D_out) changes in place.
+
+    Of several routers, each has a record with the same z and weights: the first one projects, the
+    last one adds. arrows: where given, one router serves all rows, and only the experts that its
+    filter keeps are projected on.
+    """
     z, weights, is_merged, kept, team = _bound(record)
-    S = numba.carray(_pointer(record[4]), (P, E, r), np.float32)
-    mean = numba.carray(_pointer(record[5]), (P, E), np.float32)
-    std = numba.carray(_pointer(record[6]), (P, E), np.float32)
-    temperature, least = record.view(np.float64)[_RULE + 2 : _TEAM]
-    rule = Rule(record[_RULE], record[_RULE + 1], mean, std, temperature, least)
-    chosen = Chosen(
-        numba.carray(_pointer(record[7]), (R, P, K), np.int64),
-        numba.carray(_pointer(record[8]), (R, P, K), np.float32),
-        numba.carray(_pointer(record[9]), (R, P, K), np.float32),
-    )
-    if arrows is None:
-        project(z, x, is_bfloat16, A, team)
-        route(chosen, weights, z, S, rule, pool)
-        add_(y, is_bfloat16, z, weights, is_merged, None, B, 0)
-    else:
-        keep(kept, x, is_bfloat16, A, arrows, r)
+    E, r = record[_SIZES + 2], record[_SIZES + 4]
+    if arrows is not None:
+        keep(kept, x, is_bfloat16, A, arrows, r, team)
         project_chosen(z, x, is_bfloat16, A, kept, E)
-        route(chosen, weights, z, S, rule, pool)
+    elif is_first:
+        project(z, x, is_bfloat16, A, team)
+    _route(record, z, weights, pool)
+    if arrows is not None:
         add_(y, is_bfloat16, z, weights, is_merged, kept, B, 0)
+    elif is_last:
+        add_(y, is_bfloat16, z, weights, is_merged, None, B, 0)
 
 
 @_compiled
@@ -681,17 +829,19 @@ def add_at(record: Ids, y: int, is_bfloat16: bool, B: Stored, place: int) -> Non
 
 
 class MixedToken(NamedTuple):
-    """What one token adds at the layers of a bank; the arguments of `add_`. The same memory serves
-    all tokens of a run."""
+    """What one token adds at the layers of a bank; the same memory serves all tokens of a run.
+
+    kept (R, P, F): places of the experts that a filter has kept, None for all. records: of `bind`,
+    one for each router that looks at tokens; where there is none, one without a rule. arrays: what
+    the records point to, which must be kept as long.
+    """
 
     B: tuple[Stored, ...]
-    z: Floats
-    weights: Floats
-    is_merged: NDArray[np.bool_]
     kept: Ids | None
-    record: Ids
+    records: tuple[Ids, ...]
+    arrays: tuple[Any, ...]
 
     def add_(self, y: Tensor, place: int) -> Tensor:
         """y (R, 1, D_out) with it, in place."""
-        add_at(self.record, y.data_ptr(), y.dtype == torch.bfloat16, self.B[place], place)
+        add_at(self.records[0], y.data_ptr(), y.dtype == torch.bfloat16, self.B[place], place)
         return y

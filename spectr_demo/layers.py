@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spectr_demo.bank import ExpertBank
 from spectr_demo.experts import ExpertLibrary
+from spectr_demo.prompt_linear import PromptLinear4bit
 from spectr_demo.routing import RoutingPlan
 
 # A context variable, not a global: each thread sees the plan of its own run, or none.
@@ -68,7 +69,10 @@ def _forward_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         return layer.forward
     kernel = torch.ops.bitsandbytes.gemv_4bit.default
     packed = weight.data, state.shape, state.absmax, state.code, state.blocksize
-    return lambda x: kernel(x, *packed)
+    if not isinstance(layer, PromptLinear4bit):
+        return lambda x: kernel(x, *packed)
+    many = layer.fewest_values
+    return lambda x: kernel(x, *packed) if x.numel() < many else layer.forward(x)
 
 
 def attach_(model: nn.Module, library: ExpertLibrary) -> None:

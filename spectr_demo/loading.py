@@ -55,6 +55,7 @@ from spectr_demo.embedded import (
     scratch_dir,
 )
 from spectr_demo.memory import available_memory, execution_device
+from spectr_demo.prompt_linear import make_prompt_linear_
 from spectr_demo.token_linear import make_token_linear_
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -317,6 +318,7 @@ def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]
         for layer in layers:
             layer.support_avx512bf16_for_cpu = False
         return 4, f"{packed}, expanded again at every step (too little memory to keep it expanded)"
+    make_prompt_linear_(model)
     # The first forward repacks weights in place, which two threads must not do at once.
     with torch.no_grad():
         model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)

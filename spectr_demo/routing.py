@@ -8,6 +8,7 @@ so one product serves them all.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
-from spectr_demo.kernels import Chosen, Factors, Ids, MixedToken, Pool, Rule, Team
+from spectr_demo.kernels import Chosen, Factors, MixedToken, Pool, Rule
 from spectr_demo.pooling import EvidencePool, lead
 from spectr_demo.recorder import Recorder
 
@@ -339,7 +340,6 @@ class RoutingPlan:
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
         # Memory for one token.
         self._tokens: dict[ExpertBank, MixedToken] = {}
-        self._chosen_of: dict[tuple[_Group, ExpertBank], Chosen] = {}
 
     def begin_pass(self, input_ids: Tensor) -> None:
         """input_ids: (R, T), which the layers read next."""
@@ -415,26 +415,22 @@ class RoutingPlan:
         if token is None:
             token = self._tokens[bank] = self._make_token(bank, factors)
         places = y.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16
-        A, B, group = factors.A, factors.B[0], self._only_group
-        if group is not None:
-            chosen, pool = self._chosen(group, bank), group.pool_of_token(bank)
+        A, B, kept = factors.A, factors.B[0], token.kept
+        if not self._groups:
+            kernels.project_and_add_at(token.records[0], *places, A, B)
+            return token
+        arrows, last = None if kept is None else bank.arrows, len(self._groups) - 1
+        for i, (group, record) in enumerate(zip(self._groups, token.records, strict=True)):
+            pool = group.pool_of_token(bank)
+            if self.recorder is not None:  # which keeps each token's
+                chosen = group.new_chosen(bank)
+                kernels.bind_choice(record, chosen)
+            kernels.route_and_add_at(record, *places, A, arrows, B, pool, i == 0, i == last)
             if self.recorder is not None:
-                kernels.bind_choice(token.record, chosen)
-            arrows = None if token.kept is None else bank.arrows
-            kernels.route_and_add_at(token.record, *places, A, arrows, B, pool)
-            self._record(group, bank, chosen, token.kept)
-        elif not self._groups:
-            kernels.project_and_add_at(token.record, *places, A, B)
-        else:
-            z, weights = token.z, token.weights
-            kernels.project(z, *places[1:], A, Team.of_torch())
-            for group in self._groups:
-                chosen, some = self._chosen(group, bank), weights[group.some]
-                rule, pool = group.rule(bank), group.pool_of_token(bank)
-                kernels.route(chosen, some, z[group.some], factors.singular_values, rule, pool)
-                weights[group.some] = some  # where it is a copy
-                self._record(group, bank, chosen)
-            token.add_(y, 0)
+                if kept is not None:
+                    of_bank = np.take_along_axis(kept, chosen.places, -1)
+                    chosen = chosen._replace(places=of_bank)
+                self.recorder.add_token(bank, group.rows, chosen)
         return token
 
     def _make_token(self, bank: ExpertBank, factors: Factors) -> MixedToken:
@@ -447,29 +443,12 @@ class RoutingPlan:
         if kept is None and not self._is_folded:
             weights = self.constant_weights(bank)[:, 0].numpy().copy()
         arrays = np.empty((*shape, r), np.float32), weights, self._rows_merged, kept
-        rule = None if group is None else group.rule(bank)
-        record = kernels.bind(*arrays, factors.singular_values, rule)
-        if group is not None:
-            kernels.bind_choice(record, self._chosen(group, bank))
-        return MixedToken(factors.B, *arrays, record)
-
-    def _chosen(self, group: "_Group", bank: ExpertBank) -> Chosen:
-        """Memory for what a group chooses at a bank: each time anew where it is recorded."""
-        if self.recorder is not None:
-            return group.new_chosen(bank)
-        chosen = self._chosen_of.get((group, bank))
-        if chosen is None:
-            chosen = self._chosen_of[group, bank] = group.new_chosen(bank)
-        return chosen
-
-    def _record(
-        self, group: "_Group", bank: ExpertBank, chosen: Chosen, kept: Ids | None = None
-    ) -> None:
-        if self.recorder is None:
-            return
-        if kept is not None:
-            chosen = chosen._replace(places=np.take_along_axis(kept, chosen.places, -1))
-        self.recorder.add_token(bank, group.rows, chosen)
+        bind = partial(kernels.bind, *arrays, factors.singular_values)
+        records = [bind(group.rule(bank), group.row_ids) for group in self._groups]
+        choices = [group.new_chosen(bank) for group in self._groups]
+        for record, chosen in zip(records, choices, strict=True):
+            kernels.bind_choice(record, chosen)
+        return MixedToken(factors.B, kept, tuple(records or [bind()]), (*arrays, *choices))
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
@@ -595,7 +574,7 @@ class _Group:
         is_evidence: Tensor | None,
     ) -> None:
         self.router = router
-        self.rows = rows
+        self.rows, self.row_ids = rows, np.array(rows)
         # The rows as an index: rows that follow each other are a view, others would be copied.
         is_run = rows == list(range(rows[0], rows[-1] + 1))
         self.some = slice(rows[0], rows[-1] + 1) if is_run else rows

@@ -26,6 +26,8 @@ COLUMNS: list[list[str | RouterConfig]] = [
     [RouterConfig(name="spectr", top_k=2, composition="outputs", weighting="softmax")],
     [RouterConfig(name="arrow", calibrated=True, decay=0.8)],
     ["base", "single:green"],
+    ["base", "spectr"],
+    ["spectr", "arrow", "spectr", "single:red"],
     ["base", "spectr-context", "single:red", "spectr-paper", "lag", "uniform", "norm", "arrow"],
 ]
 
@@ -114,7 +116,7 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
     B_of = (factors.B[0], factors.B[0])
     arrays = chosen, weights.numpy(), is_merged, kept.numpy()
     record = kernels.bind(*arrays, factors.singular_values)
-    mixed = kernels.MixedToken(B_of, *arrays, record)
+    mixed = kernels.MixedToken(B_of, kept.numpy(), (record,), arrays)
     assert mixed.add_(added, 1) is added
     for row in range(R):
         z_of = torch.from_numpy(chosen)[row, 1].double()
@@ -161,7 +163,7 @@ def test_keep_takes_the_longest(
     tokens = x.to(dtype)
     arrows = kernels.Arrows.of(A[::rank])
     kept = np.empty((2, 2, num_kept), np.int64)
-    kernels.keep(kept, *at(tokens), kernels.stored(A), arrows, rank)
+    kernels.keep(kept, *at(tokens), kernels.stored(A), arrows, rank, kernels.Team.of_torch())
     lengths = (x @ A[::rank].float().mT).abs().view(2, 2, num_experts)
     expected = lengths.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
     assert np.array_equal(kept, expected.numpy())
@@ -177,7 +179,7 @@ def test_8_bits_leave_few_arrows_to_read() -> None:
     arrows = kernels.Arrows.of(A)
     A[lengths.argsort(descending=True)[100:]] = torch.nan
     kept = np.empty((1, 1, 20), np.int64)
-    kernels.keep(kept, *at(x), kernels.stored(A), arrows, 1)
+    kernels.keep(kept, *at(x), kernels.stored(A), arrows, 1, kernels.Team.of_torch())
     assert kept.flatten().tolist() == longest.tolist()
 
 
@@ -186,11 +188,13 @@ def test_what_is_not_a_number_stays_inside_the_bank() -> None:
     A = torch.ones(4, 3)
     lost = torch.full((1, 1, 3), torch.nan)
     kept = np.empty((1, 1, 2), np.int64)
-    kernels.keep(kept, *at(lost), kernels.stored(A), kernels.Arrows.of(A), 1)
+    kernels.keep(
+        kept, *at(lost), kernels.stored(A), kernels.Arrows.of(A), 1, kernels.Team.of_torch()
+    )
     assert set(kept.flatten().tolist()) <= {0, 1, 2, 3}
     nan = np.full((1, 2, 4), np.nan, np.float32)
     chosen = kernels.Chosen.empty(1, 2, 3)
-    kernels.choose(chosen, np.empty_like(nan), nan, rule(4))
+    kernels.choose(chosen, np.empty_like(nan), np.array([0]), nan, rule(4))
     assert set(chosen.places.flatten().tolist()) <= {0, 1, 2, 3}
 
 
@@ -219,12 +223,13 @@ def test_choose_is_select(
         least=-np.inf if least is None else least,
     )
     chosen = kernels.Chosen.empty(1, 1, min(top_k, len(scores)))
-    of_all = torch.full_like(tensor, torch.nan)
-    kernels.choose(chosen, of_all.numpy(), tensor.numpy(), asked)
+    rows = torch.full((3, 1, len(scores)), torch.nan)
+    kernels.choose(chosen, rows.numpy(), np.array([1]), tensor.numpy(), asked)
     for found, of_torch in zip(chosen, expected, strict=True):
         assert_close(torch.from_numpy(found), of_torch, atol=1e-6, rtol=1e-5)
     indices, kept, _ = expected
-    assert_close(of_all, torch.zeros_like(tensor).scatter(-1, indices, kept))
+    assert_close(rows[1:2], torch.zeros_like(tensor).scatter(-1, indices, kept))
+    assert rows[::2].isnan().all(), "other rows are not this router's"
 
 
 @pytest.mark.parametrize("num_first", [0, 4], ids=["read once", "read twice, in lines"])
