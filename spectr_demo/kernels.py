@@ -628,17 +628,32 @@ def pooled(scores: Floats, pool: Pool) -> Floats:
 
 
 class Chosen(NamedTuple):
-    """What a router chose: places in the bank, weights and scores of K experts, (G, P, K) each."""
+    """What a router chose for one token: places in the bank, weights and scores of K experts,
+    (G, P, K) each."""
 
     places: Ids
     weights: Floats
     scores: Floats
 
+
+class Choices(NamedTuple):
+    """Memory for what a router chooses for N tokens, one after another: as `Chosen`, (N, G, P, K)
+    each, and how many tokens there have been, (1,)."""
+
+    places: Ids
+    weights: Floats
+    scores: Floats
+    num: Ids
+
     @classmethod
-    def empty(cls, num_rows: int, num_layers: int, num_chosen: int) -> "Chosen":
-        shape = num_rows, num_layers, num_chosen
+    def empty(cls, num_tokens: int, num_rows: int, num_layers: int, num_chosen: int) -> "Choices":
+        shape = num_tokens, num_rows, num_layers, num_chosen
         values = np.empty((2, *shape), np.float32)
-        return cls(np.empty(shape, np.int64), values[0], values[1])
+        return cls(np.empty(shape, np.int64), values[0], values[1], np.zeros(1, np.int64))
+
+    @property
+    def is_full(self) -> bool:
+        return bool(self.num[0] == len(self.places))
 
 
 @_compiled
@@ -702,9 +717,9 @@ def add_(
 
 
 # In the midst of a token numba takes 23 us to find out what a dozen arrays are. What stays the same
-# from token to token is therefore handed over once, as the numbers of a record: eleven addresses;
-# R, P, E, F, r, G and K; four numbers of the rule; the team.
-_CHOICE, _SIZES, _RULE, _TEAM, _RECORD = 8, 11, 18, 22, 25
+# from token to token is therefore handed over once, as the numbers of a record: twelve addresses;
+# R, P, E, F, r, G, K and N; four numbers of the rule; the team.
+_CHOICES, _SIZES, _RULE, _TEAM, _RECORD = 8, 12, 20, 24, 27
 
 
 def bind(
@@ -719,33 +734,33 @@ def bind(
     """A record of these arrays, which somebody must keep, for one token in each row: z (R, P, F, r)
     and weights (R, P, F) are written; kept (R, P, F) too, None where F is E.
 
-    rule: of the router that serves these rows (G,), and has a choice then too (`bind_choice`).
+    rule: of the router that serves these rows (G,), and has choices then too (`bind_choices`).
     """
     (P, E, r), (R, _, F, _) = singular_values.shape, z.shape
     record = np.zeros(_RECORD, np.int64)
     arrays = [z, weights, is_merged, kept]
     if rule is not None and rows is not None:
         arrays += [singular_values, rule.mean, rule.std, rows]
-        record[_RULE - 2] = len(rows)
+        record[_RULE - 3] = len(rows)
         record[_RULE], record[_RULE + 1] = rule.measure, rule.num_kept
         record.view(np.float64)[_RULE + 2 : _TEAM] = rule.temperature, rule.least
     assert all(array is None or array.flags.c_contiguous for array in arrays)
     record[: len(arrays)] = [0 if array is None else array.ctypes.data for array in arrays]
-    record[_SIZES : _RULE - 2] = R, P, E, F, r
+    record[_SIZES : _RULE - 3] = R, P, E, F, r
     record[_TEAM:] = Team.of_torch()
     return record
 
 
-def bind_choice(record: Ids, chosen: Chosen) -> None:
-    """Have the next token's choice written here."""
-    record[_CHOICE:_SIZES] = [array.ctypes.data for array in chosen]
-    record[_RULE - 1] = chosen.places.shape[2]
+def bind_choices(record: Ids, choices: Choices) -> None:
+    """Have the next tokens' choices written here: where there is no room left, from the start."""
+    record[_CHOICES:_SIZES] = [array.ctypes.data for array in choices]
+    record[_RULE - 1], record[_RULE - 2] = len(choices.places), choices.places.shape[3]
 
 
 @_compiled
 def _bound(record: Ids) -> tuple[Floats, Floats, NDArray[np.bool_], Ids, Team]:
     """z, weights, is_merged, kept (empty where there is none) and the team of a record."""
-    R, P, _, F, r, _, _ = record[_SIZES:_RULE]
+    R, P, _, F, r, _, _, _ = record[_SIZES:_RULE]
     z = numba.carray(_pointer(record[0]), (R, P, F, r), np.float32)
     weights = numba.carray(_pointer(record[1]), (R, P, F), np.float32)
     is_merged = numba.carray(_pointer(record[2]), R, np.bool_)
@@ -754,24 +769,32 @@ def _bound(record: Ids) -> tuple[Floats, Floats, NDArray[np.bool_], Ids, Team]:
 
 
 @_compiled
-def _route(record: Ids, z: Floats, weights: Floats, pool: Pool | None) -> None:
+def _route(record: Ids, z: Floats, weights: Floats, kept: Ids, pool: Pool | None) -> None:
     """The choice of the record's router from z (R, P, F, r), and what it makes of the weights."""
-    _, P, E, _, r, G, K = record[_SIZES:_RULE]
+    _, P, E, _, r, G, K, N = record[_SIZES:_RULE]
     S = numba.carray(_pointer(record[4]), (P, E, r), np.float32)
     mean = numba.carray(_pointer(record[5]), (P, E), np.float32)
     std = numba.carray(_pointer(record[6]), (P, E), np.float32)
     rows = numba.carray(_pointer(record[7]), G, np.int64)
     temperature, least = record.view(np.float64)[_RULE + 2 : _TEAM]
     rule = Rule(record[_RULE], record[_RULE + 1], mean, std, temperature, least)
+    num = numba.carray(_pointer(record[_CHOICES + 3]), 1, np.int64)
+    token = num[0] % N
+    num[0] += 1
     chosen = Chosen(
-        numba.carray(_pointer(record[_CHOICE]), (G, P, K), np.int64),
-        numba.carray(_pointer(record[_CHOICE + 1]), (G, P, K), np.float32),
-        numba.carray(_pointer(record[_CHOICE + 2]), (G, P, K), np.float32),
+        numba.carray(_pointer(record[_CHOICES]), (N, G, P, K), np.int64)[token],
+        numba.carray(_pointer(record[_CHOICES + 1]), (N, G, P, K), np.float32)[token],
+        numba.carray(_pointer(record[_CHOICES + 2]), (N, G, P, K), np.float32)[token],
     )
     scores = scored(z, rows, S, rule)
     if pool is not None:
         scores = pooled(scores, pool)
     choose(chosen, weights, rows, scores, rule)
+    if kept.shape[2] > 0:
+        for g in range(G):
+            for p in range(P):
+                for k in range(K):
+                    chosen.places[g, p, k] = kept[rows[g], p, chosen.places[g, p, k]]
 
 
 @_compiled
@@ -801,7 +824,7 @@ def route_and_add_at(
         project_chosen(z, x, is_bfloat16, A, kept, E)
     elif is_first:
         project(z, x, is_bfloat16, A, team)
-    _route(record, z, weights, pool)
+    _route(record, z, weights, kept, pool)
     if arrows is not None:
         add_(y, is_bfloat16, z, weights, is_merged, kept, B, 0)
     elif is_last:
@@ -831,14 +854,15 @@ def add_at(record: Ids, y: int, is_bfloat16: bool, B: Stored, place: int) -> Non
 class MixedToken(NamedTuple):
     """What one token adds at the layers of a bank; the same memory serves all tokens of a run.
 
-    kept (R, P, F): places of the experts that a filter has kept, None for all. records: of `bind`,
-    one for each router that looks at tokens; where there is none, one without a rule. arrays: what
-    the records point to, which must be kept as long.
+    records: of `bind`, one for each router that looks at tokens, as are choices; where there is
+    none, one without a rule. is_filtered: whether experts are kept by a filter. arrays: what the
+    records point to, which must be kept as long.
     """
 
     B: tuple[Stored, ...]
-    kept: Ids | None
     records: tuple[Ids, ...]
+    choices: list[Choices]
+    is_filtered: bool
     arrays: tuple[Any, ...]
 
     def add_(self, y: Tensor, place: int) -> Tensor:

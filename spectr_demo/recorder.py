@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,10 +12,17 @@ from torch import Tensor
 
 from spectr_demo.bank import ExpertBank
 from spectr_demo.experts import ExpertLibrary
-from spectr_demo.kernels import Chosen
+from spectr_demo.kernels import Choices
 from spectr_demo.trace import NOT_ROUTED
 
 Choice = tuple[Tensor, Tensor, Tensor]  # expert places in the bank, weights, scores: (T, P, K) each
+
+
+@dataclass
+class _Tokens:
+    rows: Sequence[int]
+    choices: Choices
+    num_joined: int = 0
 
 
 class Recorder:
@@ -21,8 +30,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
-        # Single tokens from compiled code, with their rows: not yet among the choices.
-        self._tokens: dict[ExpertBank, list[tuple[Sequence[int], Chosen]]] = defaultdict(list)
+        # Where compiled code writes what single tokens choose.
+        self._tokens: dict[ExpertBank, list[_Tokens]] = defaultdict(list)
         self._hidden: list[Tensor] = []
 
     def add_choice(
@@ -30,21 +39,25 @@ class Recorder:
     ) -> None:
         """experts, weights, scores: (T, P, K) of one row, for the tokens of this pass."""
         self._join_tokens(bank)
-        self._choices[row, bank].append((experts, weights, scores))
+        self._keep(bank, row, (experts, weights, scores))
 
-    def add_token(self, bank: ExpertBank, rows: Sequence[int], chosen: Chosen) -> None:
-        """Experts, weights, scores of a pass of one token: (R, P, K) arrays of these rows."""
-        self._tokens[bank].append((rows, chosen))
+    def add_tokens(self, bank: ExpertBank, rows: Sequence[int], choices: Choices) -> None:
+        """Of passes of one token, for these rows: memory that is filled as they come."""
+        self._tokens[bank].append(_Tokens(rows, choices))
 
     def _join_tokens(self, bank: ExpertBank) -> None:
-        tokens_of: dict[tuple[int, ...], list[Chosen]] = defaultdict(list)
-        for group, chosen in self._tokens.pop(bank, []):
-            tokens_of[tuple(group)].append(chosen)
-        for rows, tokens in tokens_of.items():
-            joined = [torch.from_numpy(np.concatenate(part)) for part in zip(*tokens, strict=True)]
-            for i, row in enumerate(rows):
-                experts, weights, scores = (part[i :: len(rows)] for part in joined)
-                self._choices[row, bank].append((experts, weights, scores))
+        """Keep what single tokens have chosen since the last time."""
+        for tokens in self._tokens[bank]:
+            places, weights, scores, num = tokens.choices
+            new = slice(tokens.num_joined, int(num[0]))
+            tokens.num_joined = new.stop
+            for i, row in enumerate(tokens.rows if new.start < new.stop else ()):
+                of_row = (torch.from_numpy(part[new, i]) for part in (places, weights, scores))
+                self._keep(bank, row, cast(Choice, tuple(of_row)))
+        self._tokens[bank] = [tokens for tokens in self._tokens[bank] if not tokens.choices.is_full]
+
+    def _keep(self, bank: ExpertBank, row: int, choice: Choice) -> None:
+        self._choices[row, bank].append(choice)
 
     def add_hidden(self, hidden: Tensor) -> None:
         """hidden: (R, T, D), the decoder's last hidden states for the tokens of this pass."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from spectr_demo import kernels
 from spectr_demo.bank import ExpertBank, Mixed
 from spectr_demo.config import RouterConfig, unknown_name
-from spectr_demo.kernels import Chosen, Factors, MixedToken, Pool, Rule
+from spectr_demo.kernels import Choices, Factors, Ids, MixedToken, Pool, Rule
 from spectr_demo.pooling import EvidencePool, lead
 from spectr_demo.recorder import Recorder
 
@@ -27,6 +27,7 @@ Score = Callable[[Tensor, Tensor, RouterConfig], Tensor]
 # one token by this many experts, and its calls as long as this many more; with more tokens a
 # product is so many times as fast for each.
 _COPY, _CALLS, _REUSE = 2, 16, 16
+_RECORDED_AT_ONCE = 64
 
 
 def spectr_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
@@ -415,22 +416,16 @@ class RoutingPlan:
         if token is None:
             token = self._tokens[bank] = self._make_token(bank, factors)
         places = y.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16
-        A, B, kept = factors.A, factors.B[0], token.kept
+        A, B = factors.A, factors.B[0]
         if not self._groups:
             kernels.project_and_add_at(token.records[0], *places, A, B)
             return token
-        arrows, last = None if kept is None else bank.arrows, len(self._groups) - 1
+        arrows, last = bank.arrows if token.is_filtered else None, len(self._groups) - 1
         for i, (group, record) in enumerate(zip(self._groups, token.records, strict=True)):
+            if self.recorder is not None and token.choices[i].is_full:
+                token.choices[i] = self._new_choices(group, bank, record)
             pool = group.pool_of_token(bank)
-            if self.recorder is not None:  # which keeps each token's
-                chosen = group.new_chosen(bank)
-                kernels.bind_choice(record, chosen)
             kernels.route_and_add_at(record, *places, A, arrows, B, pool, i == 0, i == last)
-            if self.recorder is not None:
-                if kept is not None:
-                    of_bank = np.take_along_axis(kept, chosen.places, -1)
-                    chosen = chosen._replace(places=of_bank)
-                self.recorder.add_token(bank, group.rows, chosen)
         return token
 
     def _make_token(self, bank: ExpertBank, factors: Factors) -> MixedToken:
@@ -445,10 +440,19 @@ class RoutingPlan:
         arrays = np.empty((*shape, r), np.float32), weights, self._rows_merged, kept
         bind = partial(kernels.bind, *arrays, factors.singular_values)
         records = [bind(group.rule(bank), group.row_ids) for group in self._groups]
-        choices = [group.new_chosen(bank) for group in self._groups]
-        for record, chosen in zip(records, choices, strict=True):
-            kernels.bind_choice(record, chosen)
-        return MixedToken(factors.B, kept, tuple(records or [bind()]), (*arrays, *choices))
+        pairs = zip(self._groups, records, strict=True)
+        choices = [self._new_choices(group, bank, record) for group, record in pairs]
+        return MixedToken(factors.B, tuple(records or [bind()]), choices, kept is not None, arrays)
+
+    def _new_choices(self, group: "_Group", bank: ExpertBank, record: Ids) -> Choices:
+        """Memory for what a group's rows choose at a bank: of one token, or of many to record."""
+        K = min(group.router.top_k or bank.num_experts, bank.num_experts)
+        num_tokens = 1 if self.recorder is None else _RECORDED_AT_ONCE
+        choices = Choices.empty(num_tokens, len(group.rows), len(bank.paths), K)
+        kernels.bind_choices(record, choices)
+        if self.recorder is not None:
+            self.recorder.add_tokens(bank, group.rows, choices)
+        return choices
 
     def _weigh(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r)."""
@@ -615,10 +619,6 @@ class _Group:
             return scores
         evidence = self.pool.add(bank, scores)
         return evidence if self.router.confidence is None else lead(evidence)
-
-    def new_chosen(self, bank: ExpertBank) -> Chosen:
-        K = min(self.router.top_k or bank.num_experts, bank.num_experts)
-        return Chosen.empty(len(self.rows), len(bank.paths), K)
 
     def rule(self, bank: ExpertBank) -> Rule:
         """For compiled code: how to score and choose."""

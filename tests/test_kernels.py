@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from spectr_demo import kernels
+from spectr_demo import kernels, routing
 from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel, Step
@@ -54,6 +54,12 @@ def rule(num_experts: int, **changes: float) -> kernels.Rule:
     return plain._replace(**changes)
 
 
+def one_choice(*shape: int) -> kernels.Chosen:
+    """Memory for one token's."""
+    places, weights, scores, _ = kernels.Choices.empty(1, *shape)
+    return kernels.Chosen(places[0], weights[0], scores[0])
+
+
 def assert_same(one: Step, other: Step) -> None:
     assert one.trace and other.trace
     assert [c.text for c in one.columns] == [c.text for c in other.columns]
@@ -67,6 +73,7 @@ def assert_same(one: Step, other: Step) -> None:
 def test_a_run_is_the_same_in_both(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, columns: list[str | RouterConfig]
 ) -> None:
+    monkeypatch.setattr(routing, "_RECORDED_AT_ONCE", 3)  # filled once, and begun again
     compiled = routed_model.compare(PROMPT, columns, max_new_tokens=6)
     in_torch(monkeypatch)
     assert_same(compiled, routed_model.compare(PROMPT, columns, max_new_tokens=6))
@@ -116,7 +123,7 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
     B_of = (factors.B[0], factors.B[0])
     arrays = chosen, weights.numpy(), is_merged, kept.numpy()
     record = kernels.bind(*arrays, factors.singular_values)
-    mixed = kernels.MixedToken(B_of, kept.numpy(), (record,), arrays)
+    mixed = kernels.MixedToken(B_of, (record,), [], True, arrays)
     assert mixed.add_(added, 1) is added
     for row in range(R):
         z_of = torch.from_numpy(chosen)[row, 1].double()
@@ -193,7 +200,7 @@ def test_what_is_not_a_number_stays_inside_the_bank() -> None:
     )
     assert set(kept.flatten().tolist()) <= {0, 1, 2, 3}
     nan = np.full((1, 2, 4), np.nan, np.float32)
-    chosen = kernels.Chosen.empty(1, 2, 3)
+    chosen = one_choice(1, 2, 3)
     kernels.choose(chosen, np.empty_like(nan), np.array([0]), nan, rule(4))
     assert set(chosen.places.flatten().tolist()) <= {0, 1, 2, 3}
 
@@ -222,7 +229,7 @@ def test_choose_is_select(
         temperature=temperature or 0.0,
         least=-np.inf if least is None else least,
     )
-    chosen = kernels.Chosen.empty(1, 1, min(top_k, len(scores)))
+    chosen = one_choice(1, 1, min(top_k, len(scores)))
     rows = torch.full((3, 1, len(scores)), torch.nan)
     kernels.choose(chosen, rows.numpy(), np.array([1]), tensor.numpy(), asked)
     for found, of_torch in zip(chosen, expected, strict=True):

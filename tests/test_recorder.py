@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from spectr_demo.bank import ExpertBank
 from spectr_demo.engine import SpectrModel
 from spectr_demo.evaluation.reading import _Choices
+from spectr_demo.kernels import Choices
 from spectr_demo.recorder import Choice, Recorder
 from spectr_demo.trace import NOT_ROUTED
 
@@ -18,8 +20,15 @@ def bank(routed_model: SpectrModel) -> ExpertBank:
     return routed_model.library.banks[0]
 
 
+def write(memory: Choices, *parts: Tensor) -> None:
+    """What compiled code does with one token."""
+    for to, part in zip(memory[:3], parts, strict=True):
+        to[memory.num[0]] = part
+    memory.num[0] += 1
+
+
 def test_tokens_are_kept_in_the_order_of_reading(bank: ExpertBank) -> None:
-    """A prompt, two tokens, a look at them, a token, and more of a prompt."""
+    """A prompt, two tokens, a look at them, a third one, another look, two, more of a prompt."""
     generator = torch.Generator().manual_seed(0)
     chosen = [
         (
@@ -27,18 +36,22 @@ def test_tokens_are_kept_in_the_order_of_reading(bank: ExpertBank) -> None:
             torch.rand(len(ROWS), T, P, K, generator=generator),
             torch.randn(len(ROWS), T, P, K, generator=generator),
         )
-        for T in (5, 1, 1, 1, 4)
+        for T in (5, 1, 1, 1, 1, 1, 4)
     ]
     recorder = Recorder()
+    memory = Choices.empty(2, len(ROWS), P, K)
     for place, of_pass in enumerate(chosen):
         if of_pass[0].shape[1] == 1:
-            experts, weights, scores = (part[:, 0].numpy() for part in of_pass)
-            recorder.add_token(bank, ROWS, (experts, weights, scores))
+            if place == 1 or memory.is_full:
+                memory = Choices.empty(2, len(ROWS), P, K)
+                recorder.add_tokens(bank, ROWS, memory)
+            write(memory, *(part[:, 0] for part in of_pass))
         else:
             for i, row in enumerate(ROWS):
                 recorder.add_choice(bank, row, *(part[i] for part in of_pass))
-        if place == 2:
-            assert [len(part) for part in recorder.choices(bank, ROWS[0])] == [7, 7, 7]
+        if place in (2, 3):
+            num = 5 + place
+            assert [len(part) for part in recorder.choices(bank, ROWS[0])] == [num, num, num]
     for i, row in enumerate(ROWS):
         kept: Choice = recorder.choices(bank, row)
         for part, parts in zip(kept, zip(*chosen, strict=True), strict=True):
@@ -48,24 +61,27 @@ def test_tokens_are_kept_in_the_order_of_reading(bank: ExpertBank) -> None:
 def test_rows_of_another_router_are_apart(bank: ExpertBank) -> None:
     recorder = Recorder()
     for rows in ((0, 2), (1,)):
-        experts = np.array(rows)[:, None, None].repeat(P, 1)
-        weights = np.ones(experts.shape, np.float32)
-        recorder.add_token(bank, rows, (experts, weights, weights))
+        memory = Choices.empty(3, len(rows), P, 1)
+        recorder.add_tokens(bank, rows, memory)
+        write(memory, torch.tensor(rows)[:, None, None], torch.ones(()), torch.ones(()))
     assert [recorder.choices(bank, row)[0].unique().item() for row in (0, 1, 2)] == [0, 1, 2]
 
 
 def test_an_evaluation_keeps_tokens_as_it_keeps_texts(routed_model: SpectrModel) -> None:
     """A prompt of one token is all that is read of a text with one more."""
-    read, expected = (_Choices(routed_model, (2, 1), K) for _ in range(2))
-    for bank in routed_model.library.banks:
+    library = routed_model.library
+    read, expected = (_Choices(library, (2, 1), K) for _ in range(2))
+    for bank in library.banks:
         num_layers = len(bank.paths)
-        experts = np.arange(2 * num_layers * K).reshape(2, num_layers, K) % bank.num_experts
-        weights = np.full(experts.shape, 0.5, np.float32)
+        experts = torch.arange(2 * num_layers * K).view(2, num_layers, K) % bank.num_experts
+        weights = torch.full(experts.shape, 0.5)
         weights[0, :, 1] = 0
-        read.add_token(bank, [0, 1], (experts, weights, weights))
+        memory = Choices.empty(4, 2, num_layers, K)
+        read.add_tokens(bank, [0, 1], memory)
+        write(memory, experts, weights, weights)
         for row in (0, 1):
-            of_row = (torch.from_numpy(part[row, None]) for part in (experts, weights, weights))
+            of_row = (part[row, None] for part in (experts, weights, weights))
             expected.add_choice(bank, row, *of_row)
-    assert (expected.experts >= 0).any()
-    assert (expected.experts[0, ..., 1] == NOT_ROUTED).all()
-    np.testing.assert_array_equal(read.experts, expected.experts)
+    assert (expected.experts() >= 0).any()
+    assert (expected.experts()[0, ..., 1] == NOT_ROUTED).all()
+    np.testing.assert_array_equal(read.experts(), expected.experts())

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import SpectrModel
-from spectr_demo.kernels import Chosen
+from spectr_demo.experts import ExpertLibrary
 from spectr_demo.layers import routed
 from spectr_demo.prompts import decoder_inputs, shared_length
-from spectr_demo.recorder import Recorder
+from spectr_demo.recorder import Choice, Recorder
 from spectr_demo.routing import ROUTERS
 from spectr_demo.trace import NOT_ROUTED
 from spectr_demo.tracing import output_logprobs
@@ -65,24 +65,24 @@ class Reading:
 class _Choices(Recorder):
     """Keeps the experts that were chosen, for all rows and tokens of one pass."""
 
-    def __init__(self, engine: SpectrModel, shape: tuple[int, int], top_k: int) -> None:
+    def __init__(self, library: ExpertLibrary, shape: tuple[int, int], top_k: int) -> None:
         super().__init__()
-        self._library = library = engine.library
+        self._library = library
         places = (library.num_layers, len(library.projections))
-        self.experts = np.full((*shape, *places, top_k), NOT_ROUTED, np.int16)
+        self._experts = np.full((*shape, *places, top_k), NOT_ROUTED, np.int16)
 
-    def add_choice(
-        self, bank: ExpertBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
-    ) -> None:
+    def experts(self) -> NDArray[np.int16]:
+        """(R, T, L, P, K) ids of the library's experts."""
+        for bank in self._library.banks:
+            self._join_tokens(bank)
+        return self._experts
+
+    def _keep(self, bank: ExpertBank, row: int, choice: Choice) -> None:
+        experts, weights, _ = choice
         chosen = bank.expert_ids[experts.cpu()].to(torch.int16)
         chosen = torch.where(weights.cpu() > 0, chosen, NOT_ROUTED)
         place = np.s_[:, *self._library.places(bank), : chosen.shape[-1]]
-        self.experts[row][place] = chosen.numpy()
-
-    def add_token(self, bank: ExpertBank, rows: Sequence[int], chosen: Chosen) -> None:
-        for i, row in enumerate(rows):
-            experts, weights, scores = (torch.from_numpy(part[i, None]) for part in chosen)
-            self.add_choice(bank, row, experts, weights, scores)
+        self._experts[row][place] = chosen.numpy()
 
     def add_hidden(self, hidden: Tensor) -> None:
         """The caller has them already."""
@@ -124,7 +124,7 @@ def _read_batch(
     recorder = None
     if ROUTERS[router.name].score is not None:
         assert router.top_k is not None
-        recorder = _Choices(engine, (len(texts), width), router.top_k)
+        recorder = _Choices(engine.library, (len(texts), width), router.top_k)
     num_prompt = [len(text.prompt_ids) for text in texts]
     plan = engine.plan([router] * len(texts), ids, recorder, num_prompt=num_prompt)
     with routed(plan):
@@ -133,6 +133,7 @@ def _read_batch(
     if with_base:
         with routed(None):
             base_hidden = decoder(**inputs).last_hidden_state
+    experts = None if recorder is None else recorder.experts()
     opening = engine.template_opening
     for row, text in enumerate(texts):
         answer = torch.tensor(text.answer_ids, device=device)
@@ -150,7 +151,7 @@ def _read_batch(
             kl=kl.cpu().numpy(),
             agrees=agrees.cpu().numpy(),
             base_logprob=base_logprob.cpu().numpy(),
-            choices=None if recorder is None else recorder.experts[row, width - len(ids[row]) :],
+            choices=None if experts is None else experts[row, width - len(ids[row]) :],
             num_prompt=len(text.prompt_ids),
             num_opening=shared_length(opening, text.prompt_ids),
         )
