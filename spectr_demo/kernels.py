@@ -297,22 +297,27 @@ def _take_parts(task: Any) -> None:
     """What each thread does for a product: takes the next part that nobody has, until all are
     taken. task: address of ten int64, see `_share`."""
     numbers: Any = numba.carray(task, 10, np.int64)
-    _, num_parts, num_bytes, values, x, A, scales, R, N, D = numbers
+    _, num_parts, kind, values, x, A, more, R, N, D = numbers
     products = numba.carray(_pointer(values), (R, N), np.float32)
     tokens = numba.carray(_pointer(x), (R, D), np.float32)
+    floats = numba.carray(_pointer(A), (N, D), np.float32)
+    bits = numba.carray(_pointer(A), (N, D), np.uint16)
+    rows = numba.carray(_pointer(more), N, np.int64)
     part: int = _next_part(task)  # type: ignore[call-arg]
     while part < num_parts:
         start, stop = part * N // num_parts, (part + 1) * N // num_parts
-        if num_bytes == 4:
-            floats = numba.carray(_pointer(A), (N, D), np.float32)
+        if kind == 4:
             multiply(products, tokens, floats, start, stop)
-        elif num_bytes == 2:
-            bits = numba.carray(_pointer(A), (N, D), np.uint16)
+        elif kind == 2:
             multiply_bfloat16(products, tokens, bits, start, stop)
+        elif kind == -4:
+            _dots(products[0, start:stop], floats, rows[start:stop], tokens[0])
+        elif kind == -2:
+            _dots(products[0, start:stop], bits, rows[start:stop], tokens[0])
         else:
             numbers_8 = numba.carray(_pointer(A), (N, D), np.int8)
-            scales_8 = numba.carray(_pointer(scales), N, np.float32)
-            multiply_int8(products, tokens, numbers_8, scales_8, start, stop)
+            scales = numba.carray(_pointer(more), N, np.float32)
+            multiply_int8(products, tokens, numbers_8, scales, start, stop)
         part = _next_part(task)
 
 
@@ -376,16 +381,17 @@ _start: Any = intrinsic(_to_call)
 
 
 @_compiled
-def _share(
-    values: Floats, x: Floats, A: int, num_bytes: int, scales: int, N: int, team: Team
-) -> None:
-    """The product of all rows of A, by as many threads as it is worth: values (R, N), x (R, D); the
-    addresses of A (N, D) and, where its values have 1 byte and not 4 or 2, of their scales (N,)."""
+def _share(values: Floats, x: Floats, A: int, kind: int, more: int, N: int, team: Team) -> None:
+    """A product with N rows of A, by as many threads as it is worth: values (R, N), x (R, D).
+
+    A and more: addresses. kind: bytes of A's values, 4, 2 or 1; those of 1 have scales (N,) at
+    `more`. Negative: not the first N rows, but those whose numbers (N,) are there, for R = 1.
+    """
     R, D = x.shape
-    num_parts = max(1, min(team.size, N * D * num_bytes // _BYTES_OF_A_THREAD))
+    num_parts = max(1, min(team.size, N * D * abs(kind) // _BYTES_OF_A_THREAD))
     task = np.zeros(10, np.int64)
-    task[1], task[2], task[3], task[4] = num_parts, num_bytes, values.ctypes.data, x.ctypes.data
-    task[5], task[6], task[7], task[8], task[9] = A, scales, R, N, D
+    task[1], task[2], task[3], task[4] = num_parts, kind, values.ctypes.data, x.ctypes.data
+    task[5], task[6], task[7], task[8], task[9] = A, more, R, N, D
     if num_parts == 1:
         _take_all_parts(_pointer(task.ctypes.data))
     else:
@@ -393,6 +399,14 @@ def _share(
         # operation would have to make them anew.
         _start(team.start, team.work, task.ctypes.data, team.size)
     task[0] = 0  # an array lives until it is last named, whoever has its address
+
+
+@_compiled
+def _share_dots(values: Floats, A: Stored, rows: Ids, token: Floats, team: Team) -> None:
+    """`_dots` by several threads."""
+    N, numbers = len(rows), rows.ctypes.data
+    products, tokens = values.reshape(1, N), token.reshape(1, len(token))
+    _share(products, tokens, A.ctypes.data, -A.itemsize, numbers, N, team)
 
 
 @_compiled
@@ -495,45 +509,47 @@ def keep(
     about = np.empty((R, P * E), np.float32)
     arrow, scale = arrows.values.ctypes.data, arrows.scales.ctypes.data
     _share(about, tokens, arrow, 1, scale, P * E, team)
-    surely, lengths = np.empty(E, np.float32), np.empty(E, np.float32)
-    candidates, starts = np.empty(E, np.int64), np.empty(E, np.int64)
+    surely, lengths = np.empty(E, np.float32), np.empty(P * E, np.float32)
+    candidates, starts = np.empty(P * E, np.int64), np.empty(P * E, np.int64)
+    ends = np.zeros(P + 1, np.int64)
     for row in range(R):
         squares = np.float32(0)
         for value in tokens[row]:
             squares += value * value
-        length = np.sqrt(squares)
+        length, count = np.sqrt(squares), 0
         for p in range(P):
             for e in range(E):
                 surely[e] = about[row, p * E + e] - arrows.errors[p * E + e] * length
-            least, count = surely[best(surely, num_kept)[num_kept - 1]], 0
+            least = surely[best(surely, num_kept)[num_kept - 1]]
             for e in range(E):
                 i = p * E + e
                 if about[row, i] + arrows.errors[i] * length < least:
                     continue
                 candidates[count], starts[count] = e, i * rank
                 count += 1
-            _dots(lengths, A, starts[:count], tokens[row])
-            for c in range(count):
-                lengths[c] = abs(lengths[c])
-            longest = best(lengths[:count], num_kept)
+            ends[p + 1] = count
+        _share_dots(lengths[:count], A, starts[:count], tokens[row], team)
+        for p in range(P):
+            of_layer = np.abs(lengths[ends[p] : ends[p + 1]])
+            longest = best(of_layer, num_kept)
             for f in range(num_kept):
-                kept[row, p, f] = candidates[longest[f]]
+                kept[row, p, f] = candidates[ends[p] + longest[f]]
 
 
 @_compiled
 def project_chosen(
-    z: Floats, x: int, is_bfloat16: bool, A: Stored, kept: Ids, num_experts: int
+    z: Floats, x: int, is_bfloat16: bool, A: Stored, kept: Ids, num_experts: int, team: Team
 ) -> None:
     """`z = A* x` of a few experts: z (R, P, F, r), x (R, 1, D_in), A (P * E * r, D_in); kept
     (R, P, F): their places in the bank."""
     R, P, F, rank = z.shape
-    tokens, rows = _floats_at(x, is_bfloat16, R, A.shape[1]), np.empty(F * rank, np.int64)
+    tokens, rows = _floats_at(x, is_bfloat16, R, A.shape[1]), np.empty((P, F, rank), np.int64)
     for row in range(R):
         for p in range(P):
             for f in range(F):
                 for i in range(rank):
-                    rows[f * rank + i] = (p * num_experts + kept[row, p, f]) * rank + i
-            _dots(z[row, p].reshape(-1), A, rows, tokens[row])
+                    rows[p, f, i] = (p * num_experts + kept[row, p, f]) * rank + i
+        _share_dots(z[row].reshape(-1), A, rows.reshape(-1), tokens[row], team)
 
 
 class Rule(NamedTuple):
@@ -821,7 +837,7 @@ def route_and_add_at(
     E, r = record[_SIZES + 2], record[_SIZES + 4]
     if arrows is not None:
         keep(kept, x, is_bfloat16, A, arrows, r, team)
-        project_chosen(z, x, is_bfloat16, A, kept, E)
+        project_chosen(z, x, is_bfloat16, A, kept, E, team)
     elif is_first:
         project(z, x, is_bfloat16, A, team)
     _route(record, z, weights, kept, pool)

@@ -17,6 +17,7 @@ from spectr_demo.pooling import EvidencePool, lead
 from spectr_demo.routing import ROUTERS, select
 
 PROMPT = "every day at noon"
+TEAM = kernels.Team.of_torch()
 COLUMNS: list[list[str | RouterConfig]] = [
     *([key] for key in ROUTERS if key not in ("base", "single")),
     ["single:red"],
@@ -107,11 +108,11 @@ def test_products_with_stored_factors(dtype: torch.dtype) -> None:
     assert factors is not None
     expected = (x[:, 0].double() @ A.double().mT).float().view(R, P, E, r)
     z = torch.empty(R, P, E, r)
-    kernels.project(z.numpy(), *at(x), factors.A, kernels.Team.of_torch())
+    kernels.project(z.numpy(), *at(x), factors.A, TEAM)
     assert_close(z, expected)
     kept = torch.stack([torch.randperm(E)[:3] for _ in range(R * P)]).view(R, P, 3)
     chosen = np.empty((R, P, 3, r), np.float32)
-    kernels.project_chosen(chosen, *at(x), factors.A, kept.numpy(), E)
+    kernels.project_chosen(chosen, *at(x), factors.A, kept.numpy(), E, TEAM)
     places = kept[..., None].expand(-1, -1, -1, r)
     assert_close(torch.from_numpy(chosen), expected.gather(2, places))
 
@@ -170,7 +171,7 @@ def test_keep_takes_the_longest(
     tokens = x.to(dtype)
     arrows = kernels.Arrows.of(A[::rank])
     kept = np.empty((2, 2, num_kept), np.int64)
-    kernels.keep(kept, *at(tokens), kernels.stored(A), arrows, rank, kernels.Team.of_torch())
+    kernels.keep(kept, *at(tokens), kernels.stored(A), arrows, rank, TEAM)
     lengths = (x @ A[::rank].float().mT).abs().view(2, 2, num_experts)
     expected = lengths.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
     assert np.array_equal(kept, expected.numpy())
@@ -186,7 +187,7 @@ def test_8_bits_leave_few_arrows_to_read() -> None:
     arrows = kernels.Arrows.of(A)
     A[lengths.argsort(descending=True)[100:]] = torch.nan
     kept = np.empty((1, 1, 20), np.int64)
-    kernels.keep(kept, *at(x), kernels.stored(A), arrows, 1, kernels.Team.of_torch())
+    kernels.keep(kept, *at(x), kernels.stored(A), arrows, 1, TEAM)
     assert kept.flatten().tolist() == longest.tolist()
 
 
