@@ -31,7 +31,7 @@ Stored = NDArray[Any]
 _FASTMATH = {"reassoc", "contract", "nsz"}
 _MOST_ROWS = 8
 _BLOCK_BYTES, _TOKEN_BYTES = 1 << 17, 1 << 13
-_BYTES_OF_A_THREAD = 1 << 17
+_VALUES_OF_A_THREAD = 1 << 15
 _BYTES_AHEAD = 1 << 14
 _LINE_BYTES = 64
 _ROWS_AHEAD = 8
@@ -388,7 +388,7 @@ def _share(values: Floats, x: Floats, A: int, kind: int, more: int, N: int, team
     `more`. Negative: not the first N rows, but those whose numbers (N,) are there, for R = 1.
     """
     R, D = x.shape
-    num_parts = max(1, min(team.size, N * D * abs(kind) // _BYTES_OF_A_THREAD))
+    num_parts = max(1, min(team.size, N * D // _VALUES_OF_A_THREAD))
     task = np.zeros(10, np.int64)
     task[1], task[2], task[3], task[4] = num_parts, kind, values.ctypes.data, x.ctypes.data
     task[5], task[6], task[7], task[8], task[9] = A, more, R, N, D
