@@ -162,13 +162,20 @@ def decoding_rows(
     return rows(per_token, "bare base", "seconds_per_token", **facts)
 
 
+def cpu() -> str:
+    """Its name, and which instructions it has of those that decide how a base computes there."""
+    facts: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    instructions = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if facts.get(name)]
+    return " ".join([facts.get("cpu_name", platform.machine()), *instructions])
+
+
 def conditions(command: str, base: LoadedBase | None) -> dict[str, Any]:
     """What was run, on what."""
     device = base.device if base else "cpu"
     return {
         "command": command,
         **({"base": base.source, "quantization": base.quantization} if base else {}),
-        "device": f"{device}, {platform.processor() or platform.machine()}",
+        "device": f"{device}, {cpu()}",
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
     }

@@ -5,7 +5,8 @@ nothing of the matrix unit that such a CPU has. From some tokens on it is faster
 once, to bfloat16, and to have torch multiply.
 """
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -29,7 +30,8 @@ class PromptLinear4bit(bnb.nn.Linear4bit):
             return super().forward(x)
         weight = x.new_empty(*state.shape)
         kernels.expand_in_threads(weight, self.weight.data, state.absmax, state.code)
-        return linear(x, weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear(x, weight, bias)
 
     @property
     def fewest_values(self) -> int:
@@ -39,7 +41,13 @@ class PromptLinear4bit(bnb.nn.Linear4bit):
 
 def make_prompt_linear_(model: PreTrainedModel) -> None:
     """Turn the 4-bit layers of a model on a CPU into such ones, where that CPU has AMX."""
-    if torch.cpu.get_capabilities().get("amx_bf16", False):
+    if _has_amx():
         for layer in model.modules():
             if type(layer) is bnb.nn.Linear4bit:
                 layer.__class__ = PromptLinear4bit  # the same weights
+
+
+def _has_amx() -> bool:
+    """Not every torch that is supported can tell."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))

@@ -90,10 +90,10 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_anew(
         return compile_function(signature, **options)
 
     monkeypatch.setattr(numba, "cfunc", no_cache)
-    kernels._work.cache_clear()
+    kernels._address.cache_clear()
     layer, x = token_layer(*LARGE), torch.randn(1, 1, LARGE[1])
     assert_close(layer(x), linear(x, layer.weight), atol=1e-5, rtol=1e-5)
-    kernels._work.cache_clear()
+    kernels._address.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiled_products")

@@ -33,11 +33,13 @@ from spectr_demo import (
     layers,
     memory,
     pooling,
+    prompt_linear,
     prompts,
     recorder,
     routing,
     shared_inputs,
     spectral,
+    token_linear,
 )
 from spectr_demo.adapters import Adapter
 from spectr_demo.calibration import GENERIC_TEXT, generic_prompts
@@ -75,7 +77,7 @@ NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
     *(adapters, bank, calibration, engine, experts, kernels, layers, memory, pooling, prompts),
-    *(recorder, routing, shared_inputs, spectral),
+    *(prompt_linear, recorder, routing, shared_inputs, spectral, token_linear),
     *(accuracy, compositional, heldout, merging, reading, retrained, stress_tests, variants),
 )
 
