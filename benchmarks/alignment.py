@@ -47,7 +47,7 @@ def main() -> None:
         os.environ["SPECTR_CACHE"] = folder
         for rank in (8,) if options.quick else (4, 8, 16, 64):
             (source,) = expert_folders(1, Path(folder), rank)
-            times = seconds(cases(source, Path(folder)), 3 if options.quick else 9)
+            times = seconds(cases(source, Path(folder)), 3 if options.quick else 25)
             results += rows(times, "read", rank=rank)
     report("python benchmarks/alignment.py", results, options.json)
 

@@ -1,14 +1,15 @@
-"""Measure the start of the demo on the embedded default: the first one, and later ones.
+"""From the start of a process to the demo's page and to a first answer, on the embedded default.
 
-    python benchmarks/startup.py [--runs 3] [--json startup.json]
+    python benchmarks/startup.py [--quick] [--json FILE]
 
-The first start has an empty cache folder and fetches the base with pip. Every start is a process of
-its own. `page`: from the start of `python app.py` to its page being served. `import` and `load`:
-the library's import and `load_base()`, in wall time and in CPU time, which a busy machine stretches
-less.
+Every start is a process of its own. The first one has an empty cache: it fetches the base with pip,
+quantizes it, aligns the experts and compiles the loops of a token. `page_s`: from the start of
+`python app.py` to its page being served. `answer_s`: from the start of another process to the first
+token of an answer by `spectr-context`, of which importing the library takes `import_s`, loading the
+base `base_s`, loading the experts `experts_s`, calibrating them on generic text `calibrate_s`, and
+then the prompt `token_s`. What the page's process has cached, the first row's answer already finds.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -19,21 +20,33 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBE = """
-import json, time
-from time import perf_counter, process_time
-start = perf_counter(), process_time()
+sys.path.insert(0, str(ROOT))  # run as a script
+
+from benchmarks.common import PROMPT, arguments, report
 from spectr_demo.loading import load_base
-imported = perf_counter(), process_time()
+
+PROBE = f"""
+import json, time
+clock = [time.perf_counter()]
+lap = lambda: clock.append(time.perf_counter())
+import spectr_demo as sd
+from spectr_demo.config import shipped_experts
+from spectr_demo.experts import load_experts
+from spectr_demo.loading import load_base
+lap()
 base = load_base()
-loaded = perf_counter(), process_time()
-print(json.dumps({
-    "import_s": imported[0] - start[0], "load_s": loaded[0] - imported[0],
-    "import_cpu_s": imported[1] - start[1], "load_cpu_s": loaded[1] - imported[1],
-    "quantization": base.quantization, "device": str(base.device),
-}))
+lap()
+model = sd.SpectrModel(base, load_experts(shipped_experts(), base.model))
+lap()
+model.calibration
+lap()
+model.generate({PROMPT!r}, max_new_tokens=1)
+lap()
+names = ("import_s", "base_s", "experts_s", "calibrate_s", "token_s")
+print(json.dumps(dict(zip(names, [b - a for a, b in zip(clock, clock[1:])]))))
 """
 
 
@@ -64,33 +77,32 @@ def seconds_to_page(environment: dict[str, str]) -> float:
         app.wait()
 
 
-def start(cache: Path) -> dict[str, float | str]:
-    environment = {**os.environ, "SPECTR_CACHE": str(cache)}
+def seconds_to_answer(environment: dict[str, str]) -> dict[str, float]:
+    started = time.perf_counter()
+    command = [sys.executable, "-c", PROBE]
+    probe = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    assert probe.stdout is not None
+    printed = probe.stdout.readline()
+    answered = time.perf_counter() - started
+    if probe.wait():
+        raise RuntimeError(f"the answering process ended with exit code {probe.returncode}")
+    return {"answer_s": answered, **json.loads(printed)}
+
+
+def start(case: str, cache: str) -> dict[str, Any]:
+    numba_cache = str(Path(cache) / "compiled")
+    environment = {**os.environ, "SPECTR_CACHE": cache, "NUMBA_CACHE_DIR": numba_cache}
     environment.pop("SPECTR_BASE_MODEL", None)
     page = seconds_to_page(environment)
-    probe = subprocess.run(
-        [sys.executable, "-c", PROBE], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE
-    )
-    return {"page_s": page, **json.loads(probe.stdout.splitlines()[-1])}
+    return {"case": case, "page_s": page, **seconds_to_answer(environment)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=3, help="later starts to measure")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options = parser.parse_args()
+    options = arguments(__doc__)
     with tempfile.TemporaryDirectory() as cache:
-        rows = [start(Path(cache)) for _ in range(1 + options.runs)]
-    # The first row's page includes the fetch; its import and load already find the cache filled.
-    columns = ["page_s", "import_s", "load_s", "import_cpu_s", "load_cpu_s"]
-    print("       ", *(f"{column:>12}" for column in columns))
-    for i, row in enumerate(rows):
-        print("later  " if i else "first  ", *(f"{row[column]:12.1f}" for column in columns))
-    print(f"{rows[0]['quantization']}, {rows[0]['device']}, {os.cpu_count()} CPU cores")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        starts = ["first", *["later"] * (1 if options.quick else 3)]
+        rows = [start(case, cache) for case in starts]
+    report("python benchmarks/startup.py", rows, options.json, load_base(None))
 
 
 if __name__ == "__main__":
