@@ -22,12 +22,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
 from benchmarks.common import PROMPT, arguments, report
 from spectr_demo.loading import load_base
 
+ROOT = Path(__file__).resolve().parent.parent
 PROBE = f"""
 import json, time
 clock = [time.perf_counter()]

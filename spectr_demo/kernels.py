@@ -712,6 +712,7 @@ def add_(
     (E * r, D_out). kept (R, P, E): places in the bank of those that z has, None for all of it."""
     R, _, E, r = z.shape
     merged, delta = np.empty(r, np.float32), np.empty(B.shape[1], np.float32)
+    num_bytes = B.shape[1] * B.itemsize
     for row in range(R):
         delta[:] = 0
         if is_merged[row]:
@@ -727,6 +728,7 @@ def add_(
             for i in range(r):
                 value = weight * (merged[i] if is_merged[row] else z[row, place, e, i])
                 factors = B[start + i]
+                _ask_for(B[min(start + i + _ROWS_AHEAD, len(B) - 1)].ctypes.data, num_bytes)
                 for d in range(len(delta)):
                     delta[d] += value * _as_float(factors[d])
         _add_at(y, is_bfloat16, row, delta)
