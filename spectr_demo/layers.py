@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from spectr_demo.bank import ExpertBank
 from spectr_demo.experts import ExpertLibrary
+from spectr_demo.kv_cache import grow_in_place_
 from spectr_demo.prompt_linear import PromptLinear4bit
 from spectr_demo.routing import RoutingPlan
 
@@ -93,12 +95,16 @@ def detach_(model: nn.Module) -> None:
 
 def follow(model: PreTrainedModel) -> list[Any]:
     """Hooks that hand what the decoder reads to the run's plan, and its last hidden states to the
-    recorder, if there is one; and one for a fast product with the output embedding."""
+    recorder, if there is one; and two for speed, of the cache and of the output embedding."""
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         plan, input_ids = _plan.get(), kwargs.get("input_ids")
-        if plan is not None and input_ids is not None:
-            plan.begin_pass(input_ids)
+        if plan is None or input_ids is None:
+            return
+        plan.begin_pass(input_ids)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and input_ids.is_cpu and not torch.is_grad_enabled():
+            grow_in_place_(cache)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         plan = _plan.get()

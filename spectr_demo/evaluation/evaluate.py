@@ -30,6 +30,7 @@ from spectr_demo import (
     engine,
     experts,
     kernels,
+    kv_cache,
     layers,
     memory,
     pooling,
@@ -77,7 +78,7 @@ NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 _CODE = (
     *(adapters, bank, calibration, engine, experts, kernels, layers, memory, pooling, prompts),
-    *(prompt_linear, recorder, routing, shared_inputs, spectral, token_linear),
+    *(kv_cache, prompt_linear, recorder, routing, shared_inputs, spectral, token_linear),
     *(accuracy, compositional, heldout, merging, reading, retrained, stress_tests, variants),
 )
 
