@@ -50,15 +50,15 @@ def cases(model: SpectrModel, num_tokens: int) -> tuple[Cases, Cases]:
 def main() -> None:
     options = arguments(__doc__)
     num_tokens = 12 if options.quick else GenerationSettings().max_new_tokens
-    # A recorded run differs from another one by less than a noisy machine from itself.
-    num_rounds, more_rounds = (3, 3) if options.quick else (5, 9)
+    # A recorded run differs from another by less than a noisy machine from itself.
+    num_rounds = 3 if options.quick else 9
     with tempfile.TemporaryDirectory() as folder:
         base = endless_base()
         model = SpectrModel(base, load_experts(expert_folders(8, Path(folder)), base.model))
         together, recording = cases(model, num_tokens)
         times = seconds(together, num_rounds)
         results = rows(times, "one after another", tokens=num_tokens)
-        results += rows(seconds(recording, more_rounds), "not recorded", tokens=num_tokens)
+        results += rows(seconds(recording, num_rounds), "not recorded", tokens=num_tokens)
     report("python benchmarks/columns.py", results, options.json, base)
 
 
