@@ -27,6 +27,7 @@ from spectr_demo.engine import SpectrModel
 from spectr_demo.experts import ExpertLibrary, load_experts
 from spectr_demo.layers import routed
 from spectr_demo.loading import LoadedBase, load_base
+from spectr_demo.prompt_linear import cpu_capabilities
 from spectr_demo.routing import RoutingPlan, parse_router
 from spectr_demo.tracing import library_versions
 
@@ -164,7 +165,7 @@ def decoding_rows(
 
 def cpu() -> str:
     """Its name, and which instructions it has of those that decide how a base computes there."""
-    facts: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    facts = cpu_capabilities()
     instructions = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if facts.get(name)]
     return " ".join([facts.get("cpu_name", platform.machine()), *instructions])
 

@@ -29,7 +29,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def grow_in_place_(cache: Cache) -> None:
-    """Have the layers of a cache grow so that would copy; others, with a window, stay."""
+    """Have a cache's plain layers, which would copy, grow so; others, with a window, stay."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = GrowingLayer  # the same keys and values
@@ -47,6 +47,7 @@ def _join(old: Tensor | None, new: Tensor, memory: Tensor | None) -> tuple[Tenso
         or memory.shape[2] < num
     ):
         R, H, _, D = new.shape
+        # By a share, or a long text would be copied every so many tokens.
         memory = new.new_empty(R, H, num + max(128, num // 4), D)
         memory[:, :, :num_old] = old
     memory[:, :, num_old:num] = new

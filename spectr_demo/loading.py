@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer in 4 bits. The only module that knows bitsandbytes.
+"""Load a base model and its tokenizer in 4 bits, with bitsandbytes.
 
 The base is the embedded default, a Hub id or a folder; all of them end as the same `LoadedBase`.
 

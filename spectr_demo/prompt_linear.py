@@ -41,13 +41,13 @@ class PromptLinear4bit(bnb.nn.Linear4bit):
 
 def make_prompt_linear_(model: PreTrainedModel) -> None:
     """Turn the 4-bit layers of a model on a CPU into such ones, where that CPU has AMX."""
-    if _has_amx():
+    if cpu_capabilities().get("amx_bf16"):
         for layer in model.modules():
             if type(layer) is bnb.nn.Linear4bit:
                 layer.__class__ = PromptLinear4bit  # the same weights
 
 
-def _has_amx() -> bool:
-    """Not every torch that is supported can tell."""
+def cpu_capabilities() -> Mapping[str, Any]:
+    """Of `torch.cpu.get_capabilities`; none where this torch cannot tell, as 2.8 cannot."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
+    return capabilities
