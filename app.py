@@ -13,7 +13,7 @@ import gradio as gr
 
 import spectr_demo
 from spectr_demo import ui
-from spectr_demo.embedded import EmbeddedBaseError
+from spectr_demo.base.embedded import EmbeddedBaseError
 
 
 def build(arguments: list[str]) -> gr.Blocks:

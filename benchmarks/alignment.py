@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from safetensors.torch import load
 
 from benchmarks.common import arguments, expert_folders, report, rows, seconds
-from spectr_demo.adapters import WEIGHTS_FILE, read_adapter
-from spectr_demo.experts import align_adapter, align_in_groups
+from spectr_demo.experts.adapters import WEIGHTS_FILE, read_adapter
+from spectr_demo.experts.library import align_adapter, align_in_groups
 
 
 def cases(source: str, cache: Path) -> dict[str, Callable[[], object]]:

@@ -23,8 +23,8 @@ from benchmarks.common import (
     seconds,
 )
 from spectr_demo.config import GenerationSettings
-from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import load_experts
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.experts.library import load_experts
 
 Cases = dict[str, Callable[[], None]]
 

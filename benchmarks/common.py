@@ -21,15 +21,16 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from spectr_demo.adapters import WEIGHTS_FILE
+from spectr_demo.base.loading import LoadedBase, load_base
 from spectr_demo.config import shipped_experts
-from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import ExpertLibrary, load_experts
-from spectr_demo.layers import routed
-from spectr_demo.loading import LoadedBase, load_base
-from spectr_demo.prompt_linear import cpu_capabilities
-from spectr_demo.routing import RoutingPlan, parse_router
-from spectr_demo.tracing import library_versions
+from spectr_demo.cpu.prompt_linear import cpu_capabilities
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.engine.tracing import library_versions
+from spectr_demo.experts.adapters import WEIGHTS_FILE
+from spectr_demo.experts.library import ExpertLibrary, load_experts
+from spectr_demo.routing.routers import parse_router
 
 PROMPT = "Explain what an aeroplane is, and how it stays in the air."
 

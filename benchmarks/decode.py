@@ -30,9 +30,9 @@ from benchmarks.common import (
     report,
     routed_decoding,
 )
-from spectr_demo.engine import SpectrModel
-from spectr_demo.loading import LoadedBase, load_base
-from spectr_demo.token_linear import TokenLinear
+from spectr_demo.base.loading import LoadedBase, load_base
+from spectr_demo.cpu.token_linear import TokenLinear
+from spectr_demo.engine.model import SpectrModel
 
 ROUTERS = ("base", "single", "uniform", "arrow", "spectr", "spectr-paper", "spectr-context", "lag")
 

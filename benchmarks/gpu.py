@@ -26,13 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
 from benchmarks.common import arguments, report, rows, seconds
-from spectr_demo.adapters import WEIGHTS_FILE, Adapter
-from spectr_demo.bank import ExpertBank
-from spectr_demo.experts import ExpertLibrary
-from spectr_demo.layers import attach_, detach_, routed
-from spectr_demo.routing import RoutingPlan, parse_router
-from spectr_demo.shared_inputs import shared_inputs
-from spectr_demo.training import TARGET_MODULES
+from spectr_demo.engine.layers import attach_, detach_, routed
+from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.experts.adapters import WEIGHTS_FILE, Adapter
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.experts.shared_inputs import shared_inputs
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.routers import parse_router
+from spectr_demo.training.recipe import TARGET_MODULES
 
 RANK = 8
 SHAPES = {

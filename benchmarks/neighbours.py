@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
+from spectr_demo.base.loading import load_base
 from spectr_demo.config import shipped_experts
-from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import load_experts
-from spectr_demo.loading import load_base
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.experts.library import load_experts
 from spectr_demo.ui.examples import EXAMPLES
 
 

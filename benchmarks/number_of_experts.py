@@ -38,10 +38,10 @@ from benchmarks.common import (
     report,
     routed_decoding,
 )
-from spectr_demo.adapters import WEIGHTS_FILE, read_adapter
-from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import align_adapter
-from spectr_demo.loading import load_base
+from spectr_demo.base.loading import load_base
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.experts.adapters import WEIGHTS_FILE, read_adapter
+from spectr_demo.experts.library import align_adapter
 
 ROUTERS = ("spectr", "spectr-paper", "lag")
 

@@ -17,11 +17,11 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
 from benchmarks.common import arguments, expert_folders, repeated_prompt, report, rows, seconds
-from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import load_experts
-from spectr_demo.layers import routed
-from spectr_demo.loading import load_base
-from spectr_demo.routing import parse_router
+from spectr_demo.base.loading import load_base
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.experts.library import load_experts
+from spectr_demo.routing.routers import parse_router
 
 ROUTERS = ("single", "uniform", "arrow", "spectr", "spectr-paper", "spectr-context")
 

@@ -24,8 +24,8 @@ from benchmarks.common import (
     report,
     routed_decoding,
 )
-from spectr_demo.engine import SpectrModel
-from spectr_demo.loading import load_base
+from spectr_demo.base.loading import load_base
+from spectr_demo.engine.model import SpectrModel
 
 ROUTERS = ("base", "spectr-paper", "spectr-context")
 

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
 from benchmarks.common import PROMPT, arguments, report
-from spectr_demo.loading import load_base
+from spectr_demo.base.loading import load_base
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = f"""

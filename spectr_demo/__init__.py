@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectr_demo import charts
     from spectr_demo.config import GenerationSettings, RouterConfig
-    from spectr_demo.engine import SpectrModel, load
+    from spectr_demo.engine.model import SpectrModel, load
     from spectr_demo.trace import RoutingTrace
 
 __version__ = "0.1.0"

@@ -82,7 +82,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace, columns: list[str]) -> dict[str, Any]:
-    from spectr_demo.engine import mean_logprob
+    from spectr_demo.trace import mean_logprob
 
     model = _load(arguments)
     routers, settings = _columns(arguments, columns, model.library.names)
@@ -122,7 +122,7 @@ def _run(arguments: argparse.Namespace, columns: list[str]) -> dict[str, Any]:
 def _columns(
     arguments: argparse.Namespace, columns: list[str], expert_names: Sequence[str]
 ) -> tuple[list[Any], GenerationSettings]:
-    from spectr_demo.routing import parse_router
+    from spectr_demo.routing.routers import parse_router
 
     routers = [
         parse_router(
@@ -146,7 +146,7 @@ def _columns(
 
 def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     """The library: ranks, layers, spectra, and the overlap of every two experts' subspaces."""
-    from spectr_demo import inspection
+    from spectr_demo.experts import inspection
 
     model = _load(arguments)
     result = {
@@ -187,10 +187,10 @@ def _print_library(result: dict[str, Any]) -> None:
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train experts of tasks, or of files of your own, then show how they sit among the others."""
-    from spectr_demo import inspection
     from spectr_demo.evaluation.tasks import TASKS
-    from spectr_demo.training import RECIPES, check, expert_folder, expert_name, is_finished
-    from spectr_demo.training import train as train_expert
+    from spectr_demo.experts import inspection
+    from spectr_demo.training.recipe import RECIPES, check, expert_folder, expert_name, is_finished
+    from spectr_demo.training.recipe import train as train_expert
 
     if arguments.all == bool(arguments.names):
         raise ValueError("name at least one task, or pass --all and no name")
@@ -291,7 +291,7 @@ def lm_eval(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace, sources: list[str] | None = None) -> Any:
-    from spectr_demo.engine import load  # torch and transformers: not needed for --help
+    from spectr_demo.engine.model import load
 
     with _progress.status("Loading the base model and its experts ..."):
         return load(arguments.base, sources or arguments.experts)

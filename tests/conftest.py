@@ -16,12 +16,12 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spectr_demo.bank import ExpertBank
+from spectr_demo.base.loading import LoadedBase
 from spectr_demo.config import cache_dir
-from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import ExpertLibrary, load_experts
-from spectr_demo.loading import LoadedBase
-from spectr_demo.routing import ROUTERS
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.experts.library import ExpertLibrary, load_experts
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.routers import ROUTERS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHAT_TEMPLATE = (

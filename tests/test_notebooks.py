@@ -21,8 +21,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from plotly import graph_objects as go
 from traitlets import default
 
+from spectr_demo.base.loading import choose_compute_dtype, embedded_checkpoint, load_base
 from spectr_demo.config import cache_dir, shipped_experts
-from spectr_demo.loading import choose_compute_dtype, embedded_checkpoint, load_base
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

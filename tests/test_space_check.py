@@ -16,7 +16,7 @@ from PIL import Image
 
 from scripts import space_check
 from scripts.space_check import SpaceError
-from spectr_demo.loading import EMBEDDED_ID
+from spectr_demo.base.loading import EMBEDDED_ID
 from spectr_demo.ui.examples import EXAMPLES
 
 ROOT = Path(__file__).parent.parent

@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from spectr_demo.base.prompts import encode
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.evaluation.heldout import continue_texts
 from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.evaluation.tasks import Example, get_task
-from spectr_demo.layers import routed
-from spectr_demo.prompts import encode
-from spectr_demo.routing import ROUTERS, RoutingPlan
+from spectr_demo.routing.routers import ROUTERS
 
 Layout = Literal["one turn", "two turns"]
 LAYOUTS: tuple[Layout, ...] = ("one turn", "two turns")

@@ -23,40 +23,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from spectr_demo import (
-    adapters,
-    bank,
-    calibration,
-    engine,
-    experts,
-    kernels,
-    kv_cache,
-    layers,
-    memory,
-    pooling,
-    prompt_linear,
-    prompts,
-    recorder,
-    routing,
-    shared_inputs,
-    spectral,
-    token_linear,
-)
-from spectr_demo.adapters import Adapter
-from spectr_demo.calibration import GENERIC_TEXT, generic_prompts
+from spectr_demo.base.prompts import GENERIC_TEXT, encode, encode_answered, generic_prompts
 from spectr_demo.config import RouterConfig, cache_dir, unknown_name
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.tracing import library_versions
 from spectr_demo.evaluation import (
-    accuracy,
-    compositional,
-    heldout,
-    merging,
-    reading,
-    retrained,
     tasks,
-    variants,
 )
-from spectr_demo.evaluation import stress as stress_tests
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.compositional import LAYOUTS, Layout, compositional_scores, make_pairs
 from spectr_demo.evaluation.heldout import continue_texts, summarize
@@ -65,22 +39,17 @@ from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.evaluation.retrained import attach, read_retrained, retrained_test
 from spectr_demo.evaluation.stress import stress
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
-from spectr_demo.layers import routed
-from spectr_demo.prompts import encode, encode_answered
-from spectr_demo.routing import ROUTERS, parse_router
+from spectr_demo.experts.adapters import Adapter
+from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.trace import NOT_ROUTED
-from spectr_demo.tracing import library_versions
 
 RESAMPLING_SEED = 0
 MERGE_SEEDS = (0, 1, 2)
 EXAMPLES_AT_ONCE = 16  # a part of the results; more examples than before are new parts alone
 NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
-_CODE = (
-    *(adapters, bank, calibration, engine, experts, kernels, layers, memory, pooling, prompts),
-    *(kv_cache, prompt_linear, recorder, routing, shared_inputs, spectral, token_linear),
-    *(accuracy, compositional, heldout, merging, reading, retrained, stress_tests, variants),
-)
+# The whole package: its page and charts too, which decide no number.
+_CODE = sorted(Path(__file__).resolve().parents[1].rglob("*.py"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +362,7 @@ class Evaluation:
         base = self.engine.base
         parts = [base.fingerprint, base.quantization, str(base.compute_dtype)]
         parts += [f"{a.name} {a.sha256}" for a in self.engine.library.adapters]
-        files = [Path(str(module.__file__)) for module in _CODE] + [GENERIC_TEXT]
+        files = [*_CODE, GENERIC_TEXT]
         files += sorted(Path(str(tasks.__file__)).parent.glob("*.py"))
         parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -16,9 +16,9 @@ from unittest.mock import patch
 from torch import Tensor
 
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import SpectrModel, load
-from spectr_demo.layers import routed
-from spectr_demo.routing import parse_router
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel, load
+from spectr_demo.routing.routers import parse_router
 
 try:
     from lm_eval.__main__ import cli_evaluate

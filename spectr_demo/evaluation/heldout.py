@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from spectr_demo.base.prompts import encode, pad_left
 from spectr_demo.evaluation.tasks import Example, Task
-from spectr_demo.prompts import encode, pad_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ import torch
 from peft.utils.merge_utils import dare_ties, ties
 from torch import Tensor
 
-from spectr_demo.adapters import Adapter, LoraFactors
+from spectr_demo.experts.adapters import Adapter, LoraFactors
 
 DENSITY = 0.5  # share of the entries that is kept
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from spectr_demo.evaluation.tasks import Example, Split, Task
 
 if TYPE_CHECKING:
-    from spectr_demo.engine import SpectrModel
+    from spectr_demo.engine.model import SpectrModel
     from spectr_demo.evaluation.heldout import Score
 
 Row = Mapping[str, Any]
@@ -209,9 +209,9 @@ def paper_scores(
     Raises ValueError if no expert is named after a task, and what building a task raises.
     """
     # torch and transformers: not needed to build the tasks.
+    from spectr_demo.engine.layers import routed
     from spectr_demo.evaluation.heldout import continue_texts, summarize
-    from spectr_demo.layers import routed
-    from spectr_demo.routing import parse_router
+    from spectr_demo.routing.routers import parse_router
 
     names = [name for name in engine.library.names if name in PAPER_TASKS]
     if not names:

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from spectr_demo.bank import ExpertBank
+from spectr_demo.base.prompts import decoder_inputs, shared_length
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import SpectrModel
-from spectr_demo.experts import ExpertLibrary
-from spectr_demo.layers import routed
-from spectr_demo.prompts import decoder_inputs, shared_length
-from spectr_demo.recorder import Choice, Recorder
-from spectr_demo.routing import ROUTERS
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.recorder import Choice, Recorder
+from spectr_demo.engine.tracing import output_logprobs
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import NOT_ROUTED
-from spectr_demo.tracing import output_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from spectr_demo.adapters import Adapter, read_adapter
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Text, read
-from spectr_demo.experts import ExpertLibrary
-from spectr_demo.inspection import ExpertSummary, overlaps, warnings
-from spectr_demo.routing import parse_router
+from spectr_demo.experts.adapters import Adapter, read_adapter
+from spectr_demo.experts.inspection import ExpertSummary, overlaps, warnings
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.routing.routers import parse_router
 
 ROUTERS_TESTED = ("arrow", "spectr", "norm", "spectr-calibrated", "spectr-context")
 

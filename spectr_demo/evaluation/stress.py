@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from spectr_demo.bank import ExpertBank
-from spectr_demo.engine import SpectrModel
+from spectr_demo.base.prompts import shared_length
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.engine.reading import Listening
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.variants import (
     Experts,
@@ -27,12 +30,11 @@ from spectr_demo.evaluation.variants import (
     cut,
     with_noise,
 )
-from spectr_demo.experts import ExpertLibrary
-from spectr_demo.inspection import ExpertSummary, overlaps
-from spectr_demo.layers import routed
-from spectr_demo.pooling import EvidencePool
-from spectr_demo.prompts import shared_length
-from spectr_demo.routing import ROUTERS, Listening, RoutingPlan, parse_router
+from spectr_demo.experts.inspection import ExpertSummary, overlaps
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.context import EvidencePool
+from spectr_demo.routing.routers import ROUTERS, parse_router
 
 RANKS = (8, 4, 2, 1)
 SIGMAS = (0.1, 0.3, 1.0, 3.0)

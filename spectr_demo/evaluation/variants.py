@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectr_demo.bank import ExpertBank
 from spectr_demo.config import RouterConfig
-from spectr_demo.experts import ExpertLibrary
-from spectr_demo.routing import arrow_scores, norm_scores, spectr_scores
-from spectr_demo.spectral import Aligned, align
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.spectr import Aligned, align, arrow_scores, norm_scores, spectr_scores
 
 Experts = tuple[Mapping[str, Aligned], ...]  # by layer path, in the library's order
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spectr_demo import inspection
-from spectr_demo.charts import expert_colors, trace_colors
+from spectr_demo.charts.figures import expert_colors, trace_colors
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import ColumnOutput, SpectrModel
-from spectr_demo.experts import ExpertLibrary
-from spectr_demo.routing import ROUTERS
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.run import ColumnOutput
+from spectr_demo.experts import inspection
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import NOT_ROUTED, RoutingTrace
 from spectr_demo.ui.run import Frame
 

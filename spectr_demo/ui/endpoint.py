@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from spectr_demo.config import GenerationSettings
-from spectr_demo.routing import parse_router
+from spectr_demo.routing.routers import parse_router
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, Steps
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import gradio as gr
 
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.report import conditions, load_results, overview_table
-from spectr_demo.routing import ROUTERS
+from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import cards
 from spectr_demo.ui.examples import Example
 from spectr_demo.ui.figures import ALL_PROJECTIONS

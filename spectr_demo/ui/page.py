@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from spectr_demo.engine import SpectrModel
-from spectr_demo.threads import release_threads
+from spectr_demo.cpu.threads import release_threads
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui import cards, figures, style
 from spectr_demo.ui.endpoint import compare_with

@@ -11,8 +11,9 @@ from typing import Literal
 import gradio as gr
 
 from spectr_demo.config import GenerationSettings, RouterConfig
-from spectr_demo.engine import ColumnOutput, SpectrModel, Step, unique_labels
-from spectr_demo.routing import parse_router
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.run import ColumnOutput, Step, unique_labels
+from spectr_demo.routing.routers import parse_router
 from spectr_demo.trace import RoutingTrace
 
 MIN_COLUMNS, MAX_COLUMNS = 2, 6

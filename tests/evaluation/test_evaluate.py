@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation import evaluate
 from spectr_demo.evaluation.compositional import LAYOUTS, make_pairs
 from spectr_demo.evaluation.evaluate import CONTENDERS, QUICK, Evaluation, Settings, summarise

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.__main__ import main
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.reading import Text, read
-from spectr_demo.routing import parse_router
+from spectr_demo.routing.routers import parse_router
 from tests.conftest import IN_CONTEXT, tiny_llama
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from spectr_demo.adapters import read_adapter
 from spectr_demo.evaluation.merging import DENSITY, dare_merge, ties_merge
+from spectr_demo.experts.adapters import read_adapter
 from tests.conftest import SaveExpert, tiny_llama
 
 

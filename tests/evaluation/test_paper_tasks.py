@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from spectr_demo import training
 from spectr_demo.__main__ import main
-from spectr_demo.engine import SpectrModel
+from spectr_demo.base.loading import EMBEDDED_ID
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.paper_tasks import PAPER_TASKS, paper_scores, paper_task
 from spectr_demo.evaluation.tasks import TASKS, get_task
-from spectr_demo.loading import EMBEDDED_ID
-from spectr_demo.training import PAPER_RECIPE, Recipe
+from spectr_demo.training import recipe as training
+from spectr_demo.training.recipe import PAPER_RECIPE, Recipe
 from tests.conftest import BuildModel, SaveExpert, tiny_llama
 
 # A row of each dataset, made for the tests, with all of its columns; what it asks and its answer.
@@ -257,7 +257,7 @@ def test_train_with_the_papers_recipe(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("spectr_demo.training_cost.PROBE_SECONDS", 0.01)
+    monkeypatch.setattr("spectr_demo.training.recipe.cost.PROBE_SECONDS", 0.01)
     base = tmp_path / "base"
     tiny_llama(len(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)

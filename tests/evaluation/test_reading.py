@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from spectr_demo.base.prompts import encode
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Reading, Text, read
-from spectr_demo.prompts import encode
-from spectr_demo.routing import parse_router
+from spectr_demo.routing.routers import parse_router
 from spectr_demo.trace import NOT_ROUTED
 from tests.conftest import IN_CONTEXT
 

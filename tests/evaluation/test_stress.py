@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spectr_demo.bank import ExpertBank
+from spectr_demo.base.prompts import encode, shared_length
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.evaluation import stress as module
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.stress import METHODS, RANKS, SIGMAS, read_generic, stress
 from spectr_demo.evaluation.variants import SPECTR, GenericText, Variants, cut, with_noise
-from spectr_demo.layers import routed
-from spectr_demo.pooling import EvidencePool
-from spectr_demo.prompts import encode, shared_length
-from spectr_demo.routing import ROUTERS, RoutingPlan, parse_router, select, spectr_scores
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.context import EvidencePool
+from spectr_demo.routing.routers import ROUTERS, parse_router
+from spectr_demo.routing.spectr import select, spectr_scores
 from tests.conftest import EXPERT_NAMES, PROJECTIONS, BuildModel, SaveExpert, banks_by_path
 
 PROMPTS = ["How are you?", "What is a river, and where does it go?"]

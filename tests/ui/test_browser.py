@@ -9,7 +9,8 @@ import gradio as gr
 import pytest
 
 from spectr_demo import ui
-from spectr_demo.engine import ColumnOutput, SpectrModel, Step
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.run import ColumnOutput, Step
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright_api.expect

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spectr_demo.charts import expert_colors
+from spectr_demo.charts.figures import expert_colors
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine import ColumnOutput, SpectrModel
-from spectr_demo.routing import parse_router
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.run import ColumnOutput
+from spectr_demo.routing.routers import parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui import cards
 from spectr_demo.ui.run import Frame

@@ -11,7 +11,7 @@ from gradio_client.exceptions import AppError
 import app
 import spectr_demo
 from spectr_demo import ui
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.ui.page import Session, _Runner
 
 Serve = Callable[[gr.Blocks], str]

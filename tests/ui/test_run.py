@@ -8,8 +8,9 @@ import gradio as gr
 import pytest
 
 from spectr_demo.config import GenerationSettings
-from spectr_demo.engine import ColumnOutput, SpectrModel, Step
-from spectr_demo.routing import parse_router
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.run import ColumnOutput, Step
+from spectr_demo.routing.routers import parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui.run import FRAME_SECONDS, Form, frames, gpu_seconds, model_steps
 from tests.trace_samples import sample_trace

@@ -9,7 +9,7 @@ import gradio_client
 import pytest
 
 from spectr_demo import ui
-from spectr_demo.engine import SpectrModel
+from spectr_demo.engine.model import SpectrModel
 
 DOCS = Path(__file__).parents[2] / "docs" / "space.md"
 

@@ -1,0 +1,126 @@
+"""A linear layer with experts attached: the untouched base layer, plus what a run's plan adds."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from spectr_demo.cpu.kv_cache import grow_in_place_
+from spectr_demo.cpu.prompt_linear import PromptLinear4bit
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.routing.bank import ExpertBank
+
+if TYPE_CHECKING:
+    from spectr_demo.engine.plan import RoutingPlan
+
+# A context variable, not a global: each thread sees the plan of its own run, or none.
+_plan: ContextVar["RoutingPlan | None"] = ContextVar("routing_plan", default=None)
+
+
+@contextmanager
+def routed(plan: "RoutingPlan | None") -> Iterator[None]:
+    """Inside, forward passes of this thread route by `plan`; None is the bare base model."""
+    token = _plan.set(plan)
+    try:
+        yield
+    finally:
+        _plan.reset(token)
+
+
+class RoutedLinear(nn.Module):
+    """`y = W x + delta(x)`; exactly `W x` where no plan is active or all its rows are base."""
+
+    run_base: Callable[[Tensor], Tensor]
+
+    def __init__(self, base_layer: nn.Module, bank: ExpertBank, place: int) -> None:
+        """place: of this layer among those that share the bank."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.bank = bank  # plain tensors, shared with the library: nothing to train or to save
+        self.place = place
+        self.__dict__["run_base"] = _forward_of(base_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run_base(x)
+        plan = _plan.get()
+        if plan is None or plan.is_base_only:
+            return y
+        if x.dim() != 3:
+            raise ValueError(
+                f"{self.bank.paths[self.place]} gets input of shape {tuple(x.shape)}, needed "
+                f"(rows, tokens, {x.shape[-1]}); layers that flatten the batch cannot be routed: "
+                "leave them out of the adapters' target modules"
+            )
+        return plan.add(y, self.bank, self.place, x)
+
+
+def _forward_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a base layer computes, past what a token of a small model spends much of its time on.
+
+    `Module.__call__` is left out, and so hooks of torch; accelerate's are in `forward`, and run. Of
+    4-bit weights that are packed for a CPU only the kernel is called: what bitsandbytes does around
+    it, to find out each time which kernel that is, takes as long as a small layer itself.
+    """
+    weight = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    is_packed = getattr(state, "packing_format_for_cpu", False) and not hasattr(layer, "_hf_hook")
+    if not is_packed or layer.bias is not None:
+        return layer.forward
+    kernel = torch.ops.bitsandbytes.gemv_4bit.default
+    packed = weight.data, state.shape, state.absmax, state.code, state.blocksize
+    if not isinstance(layer, PromptLinear4bit):
+        return lambda x: kernel(x, *packed)
+    many = layer.fewest_values
+    return lambda x: kernel(x, *packed) if x.numel() < many else layer.forward(x)
+
+
+def attach_(model: nn.Module, library: ExpertLibrary) -> None:
+    """Wrap every layer that some expert touches. No weight of the model is changed or copied."""
+    for bank in library.banks:
+        for place, path in enumerate(bank.paths):
+            parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            setattr(parent, name, RoutedLinear(model.get_submodule(path), bank, place))
+
+
+def detach_(model: nn.Module) -> None:
+    """Put the base layers back: the model is then the one that was loaded."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, RoutedLinear):
+            parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            setattr(parent, name, module.base_layer)
+
+
+def follow(model: PreTrainedModel) -> list[Any]:
+    """Hooks that hand what the decoder reads to the run's plan, and its last hidden states to the
+    recorder, if there is one; and two for speed, of the cache and of the output embedding."""
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        plan, input_ids = _plan.get(), kwargs.get("input_ids")
+        if plan is None or input_ids is None:
+            return
+        plan.begin_pass(input_ids)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and input_ids.is_cpu and not torch.is_grad_enabled():
+            grow_in_place_(cache)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        plan = _plan.get()
+        if plan is not None and plan.recorder is not None:
+            plan.recorder.add_hidden(output.last_hidden_state)
+
+    def before_head(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        # Of a prompt only the last token comes here, as a slice. Because of its strides torch would
+        # copy the whole embedding, once for each row.
+        return (args[0].clone(memory_format=torch.contiguous_format),)
+
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    return [
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.register_forward_hook(after),
+        head.register_forward_pre_hook(before_head),
+    ]

@@ -1,0 +1,235 @@
+"""The routed model: one engine for every front end.
+
+A side-by-side run is one batch: each column is a row with its own router, all rows share one
+forward pass per token, one KV cache and the same sampling noise.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectr_demo.base.loading import DeviceMap, LoadedBase, load_base
+from spectr_demo.base.prompts import (
+    Message,
+    decoder_inputs,
+    encode,
+    generic_prompts,
+    newline_ids,
+    request_lines,
+    request_start,
+    shared_length,
+    template_closing,
+    template_opening,
+    user_turn,
+)
+from spectr_demo.config import (
+    GenerationSettings,
+    RouterConfig,
+    experts_from_environment,
+)
+from spectr_demo.engine.layers import attach_, detach_, follow, routed
+from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.engine.reading import FirstReading, calibrate
+from spectr_demo.engine.recorder import Recorder
+from spectr_demo.engine.run import Step, _Run
+from spectr_demo.experts.library import ExpertLibrary, load_experts
+from spectr_demo.routing.calibration import Calibration
+from spectr_demo.routing.context import lead
+from spectr_demo.routing.routers import parse_router
+
+
+def load(
+    base: str | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    device_map: DeviceMap | None = None,
+) -> "SpectrModel":
+    """The routed model: a base in 4-bit, and LoRA experts on it.
+
+    base: Hub id or folder of a causal language model; None is `SPECTR_BASE_MODEL`, or the embedded
+        default. experts: Hub ids or folders of PEFT adapters, `NAME=SOURCE` to rename one; None is
+        `SPECTR_EXPERTS`, or the shipped ones. device_map: spreads a base that is too large for one
+        GPU, such as "auto"; see `load_base`.
+    """
+    loaded = load_base(base, device_map=device_map)
+    sources = experts_from_environment() if experts is None else list(experts)
+    return SpectrModel(loaded, load_experts(sources, loaded.model))
+
+
+class SpectrModel:
+    """A base model with a library of experts attached, none of them merged into its weights."""
+
+    def __init__(self, base: LoadedBase, library: ExpertLibrary) -> None:
+        self.base = base
+        self.library = library
+        self.model = base.model
+        self.tokenizer = base.tokenizer
+        attach_(self.model, library)
+        self.template_opening = template_opening(base.tokenizer)
+        self.template_closing = template_closing(base.tokenizer)
+        self.user_turn = user_turn(base.tokenizer)
+        self.newline_ids = newline_ids(base.tokenizer)
+        self._hooks = follow(self.model)
+        self._calibration: Calibration | None = None
+        self._calibration_lock = threading.Lock()
+        self._least_leads: dict[RouterConfig, float] = {}
+
+    def detach(self) -> None:
+        """Take the experts off again: `self.model` is then the base as it was loaded."""
+        for hook in self._hooks:
+            hook.remove()
+        detach_(self.model)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        router: str | RouterConfig = "spectr-context",
+        **settings: Any,
+    ) -> str:
+        """The answer of one router, as text. settings: fields of `GenerationSettings`."""
+        return self.compare(prompt, [router], record=False, **settings).columns[0].text
+
+    def compare(
+        self,
+        prompt: str | Sequence[Message],
+        columns: Sequence[str | RouterConfig],
+        *,
+        record: bool = True,
+        **settings: Any,
+    ) -> Step:
+        """Run the columns side by side to their end. settings: fields of `GenerationSettings`."""
+        run = self.stream(prompt, columns, GenerationSettings(**settings), record=record)
+        return deque(run, maxlen=1).pop()
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        columns: Sequence[str | RouterConfig],
+        settings: GenerationSettings | None = None,
+        *,
+        record: bool = False,
+        trace_every: int | None = None,
+    ) -> Iterator[Step]:
+        """Generate with several routers at once, one step per token.
+
+        prompt: the user's message, or a list of chat messages; a base without a chat template
+            reads plain text. columns: routers, as `parse_router` takes them.
+        trace_every: with `record`, also give a partial trace every so many tokens.
+        Closing the iterator cancels the run between two tokens and frees what it holds.
+        Raises ValueError at once for an unknown router, an empty prompt, or one that is too long.
+        """
+        settings = settings or GenerationSettings()
+        if not columns:
+            raise ValueError(
+                "there is no column to run; name at least one router, such as 'spectr'"
+            )
+        routers = [parse_router(column, self.library.names) for column in columns]
+        prompt_ids = self.encode(prompt)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and len(prompt_ids) + settings.max_new_tokens > context:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens, and {settings.max_new_tokens} more may "
+                f"be generated; the context of {self.base.name} is {context}: shorten one of them"
+            )
+        run = _Run(self, routers, prompt_ids, settings, record, trace_every if record else None)
+        return run.steps()
+
+    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a prompt in the base's chat template. Raises ValueError if it is empty."""
+        return encode(self.tokenizer, prompt)
+
+    def plan(
+        self,
+        routers: Sequence[RouterConfig],
+        texts: Sequence[Sequence[int]],
+        recorder: Recorder | None = None,
+        *,
+        num_prompt: Sequence[int] | None = None,
+    ) -> RoutingPlan:
+        """A plan for one batch; routers that read the prompt first do it here.
+
+        texts: token ids of each row, which are padded on the left. num_prompt: how many tokens of
+            each are its prompt; None says all.
+        """
+        num_prompt = num_prompt or [len(ids) for ids in texts]
+        least_leads = {r: self._least_lead(r) for r in routers if r.confidence is not None}
+        readers = [row for row, router in enumerate(routers) if router.reads_first]
+        first_reading = None
+        if readers:
+            first_reading = self._read_first(
+                [routers[row] for row in readers],
+                [texts[row][: num_prompt[row]] for row in readers],
+            )
+        return RoutingPlan(
+            routers,
+            self.library.names,
+            recorder,
+            calibration=self.calibration if any(r.calibrated for r in routers) else None,
+            is_evidence=self._is_evidence(
+                texts,
+                [
+                    num if router.reads_first else shared_length(self.template_opening, ids)
+                    for router, ids, num in zip(routers, texts, num_prompt, strict=True)
+                ],
+            ),
+            first_reading=first_reading,
+            least_leads=least_leads,
+            newline_ids=torch.tensor(
+                sorted(self.newline_ids), dtype=torch.long, device=self.base.device
+            ),
+        )
+
+    def _is_evidence(self, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """(R, T) bool, True from each row's start on, in texts that are padded on the left."""
+        width = max(map(len, texts))
+        firsts = [width - len(ids) + start for ids, start in zip(texts, starts, strict=True)]
+        is_evidence = torch.arange(width) >= torch.tensor(firsts)[:, None]
+        return is_evidence.to(self.base.device)
+
+    @torch.inference_mode()
+    def _read_first(
+        self, routers: Sequence[RouterConfig], prompts: Sequence[Sequence[int]]
+    ) -> FirstReading:
+        """The bare base reads the prompts, one for each router, and the experts listen."""
+        lines_of = [
+            request_lines(
+                ids,
+                request_start(ids, self.template_opening, self.user_turn),
+                self.template_closing,
+                self.newline_ids,
+            )
+            for ids in prompts
+        ]
+        texts, starts = zip(*(line for lines in lines_of for line in lines), strict=True)
+        reading = FirstReading(
+            routers,
+            self.library.names,
+            calibration=self.calibration,
+            num_lines=[len(lines) for lines in lines_of],
+            is_evidence=self._is_evidence(texts, starts),
+        )
+        with routed(reading):
+            self.model.get_decoder()(**decoder_inputs(texts, self.base.device), use_cache=False)
+        return reading
+
+    def _least_lead(self, router: RouterConfig) -> float:
+        """The lead that the best expert has at most, in this share of the generic prompts."""
+        assert router.confidence is not None
+        if router not in self._least_leads:
+            prompts = [self.encode(prompt) for prompt in generic_prompts()]
+            reading = self._read_first([router] * len(prompts), prompts)
+            leads = lead(reading.pool(router)[0].latest).amax(-1)
+            self._least_leads[router] = float(leads.quantile(router.confidence))
+        return self._least_leads[router]
+
+    @property
+    def calibration(self) -> Calibration:
+        """Of every expert, measured when it is first needed (on a ZeroGPU, where there is one)."""
+        with self._calibration_lock:
+            if self._calibration is None:
+                self._calibration = calibrate(self.base, self.library)
+            return self._calibration

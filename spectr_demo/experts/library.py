@@ -1,0 +1,243 @@
+"""Experts: adapters that are aligned, stacked, and ready to route between.
+
+An *adapter* is the file; an *expert* is what is routed to. Nothing is attached, and nothing is
+left half-read, unless every adapter is sound: all that is wrong with all of them is one error.
+"""
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from spectr_demo.base.memory import available_memory, execution_device
+from spectr_demo.config import cache_dir, unknown_name
+from spectr_demo.cpu.pages import keep_freed_memory, zeros_in_large_pages, zeros_on_disk
+from spectr_demo.experts.adapters import (
+    Adapter,
+    AdapterError,
+    LoraShape,
+    check_adapters,
+    read_adapter,
+)
+from spectr_demo.experts.shared_inputs import shared_inputs
+from spectr_demo.routing.bank import ExpertBank, Zeros
+from spectr_demo.routing.spectr import Aligned, align
+
+_ALIGNMENT_VERSION = 4  # part of the cache key: raise it when `align` changes its result
+# A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
+# it is kept in memory at all.
+FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5
+
+
+def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
+    """Spectral alignment of every layer, from the cache where this very adapter was aligned before.
+
+    An unusable cache costs time, not the run: it is said once, as a warning.
+    """
+    cached = cache_dir() / "aligned" / f"{adapter.sha256}-v{_ALIGNMENT_VERSION}.safetensors"
+    try:
+        with safe_open(cached, "pt") as file:
+            return {
+                path: Aligned(file.get_tensor(f"{path}.A"), file.get_tensor(f"{path}.B").mT)
+                for path in adapter.shapes
+            }
+    except (OSError, SafetensorError):
+        pass  # never written, or cut short: align again
+    aligned = align_in_groups(adapter)
+    tensors = {}
+    for path, factors in aligned.items():  # B transposed, as it is in memory here and in the banks
+        tensors[f"{path}.A"] = factors.A.contiguous()
+        tensors[f"{path}.B"] = factors.B.mT.contiguous()
+    unfinished = cached.with_suffix(f".{os.getpid()}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished)
+        unfinished.replace(cached)  # atomic: another process sees the whole file or none
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        warnings.warn(
+            f"expert {adapter.name!r}: its alignment could not be cached in {cached.parent} "
+            f"({error}); it is computed at each start. Set SPECTR_CACHE to a writable folder",
+            stacklevel=2,
+        )
+    return aligned
+
+
+def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
+    """Layers of one shape are aligned in one batch."""
+    keep_freed_memory()
+    groups = defaultdict(list)
+    for path, shape in adapter.shapes.items():
+        groups[shape].append(path)
+    aligned, factors = {}, adapter.read()
+    for paths in groups.values():
+        layers = [factors[path] for path in paths]
+        stacked = align(
+            torch.stack([layer.lora_A for layer in layers]),
+            torch.stack([layer.lora_B for layer in layers]),
+            torch.tensor([layer.scaling for layer in layers]),
+        )
+        for path, A, B in zip(paths, stacked.A, stacked.B, strict=True):
+            aligned[path] = Aligned(A, B)
+    return aligned
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertLibrary:
+    """The experts that are loaded, aligned and stacked by layer, ready to attach to their base."""
+
+    adapters: tuple[Adapter, ...]
+    aligned: tuple[Mapping[str, Aligned], ...] = field(repr=False)
+    banks: tuple[ExpertBank, ...] = field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @cached_property
+    def num_layers(self) -> int:
+        return 1 + max((layer for bank in self.banks for layer in bank.layers), default=-1)
+
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for bank in self.banks for name in bank.projections))
+
+    def places(self, bank: ExpertBank) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Layers and projections (P,) of a bank, as places in arrays with these two axes."""
+        projections = [self.projections.index(name) for name in bank.projections]
+        return np.array(bank.layers), np.array(projections)
+
+    def index(self, name: str) -> int:
+        if name not in self.names:
+            raise unknown_name("expert", name, self.names)
+        return self.names.index(name)
+
+    @classmethod
+    def from_adapters(cls, adapters: Sequence[Adapter], model: PreTrainedModel) -> "ExpertLibrary":
+        """Check all adapters against the base, then align and stack them, one after another.
+
+        Factors are in the model's own dtype on a GPU. On a CPU they are float32, in which small
+        products are fastest; a library that would take too much of the memory so is kept in 16
+        bits, and mapped from a file in the cache if that is too much too.
+        Raises AdapterError with everything that does not fit.
+        """
+        if problems := check_adapters(adapters, model):
+            raise AdapterError(problems)
+        modules = dict(model.named_modules())
+        touched = {path for adapter in adapters for path in adapter.shapes}
+        dtype, zeros = _storage(adapters, model.dtype)
+        banks = []
+        for group in shared_inputs(model, [path for path in modules if path in touched]):
+            together: dict[Any, list[str]] = defaultdict(list)
+            for path in group:
+                ids = tuple(e for e, adapter in enumerate(adapters) if path in adapter.shapes)
+                together[ids, execution_device(modules[path])].append(path)
+            for (ids, device), paths in together.items():
+                is_cpu = device.type == "cpu"
+                bank = ExpertBank.empty(
+                    paths,
+                    ids,
+                    max(adapters[e].shapes[path].rank for e in ids for path in paths),
+                    [adapters[ids[0]].shapes[path][:2] for path in paths],
+                    device=device,
+                    dtype=dtype if is_cpu else model.dtype,
+                    zeros=zeros if is_cpu else torch.zeros,
+                )
+                banks.append(bank)
+        places = [{e: i for i, e in enumerate(bank.expert_ids.tolist())} for bank in banks]
+        for e, adapter in enumerate(tqdm(adapters, "aligning", disable=len(adapters) < 50)):
+            aligned = align_adapter(adapter)
+            for bank, place in zip(banks, places, strict=True):
+                if e in place:
+                    bank.put_(place[e], [aligned[path] for path in bank.paths])
+        where = {
+            path: (bank, p, place)
+            for bank, place in zip(banks, places, strict=True)
+            for p, path in enumerate(bank.paths)
+        }
+        return cls(
+            adapters=tuple(adapters),
+            aligned=tuple(_Stacked(e, a.shapes, where) for e, a in enumerate(adapters)),
+            banks=tuple(banks),
+        )
+
+
+class _Stacked(Mapping[str, Aligned]):
+    """An expert's factors by layer, as they are in the banks."""
+
+    def __init__(
+        self,
+        expert: int,
+        shapes: Mapping[str, LoraShape],
+        where: Mapping[str, tuple[ExpertBank, int, Mapping[int, int]]],
+    ) -> None:
+        """where: by layer, its bank, its place in it, and those of the experts."""
+        self._expert, self._shapes, self._where = expert, shapes, where
+
+    def __getitem__(self, path: str) -> Aligned:
+        rank = self._shapes[path].rank
+        bank, place, experts = self._where[path]
+        return bank.factors(experts[self._expert], place, rank)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dtype, Zeros]:
+    """How factors are kept on a CPU: their dtype, and what makes their tensors. dtype: in which the
+    base computes."""
+    layers = [shape for adapter in adapters for shape in adapter.shapes.values()]
+    num_values = sum(shape.rank * (shape.D_in + shape.D_out) for shape in layers)
+    free = available_memory()
+    is_16_bit = dtype == torch.bfloat16
+    if not is_16_bit and num_values * torch.float32.itemsize <= FLOAT32_SHARE * free:
+        return torch.float32, zeros_in_large_pages
+    if num_values * torch.bfloat16.itemsize <= MEMORY_SHARE * free:
+        return torch.bfloat16, zeros_in_large_pages
+
+    def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return zeros_on_disk(shape, dtype, cache_dir() / "banks")
+
+    return torch.bfloat16, zeros
+
+
+def read_adapters(sources: Sequence[str]) -> tuple[list[Adapter], list[str]]:
+    """Those that can be read, and what is wrong with the others. sources: folders or Hub ids,
+    `NAME=SOURCE` to rename."""
+    adapters: list[Adapter] = []
+    problems: list[str] = []
+    for source in sources:
+        name, is_named, path = source.partition("=")
+        try:
+            adapters.append(read_adapter(path, name) if is_named else read_adapter(source))
+        except AdapterError as error:
+            problems += error.problems
+    return adapters, problems
+
+
+def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:
+    """Read, check, align and stack adapters; sources as in `read_adapters`.
+
+    Raises one AdapterError that lists everything wrong with all of them.
+    """
+    adapters, problems = read_adapters(sources)
+    if problems:
+        raise AdapterError(problems + check_adapters(adapters, model))
+    return ExpertLibrary.from_adapters(adapters, model)

@@ -1,0 +1,93 @@
+"""Do these experts fit this base, and all of it the memory? Said before any base is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from spectr_demo.base.loading import (
+    choose_compute_dtype,
+    read_base_config,
+    whole_embedded_checkpoint,
+)
+from spectr_demo.base.memory import available_memory
+from spectr_demo.config import base_from_environment
+from spectr_demo.experts.adapters import check_adapters
+from spectr_demo.experts.library import read_adapters
+from spectr_demo.training.cost import NF4_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """problems: what `load` would refuse, one line each. weights, experts, cache, free_memory:
+    bytes on the device (GPU memory, or RAM), of the base, of the experts, and of the keys and
+    values of one run; activations and the libraries themselves are not counted."""
+
+    problems: tuple[str, ...]
+    num_parameters: int
+    weights: int
+    experts: int
+    cache: int
+    free_memory: int
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.experts + self.cache
+
+    def __str__(self) -> str:
+        parts = {"4-bit base": self.weights, "experts": self.experts, "KV cache": self.cache}
+        sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
+        verdict = "" if self.memory < self.free_memory else ": TOO LITTLE"
+        return "\n".join(
+            (
+                f"{self.num_parameters / 1e6:,.0f}M parameters; {sizes}; together "
+                f"{self.memory / 1e9:.2f} GB of {self.free_memory / 1e9:.1f} GB free{verdict}",
+                *(self.problems or ["All experts fit this base."]),
+            )
+        )
+
+
+def preflight(
+    base: str | None, experts: Sequence[str], *, num_columns: int = 4, num_tokens: int = 1024
+) -> Preflight:
+    """Check experts against a base that need not be there, and estimate the memory of both.
+
+    base, experts: as `load` takes them; None is `SPECTR_BASE_MODEL`, or the embedded default. Of a
+    base on the Hub only the configuration is fetched, of experts their files. num_columns,
+    num_tokens: of the largest run, prompt and answer. Raises ValueError for a base that cannot be
+    loaded.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_compute_dtype(device)
+    base = base or base_from_environment() or str(whole_embedded_checkpoint(dtype))
+    config = read_base_config(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    adapters, problems = read_adapters(experts)
+    problems += check_adapters(adapters, model)
+
+    inside = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    num_linear = sum(layer.weight.numel() for layer in inside)
+    num_parameters = model.num_parameters()
+    # A CPU without a kernel for 4-bit products keeps the 4-bit values in float32.
+    linear_bytes = dtype.itemsize if dtype == torch.float32 else NF4_BYTES
+    shapes = [shape for adapter in adapters for shape in adapter.shapes.values()]
+    text = config.get_text_config()
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_values = 2 * text.num_hidden_layers * num_kv_heads * head_dim
+    return Preflight(
+        problems=tuple(problems),
+        num_parameters=num_parameters,
+        weights=round(num_linear * linear_bytes) + (num_parameters - num_linear) * dtype.itemsize,
+        experts=sum(shape.rank * (shape.D_in + shape.D_out) for shape in shapes)
+        * (torch.float32 if device.type == "cpu" else dtype).itemsize,
+        cache=num_values * num_columns * num_tokens * dtype.itemsize,
+        free_memory=torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else available_memory(),
+    )

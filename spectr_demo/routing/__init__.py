@@ -1,0 +1,1 @@
+"""The method: align, score, select, compose; the table of routers; what they compute with."""

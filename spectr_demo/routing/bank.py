@@ -1,0 +1,237 @@
+"""The experts of a few linear layers, stacked: what routing computes with.
+
+Layers that read the same input (q, k and v; gate and up) share one bank, so that one product with
+the stacked A* scores the experts of all of them. Axes: R rows, T tokens, P projections (the layers
+of the bank), E experts, r rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spectr_demo.cpu.filter import Arrows
+from spectr_demo.cpu.token import Factors
+from spectr_demo.routing.spectr import Aligned
+
+Zeros = Callable[..., Tensor]
+_TOKENS_AT_ONCE = 32
+
+
+class Mixed(NamedTuple):
+    """What the layers of a bank multiply by B*: for each of them values (R * T, K * r) of the
+    experts that are chosen, and their places in the bank (R * T, K); None where they are all of
+    the E experts."""
+
+    values: tuple[Tensor, ...]
+    experts: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, values: Tensor, experts: Tensor | None) -> "Mixed":
+        """values: (R, T, P, K, r). experts: (R, T, P, K), or None."""
+        by_layer = values.flatten(0, 1).flatten(-2).unbind(1)
+        return cls(by_layer, None if experts is None else experts.flatten(0, 1).unbind(1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertBank:
+    """The experts that touch all of a bank's layers; smaller ranks padded with zero rows.
+
+    paths: (P,) of the layers, in the order in which the model runs them; layers, projections: their
+    places in the model. expert_ids: (E,) int64, places in the library's list of names.
+    A: (P * E * r, D_in), B: for each layer (E * r, D_out), the transposed B*, in the bank's dtype.
+    singular_values: (P, E, r) float32.
+    """
+
+    paths: tuple[str, ...]
+    expert_ids: Tensor
+    A: Tensor
+    B: tuple[Tensor, ...]
+    singular_values: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        paths: Sequence[str],
+        expert_ids: Sequence[int],
+        rank: int,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        zeros: Zeros = torch.zeros,
+    ) -> "ExpertBank":
+        """Room for experts up to this rank. shapes: (D_out, D_in) of each layer. zeros: makes the
+        tensors, like `torch.zeros`."""
+        num_rows, (_, D_in) = len(expert_ids) * rank, shapes[0]
+        return cls(
+            paths=tuple(paths),
+            expert_ids=torch.tensor(expert_ids),
+            A=zeros((len(paths) * num_rows, D_in), dtype=dtype, device=device),
+            B=tuple(zeros((num_rows, D_out), dtype=dtype, device=device) for D_out, _ in shapes),
+            singular_values=torch.zeros(len(paths), len(expert_ids), rank, device=device),
+        )
+
+    @classmethod
+    def from_aligned(
+        cls,
+        paths: Sequence[str],
+        experts: Mapping[int, Sequence[Aligned]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "ExpertBank":
+        """experts: by expert id, its factors at each of the layers."""
+        rank = max(layer.A.shape[0] for expert in experts.values() for layer in expert)
+        shapes = [(e.B.shape[0], e.A.shape[1]) for e in next(iter(experts.values()))]
+        bank = cls.empty(paths, list(experts), rank, shapes, device=device, dtype=dtype)
+        for expert, layers in enumerate(experts.values()):
+            bank.put_(expert, layers)
+        return bank
+
+    def put_(self, expert: int, layers: Sequence[Aligned]) -> None:
+        """Write the factors of one expert at each of the layers to its place."""
+        P, E, r = self._shape
+        A = self.A.view(P, E, r, -1)
+        for p, layer in enumerate(layers):
+            rank = layer.A.shape[0]
+            A[p, expert, :rank] = layer.A
+            self.B[p].view(E, r, -1)[expert, :rank] = layer.B.mT
+            self.singular_values[p, expert, :rank] = layer.singular_values
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """(P,) numbers of the decoder layers: 3 of `model.layers.3.self_attn.q_proj`."""
+        parts = [path.split(".") for path in self.paths]
+        return tuple(next((int(p) for p in path if p.isdigit()), 0) for path in parts)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """(P,) names such as `q_proj`."""
+        return tuple(path.rpartition(".")[2] for path in self.paths)
+
+    def factors(self, expert: int, place: int, rank: int) -> Aligned:
+        """The first `rank` directions of one expert at one layer, float32 on the CPU: views where
+        the bank is."""
+        P, E, r = self._shape
+        A, B = self.A.view(P, E, r, -1)[place, expert], self.B[place].view(E, r, -1)[expert]
+        A, B = (factor[:rank].to("cpu", torch.float32) for factor in (A, B))
+        return Aligned(A, B.mT)
+
+    def split(self) -> "list[ExpertBank]":
+        """A bank for each layer alone; views of the same tensors."""
+        A = self.A.chunk(len(self.paths))
+        return [
+            replace(
+                self,
+                paths=(path,),
+                A=A[p],
+                B=(self.B[p],),
+                singular_values=self.singular_values[p : p + 1],
+            )
+            for p, path in enumerate(self.paths)
+        ]
+
+    def folded(self, weights: Tensor, *, is_merged: bool) -> "ExpertBank | None":
+        """A bank of the experts whose weight (E,) is not 0, with the weights in the factors; None
+        if there is none. is_merged: both factors are summed, to one expert in the place of all."""
+        places = weights.nonzero().flatten().to(self.A.device)
+        if len(places) == 0:
+            return None
+        P, E, r = self._shape
+        scale = weights.to(self.A)[places, None, None]
+        A = self.A.view(P, E, r, -1)[:, places] * scale
+        B = [B.view(E, r, -1)[places] for B in self.B]
+        if is_merged:
+            A, B = A.sum(1, keepdim=True), [(b * scale).sum(0, keepdim=True) for b in B]
+        return replace(
+            self,
+            expert_ids=self.expert_ids[places.cpu()][: A.shape[1]],
+            A=A.flatten(0, 2),
+            B=tuple(b.flatten(0, 1) for b in B),
+            singular_values=self.singular_values[:, places][:, : A.shape[1]],
+        )
+
+    @cached_property
+    def compiled(self) -> Factors | None:
+        """The factors, for compiled code; None where it cannot read them."""
+        return Factors.of(self.A, self.B, self.singular_values)
+
+    @cached_property
+    def arrows(self) -> Arrows:
+        """The first row of each A*, for compiled code."""
+        return Arrows.of(self.A[:: self._shape[-1]])
+
+    @cached_property
+    def num_experts(self) -> int:
+        return len(self.expert_ids)
+
+    @cached_property
+    def _shape(self) -> tuple[int, int, int]:
+        P, E, r = self.singular_values.shape
+        return P, E, r
+
+    def project(self, x: Tensor) -> Tensor:
+        """`z = A* x` for every expert: (..., P, E, r) from (..., D_in), in the bank's dtype."""
+        z = linear(x.to(self.A.dtype), self.A)  # in 16 bits faster than a product with A.mT
+        return z.view(*x.shape[:-1], *self._shape)
+
+    def project_first(self, x: Tensor) -> Tensor:
+        """The first entry of `z` alone, (R, T, P, E): the token along each expert's arrow."""
+        z = linear(x.to(self.A.dtype), self.A[:: self._shape[-1]])
+        return z.view(*x.shape[:2], *self._shape[:2])
+
+    def project_chosen(self, x: Tensor, experts: Tensor) -> Tensor:
+        """`z` of a few experts for each token: (R, T, P, F, r) from their places (R, T, P, F)."""
+        P, E, r = self._shape
+        places = (experts + E * torch.arange(P, device=experts.device)[:, None]).flatten(0, 1)
+        x, A = x.flatten(0, 1), self.A.view(P * E, -1)
+        z = [
+            _rows(A, some.flatten(1), x.shape[1]) @ tokens.to(_compute_dtype(A)).unsqueeze(-1)
+            for some, tokens in zip(_parts(places), _parts(x), strict=True)
+        ]
+        return torch.cat(z).view(*experts.shape, r)
+
+    def add_(self, y: Tensor, mixed: Mixed, place: int) -> Tensor:
+        """`y += sum_e B*_e mixed_e` at one layer, in place: y (R, T, D_out)."""
+        values, B = mixed.values[place], self.B[place]
+        rows = y.view(-1, y.shape[-1])
+        if mixed.experts is None:
+            return _add_(rows, values, B).view_as(y)
+        B = B.view(self.num_experts, -1)
+        parts = (
+            _parts(rows.unsqueeze(1)),
+            _parts(values.unsqueeze(1)),
+            _parts(mixed.experts[place]),
+        )
+        for some, value, experts in zip(*parts, strict=True):
+            _add_(some, value, _rows(B, experts, y.shape[-1]))
+        return y
+
+
+def _add_(y: Tensor, values: Tensor, B: Tensor) -> Tensor:
+    """`y += values B` in place, of matrices or stacks of them, whatever their dtypes."""
+    if y.dtype == values.dtype == B.dtype:
+        return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(values, B)
+    return y.add_(values.to(B.dtype) @ B)
+
+
+def _rows(factors: Tensor, places: Tensor, width: int) -> Tensor:
+    """Copies (N, K * r, width) of the rows of chosen experts (N, K) from (E, r * width)."""
+    rows = factors.index_select(0, places.flatten()).to(_compute_dtype(factors))
+    return rows.view(len(places), -1, width)
+
+
+def _parts(values: Tensor) -> tuple[Tensor, ...]:
+    """Of a few tokens each, so that copies of what each has chosen stay small."""
+    is_few = values.shape[0] <= _TOKENS_AT_ONCE
+    return (values,) if is_few else values.split(_TOKENS_AT_ONCE)
+
+
+def _compute_dtype(factors: Tensor) -> torch.dtype:
+    """Products with copies of a few rows: on a CPU they are fastest in float32."""
+    return torch.float32 if factors.device.type == "cpu" else factors.dtype

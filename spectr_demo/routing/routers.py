@@ -1,0 +1,183 @@
+"""The routers: score each expert for each token from the experts' own weights, select, weigh.
+
+Axes: R rows (columns of a comparison), T tokens, P projections that read one input, E experts, K
+selected, r rank. All scores are functions of `z = A* x`, the token in the experts' aligned bases,
+so one product serves them all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spectr_demo.config import RouterConfig, unknown_name
+from spectr_demo.routing.spectr import Score, arrow_scores, lag_scores, norm_scores, spectr_scores
+
+# The scores that can be calibrated. LAG's cannot: most experts have none.
+STANDARDISED: tuple[Score, ...] = (spectr_scores, arrow_scores, norm_scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """A row of the table. score is None where the weights are constant; default_top_k is the K of
+    a config that names none, made smaller where there are fewer experts."""
+
+    key: str
+    display_name: str
+    equation: str
+    paper: str
+    preset: RouterConfig
+    score: Score | None = None
+    default_top_k: int = 1
+
+
+_ROWS = (
+    Router(
+        key="base",
+        display_name="Base model",
+        equation="w = 0",
+        paper="baseline",
+        preset=RouterConfig(name="base"),
+    ),
+    Router(
+        key="single",
+        display_name="Single expert",
+        equation="w = onehot(e)",
+        paper="baseline",
+        preset=RouterConfig(name="single", expert="NAME"),
+    ),
+    Router(
+        key="uniform",
+        display_name="Uniform merge",
+        equation="w_e = 1/E",
+        paper="baseline: PEFT's `cat` merge (`outputs`), or `linear` (`parameters`)",
+        preset=RouterConfig(name="uniform"),
+    ),
+    Router(
+        key="arrow",
+        display_name="Arrow",
+        equation="|a*_e . x|",
+        paper="Arrow, arXiv 2405.11157; PEFT's defaults",
+        preset=RouterConfig(name="arrow", weighting="softmax"),
+        score=arrow_scores,
+        default_top_k=3,
+    ),
+    Router(
+        key="spectr",
+        display_name="SpectR",
+        equation="||A*_e x||",
+        paper="SpectR, arXiv 2504.03454; K = 1",
+        preset=RouterConfig(name="spectr", composition="parameters"),
+        score=spectr_scores,
+    ),
+    Router(
+        key="spectr-paper",
+        display_name="SpectR (paper)",
+        equation="||A*_e x||",
+        paper="SpectR, arXiv 2504.03454; the paper's K = 4",
+        preset=RouterConfig(name="spectr-paper", composition="parameters"),
+        score=spectr_scores,
+        default_top_k=4,
+    ),
+    Router(
+        key="spectr-calibrated",
+        display_name="SpectR, calibrated",
+        equation="(||A*_e x|| - mean_e) / std_e",
+        paper="this project's; standardised scores as in SEQR, arXiv 2509.18093",
+        preset=RouterConfig(name="spectr-calibrated", calibrated=True),
+        score=spectr_scores,
+    ),
+    Router(
+        key="spectr-context",
+        display_name="SpectR in context",
+        equation="mean over the text so far of (||A*_e x|| - mean_e) / std_e where e is the best",
+        paper="this project's: calibrated, pooled, prompt read first",
+        preset=RouterConfig(
+            name="spectr-context",
+            weighting="softmax",
+            temperature=0.02,
+            calibrated=True,
+            decay=0.9,
+            reads_first=True,
+            confidence=0.6,
+        ),
+        score=spectr_scores,
+        default_top_k=2,
+    ),
+    Router(
+        key="lag",
+        display_name="LAG",
+        equation="||A*_e x|| among the F best |a*_e . x|",
+        paper="LAG, arXiv 2507.05346; F = 20",
+        preset=RouterConfig(name="lag"),
+        score=lag_scores,
+    ),
+    Router(
+        key="norm",
+        display_name="Norm",
+        equation="||B_e A_e x||",
+        paper="norm maximisation, SEQR, arXiv 2509.18093",
+        preset=RouterConfig(name="norm"),
+        score=norm_scores,
+    ),
+)
+ROUTERS = {row.key: row for row in _ROWS}
+
+
+def parse_router(
+    spec: str | RouterConfig, expert_names: Sequence[str], **overrides: Any
+) -> RouterConfig:
+    """`"spectr"`, `"single:sql"` or a config -> a config checked against these experts.
+
+    overrides: fields of `RouterConfig` that replace a preset's where not None. They apply to
+    routers that score; of the constant ones only `uniform` has a choice, its composition.
+    Raises ValueError for an unknown router or expert, and for a top_k that the experts cannot fill.
+    """
+    if isinstance(spec, str):
+        name, _, expert = spec.strip().partition(":")
+        if name not in ROUTERS:
+            raise unknown_name("router", name, ROUTERS)
+        config = replace(ROUTERS[name].preset, expert=expert or None)
+    else:
+        config = spec
+        if config.name not in ROUTERS:
+            raise unknown_name("router", config.name, ROUTERS)
+    row = ROUTERS[config.name]
+    if row.score is None:
+        overrides = {"composition": overrides.get("composition")} if row.key == "uniform" else {}
+    config = replace(config, **{key: v for key, v in overrides.items() if v is not None})
+    if config.expert is not None and config.expert not in expert_names:
+        raise unknown_name("expert", config.expert, expert_names)
+    if row.score is None:
+        return config
+    if config.calibrated and row.score not in STANDARDISED:
+        raise ValueError(
+            f"router {row.key!r} cannot be calibrated: it scores only some experts for a token; "
+            "calibrate 'spectr', 'arrow' or 'norm'"
+        )
+    return replace(config, top_k=_checked_top_k(config, row, expert_names))
+
+
+def _checked_top_k(config: RouterConfig, row: Router, expert_names: Sequence[str]) -> int:
+    num_experts = len(expert_names)
+    if num_experts == 0:
+        raise ValueError(f"router {row.key!r} has no expert to choose from; load at least one")
+    num_kept = config.prefilter if row.score is lag_scores else num_experts
+    if config.top_k is None:
+        return min(row.default_top_k, num_experts, num_kept)
+    if config.top_k > num_experts:
+        raise ValueError(
+            f"router {row.key!r} has top_k {config.top_k}, but there are only {num_experts} "
+            f"experts ({', '.join(expert_names)}); choose top_k from 1 to {num_experts}"
+        )
+    if config.top_k > num_kept:
+        raise ValueError(
+            f"router {row.key!r} has top_k {config.top_k}, but its filter keeps only {num_kept} "
+            "experts; lower top_k or raise prefilter"
+        )
+    return config.top_k
+
+
+def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:
+    if router.name == "uniform":
+        return 1 / num_experts
+    return float(router.name == "single" and router.expert == expert)

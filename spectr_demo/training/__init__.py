@@ -1,0 +1,1 @@
+"""Training an expert: the recipe, what it costs, the model card."""

@@ -1,0 +1,71 @@
+"""What is said before a base is fetched is what loading it then takes, or refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from spectr_demo.engine.model import load
+from spectr_demo.experts import preflight as module
+from spectr_demo.experts.preflight import preflight
+from tests.conftest import SaveExpert
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without a kernel for 4-bit products."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "choose_compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(
+        "spectr_demo.base.loading.choose_compute_dtype", lambda device: torch.float32
+    )
+
+
+def test_the_estimate_is_what_is_allocated(base_folder: str, expert_folders: list[str]) -> None:
+    found = preflight(base_folder, expert_folders, num_columns=3, num_tokens=5)
+    model = load(base_folder, expert_folders)
+    parameters = list(model.model.parameters())
+    assert found.num_parameters == sum(p.numel() for p in parameters)
+    assert found.weights == sum(p.nbytes for p in parameters)
+    banks = model.library.banks
+    assert found.experts == sum(bank.A.nbytes + sum(B.nbytes for B in bank.B) for bank in banks)
+    cache = DynamicCache()
+    model.model(torch.zeros(3, 5, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert found.cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert found.memory == found.weights + found.experts + found.cache
+    assert found.problems == ()
+    assert str(found).endswith("All experts fit this base.")
+
+
+def test_four_bit_weights_are_counted_as_such(
+    base_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = preflight(base_folder, []).weights
+    monkeypatch.setattr(module, "choose_compute_dtype", lambda device: torch.bfloat16)
+    assert preflight(base_folder, []).weights < wide / 2
+
+
+def test_problems_are_those_that_loading_raises(
+    base_folder: str, expert_folders: list[str], save_expert: SaveExpert, tmp_path: Path
+) -> None:
+    alien = save_expert("alien", target_modules=["lm_head"])
+    sources = [*expert_folders, f"red={expert_folders[1]}", alien, str(tmp_path), "x=./nowhere"]
+    found = preflight(base_folder, sources)
+    assert len(found.problems) == 4
+    with pytest.raises(ValueError, match="red") as caught:
+        load(base_folder, sources)
+    assert str(caught.value).splitlines() == list(found.problems)
+    assert str(found).splitlines()[1:] == list(found.problems)
+
+
+def test_too_little_memory_is_said(base_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "TOO LITTLE" not in str(preflight(base_folder, []))
+    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    assert "TOO LITTLE" in str(preflight(base_folder, []))
+
+
+@pytest.mark.embedded
+def test_the_embedded_default() -> None:
+    found = preflight(None, [])
+    assert found.num_parameters == 134_515_008
