@@ -19,6 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from spectr_demo.config import (
+    DEFAULT_COLUMNS,
+    DEFAULT_ROUTER,
     IS_INSTALLED,
     WORKPLACE,
     Composition,
@@ -28,7 +30,6 @@ from spectr_demo.config import (
     experts_from_environment,
 )
 
-DEFAULT_COLUMNS = ["base", "uniform", "spectr-paper", "spectr-context"]
 _out = Console()
 _progress = Console(stderr=True)
 
@@ -332,11 +333,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--trace", metavar="FILE", help="save the routing trace as .npz")
 
     command = commands.add_parser("generate", parents=[run, common], help=generate.__doc__)
-    command.add_argument("--router", default="spectr-context", help="spectr, single:NAME, ...")
+    command.add_argument("--router", default=DEFAULT_ROUTER, help="spectr, single:NAME, ...")
     command.set_defaults(run=generate)
 
     command = commands.add_parser("compare", parents=[run, common], help=compare.__doc__)
-    command.add_argument("--columns", nargs="+", default=DEFAULT_COLUMNS, metavar="ROUTER")
+    command.add_argument("--columns", nargs="+", default=list(DEFAULT_COLUMNS), metavar="ROUTER")
     command.set_defaults(run=compare)
 
     command = commands.add_parser("inspect", parents=[common], help=inspect.__doc__)

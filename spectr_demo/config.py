@@ -1,9 +1,14 @@
-"""Settings of a router and of a run: frozen, checked once. The environment is read here alone."""
+"""Settings of a router and of a run, the defaults, and where files go.
+
+Settings are frozen and checked once. Every `SPECTR_` variable of the environment is read here.
+"""
 
 import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +22,15 @@ IS_INSTALLED = (_PACKAGE / "assets").is_dir()  # a wheel has the assets inside t
 ASSETS = (_PACKAGE if IS_INSTALLED else _PACKAGE.parent) / "assets"
 # What is made goes to the checkout; from an installed package, to where the user is.
 WORKPLACE = Path() if IS_INSTALLED else _PACKAGE.parent
+
+# What answers where no router is named: the engine, the command line and the harness.
+DEFAULT_ROUTER = "spectr-context"
+# What is compared where no columns are named, on the page and on the command line: no expert, all
+# experts merged, SpectR as published, and the default. `single` is not among them: it needs the
+# name of an expert, and there is no expert that suits every prompt.
+DEFAULT_COLUMNS = ("base", "uniform", "spectr-paper", DEFAULT_ROUTER)
+
+_LIBRARIES = ("spectr-demo", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def cache_dir() -> Path:
@@ -46,9 +60,29 @@ def experts_from_environment() -> list[str]:
     return [source for source in listed if source] or shipped_experts()
 
 
+def paper_data_from_environment() -> str | None:
+    """`SPECTR_PAPER_DATA`: the folder of the data sets of the paper's tasks."""
+    return os.environ.get("SPECTR_PAPER_DATA") or None
+
+
 def shipped_experts() -> list[str]:
     """Folders of the experts under `assets/experts/`, by name."""
     return [str(path.parent) for path in sorted(ASSETS.glob("experts/*/adapter_config.json"))]
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of this project and of the libraries that decide its numbers, by package name.
+
+    A package that is not installed is left out: this project, where it runs from its folder.
+    """
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
