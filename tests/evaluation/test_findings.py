@@ -1,0 +1,68 @@
+"""The words at the beginning of docs/results.md follow from the figures."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from spectr_demo.evaluation.findings import in_words
+
+
+def answered(accuracy: float | None, first: float, second: float) -> dict[str, Any]:
+    routing = {} if accuracy is None else {"accuracy": accuracy}
+    return {"first": {"score": first, **routing}, "second": {"score": second, **routing}}
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    def scored(share: float, sql: float, cron: float) -> dict[str, Any]:
+        domains = {"sql": {"mean": sql}, "cron": {"mean": cron}}
+        return {"of_oracle": {"mean": share}, "domains": domains}
+
+    def right(sql: float, cron: float) -> dict[str, Any]:
+        return {"sql": {"all": {"answer": sql}}, "cron": {"all": {"answer": cron}}}
+
+    return {
+        "scores": {
+            "base": scored(0.1, 0.0, 0.1),
+            "oracle": scored(1.0, 0.9, 0.8),
+            "spectr": scored(0.42, 0.3, 0.4),
+            "spectr-context": scored(0.77, 0.85, 0.5),
+        },
+        "accuracy": {"spectr": right(0.2, 0.4), "spectr-context": right(1.0, 0.8)},
+        "offdomain": {
+            "base": {"kl": 0.0},
+            "spectr": {"kl": 2.5},
+            "spectr-context": {"kl": 0.25, "unrouted": 0.75},
+        },
+        "compositional": {
+            "base": {"one turn": answered(None, 0.0, 0.05)},
+            "spectr-context": {"one turn": answered(0.6, 0.35, 0.15)},
+        },
+    }
+
+
+def test_each_finding_has_its_figures(results: dict[str, Any]) -> None:
+    text = in_words(results)
+    assert "reaches 0.77 of the score" in text
+    assert "(`spectr`): 0.42. The base without experts (`base`): 0.10." in text
+    assert "finds it in 90.0% of the decisions" in text
+    assert "SpectR with K = 1 (`spectr`): 30.0%." in text
+    assert "**The weakest domain** is `cron`. Its score is 0.50" in text
+    assert "and 0.80 with its own expert alone" in text
+    assert "by 0.25 nats a token (KL). It uses no expert in 75%" in text
+    assert "(`spectr`): 2.50." in text
+    assert "60% of the decisions of the first answer" in text
+    assert "score 0.35 and 0.15. The base without experts (`base`): 0.00 and 0.05." in text
+    assert "two messages" not in text
+
+
+def test_what_was_not_measured_is_not_mentioned(results: dict[str, Any]) -> None:
+    few = copy.deepcopy(results)
+    few |= {"accuracy": {}, "offdomain": {}, "compositional": {}}
+    text = in_words(few)
+    assert "right expert" not in text
+    assert "chat" not in text
+    assert "Two requests" not in text
+    del few["scores"]["spectr-context"]
+    assert in_words(few) == ""

@@ -1,0 +1,80 @@
+"""The documents agree with what they speak of: tables with their JSON files, paths with the tree."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from spectr_demo.evaluation.report import load_results, to_markdown
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)|<img src=\"([^\"]+)\"")
+CODE_PATH = re.compile(
+    r"`((?:spectr_demo|tests|benchmarks|docs|scripts|notebooks|assets)/[\w./*-]+)`"
+)
+MODULE = re.compile(r"`(spectr_demo(?:\.\w+)+)`")
+# Pages that tell what was: a path in them may be gone.
+HISTORY = {"CHANGELOG.md", "log.md"}
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def exists(path: str) -> bool:
+    return any(ROOT.glob(path.rstrip("/")))
+
+
+def test_tables_are_those_of_the_json_files(tables: ModuleType) -> None:
+    names = []
+    for page in tables.PAGES:
+        names += [name for _, name, *_ in tables.MARKED.findall(text(page))]
+        assert tables.written(text(page)) == text(page), "run python benchmarks/tables.py"
+    assert sorted(names) == sorted(tables.TABLES), "every table stands in one page"
+
+
+def test_a_changed_table_is_written_anew(tables: ModuleType) -> None:
+    page = text(ROOT / "README.md")
+    changed = page.replace("| `spectr-context` | 0.", "| `spectr-context` | 1.")
+    assert changed != page
+    assert tables.written(changed) == page
+
+
+def test_the_report_is_that_of_the_shipped_results() -> None:
+    results = load_results()
+    assert results is not None
+    report = to_markdown(results)
+    assert text(ROOT / "docs" / "results.md") == report, "run python -m spectr_demo evaluate"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page: Path) -> None:
+    found = [a or b for a, b in LINK.findall(text(page))]
+    missing = [link for link in found if not (page.parent / link).exists()]
+    if page.name not in HISTORY:
+        missing += [path for path in CODE_PATH.findall(text(page)) if not exists(path)]
+        missing += [name for name in MODULE.findall(text(page)) if not is_module(name)]
+    assert missing == []
+
+
+def is_module(name: str) -> bool:
+    """A module of the package, or a public name in one."""
+    path = ROOT.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    parent = path.parent
+    file = parent / "__init__.py" if parent.is_dir() else parent.with_suffix(".py")
+    return file.is_file() and re.search(rf"\b{path.name}\b", text(file)) is not None
