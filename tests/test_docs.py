@@ -1,4 +1,4 @@
-"""The documents agree with what they speak of: tables with their JSON files, paths with the tree."""
+"""The documents agree with the JSON files their tables are of, and name paths that exist."""
 
 import importlib.util
 import re

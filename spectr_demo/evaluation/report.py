@@ -185,8 +185,8 @@ def offdomain_table(results: Mapping[str, Any]) -> str:
     header = ["router", "KL to the base", "same likeliest token", "rise of NLL", "no expert"]
     return _table(header, rows) + (
         "\nMeasured on the base's own answers to prompts of no domain. KL(router || base) is in "
-        "nats a token. `same likeliest token`: share of tokens whose likeliest choice stays. `rise of "
-        "NLL`: of the answers' negative log-likelihood, in nats a token. `no expert`: share of "
+        "nats a token. `same likeliest token`: share of tokens whose likeliest choice stays. `rise "
+        "of NLL`: of the answers' negative log-likelihood, in nats a token. `no expert`: share of "
         "decisions for none.\n"
     )
 
