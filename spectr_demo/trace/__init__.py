@@ -1,12 +1,20 @@
-"""What one run did, as plain arrays: the record, its statistics, its file. No torch."""
+"""What one run did, as plain arrays. No torch.
 
-from spectr_demo.trace.record import (
-    NOT_ROUTED,
-    PARTS,
-    ColumnTrace,
-    Part,
-    RoutingTrace,
-    mean_logprob,
-)
+`column` is the routing of one column, `record` is the run's columns together, `statistics` are
+shares and dominant experts, `file` is the .npz.
+"""
 
-__all__ = ["NOT_ROUTED", "PARTS", "ColumnTrace", "Part", "RoutingTrace", "mean_logprob"]
+from spectr_demo.trace.column import NOT_ROUTED, PARTS, ColumnTrace, Part
+from spectr_demo.trace.record import RoutingTrace, mean_logprob
+from spectr_demo.trace.statistics import TIE_MARGIN, DominantExperts
+
+__all__ = [
+    "NOT_ROUTED",
+    "PARTS",
+    "TIE_MARGIN",
+    "ColumnTrace",
+    "DominantExperts",
+    "Part",
+    "RoutingTrace",
+    "mean_logprob",
+]

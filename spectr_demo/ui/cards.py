@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spectr_demo.charts.figures import expert_colors, trace_colors
+from spectr_demo.charts import expert_colors, trace_colors
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spectr_demo.charts.figures import expert_colors
+from spectr_demo.charts import expert_colors
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput

@@ -1,0 +1,205 @@
+"""The statistics of one column: shares, dominant experts, probabilities. Arrays only.
+
+A *share* is a mean weight over what was routed. So the shares of one token, layer or part sum to 1
+where the router's weights do, and to 0 where nothing was routed. `RoutingTrace` has a method for
+each statistic, which looks up the column by its label.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spectr_demo.trace.column import NOT_ROUTED, ColumnTrace, Part, distinct
+
+TIE_MARGIN = 1e-6  # two shares that are no further apart are equal: no expert leads
+
+# Cells of a (T, L, E) table worked on at once: 32 MB of float64, whatever E is.
+_CELLS_PER_CHUNK = 4_000_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DominantExperts:
+    """The expert of largest weight per token and layer, in one projection or over all.
+
+    expert: (T, L) int16, `NOT_ROUTED` where no expert was used.
+    weight: (T, L) float32, its weight there (the mean over the routed projections).
+    score: (T, L) float32, its score there (the mean over the projections that selected it), NaN
+        where the router computes none.
+    is_tied: (T, L) bool, another expert has the same weight: none dominates.
+    """
+
+    expert: NDArray[np.int16]
+    weight: NDArray[np.float32]
+    score: NDArray[np.float32]
+    is_tied: NDArray[np.bool_]
+
+
+def token_share(column: ColumnTrace, num_experts: int) -> NDArray[np.float32]:
+    """(T, E) float32: each token's mean weight per expert over its routed layers and projections.
+
+    Rows of tokens that were not routed are 0.
+    """
+    share = _mean_weights(column.experts, column.weights, axis=0, num_experts=num_experts)
+    return np.broadcast_to(share, (column.num_tokens, num_experts))
+
+
+def layer_share(column: ColumnTrace, num_experts: int, part: Part) -> NDArray[np.float32]:
+    """(L, E) float32: each layer's mean weight per expert over a part's tokens and projections.
+
+    Only routed places count. Layers without routing are 0.
+    """
+    where = column.part_slice(part)
+    share = _mean_weights(
+        column.experts[where], column.weights[where], axis=1, num_experts=num_experts
+    )
+    return np.broadcast_to(share, (column.experts.shape[1], num_experts))
+
+
+def share(column: ColumnTrace, num_experts: int, part: Part) -> NDArray[np.float32]:
+    """(E,) float32: the mean of `token_share` over a part's routed tokens; 0 where none is."""
+    where = column.part_slice(part)
+    is_routed = is_token_routed(column)[where]
+    of_token = token_share(column, num_experts)[where]
+    return of_token[is_routed].sum(axis=0) / np.float32(max(1, is_routed.sum()))
+
+
+def is_token_routed(column: ColumnTrace) -> NDArray[np.bool_]:
+    """(T,) bool: whether any layer used any expert for the token."""
+    (experts,) = distinct(column.experts)
+    is_routed = (experts != NOT_ROUTED).any(axis=(1, 2, 3))
+    return np.broadcast_to(is_routed, (column.num_tokens,))
+
+
+def smoothed_share(column: ColumnTrace, num_experts: int, window: int) -> NDArray[np.float32]:
+    """(T, E) float32: the mean of `token_share` over the routed ones of `window` tokens around.
+
+    There are fewer tokens at both ends. An even window reaches one token further back.
+    ValueError for a window of less than one token.
+    """
+    if window < 1:
+        raise ValueError(f"window is {window} tokens, needed at least 1")
+    of_token, is_routed = token_share(column, num_experts), is_token_routed(column)
+    T = len(of_token)
+    start = np.maximum(np.arange(T) - window // 2, 0)
+    end = np.minimum(np.arange(T) + (window + 1) // 2, T)
+    # Prefix sums in float64: their differences stay exact to float32.
+    total = np.concatenate([np.zeros((1, num_experts)), of_token.cumsum(axis=0, dtype=float)])
+    count = np.concatenate([[0], is_routed.cumsum()])
+    mean = (total[end] - total[start]) / np.maximum(count[end] - count[start], 1)[:, None]
+    return np.clip(mean, 0.0, None).astype(np.float32)
+
+
+def dominant_tokens(
+    column: ColumnTrace, num_experts: int
+) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """Each token's expert of largest share, and its lead over the second.
+
+    Returns (T,) int16 expert ids, `NOT_ROUTED` where the token was not routed, and (T,) float32
+    leads >= 0. A lead of 0 is a tie: the id is then the lowest of the tied ones.
+    """
+    first, margin = _first_and_margin(token_share(column, num_experts))
+    expert = np.where(is_token_routed(column), first, NOT_ROUTED)
+    return expert.astype(np.int16), margin.astype(np.float32)
+
+
+def dominant_cells(
+    column: ColumnTrace, num_experts: int, projection: int | None = None
+) -> DominantExperts:
+    """The dominant expert of every (token, layer).
+
+    projection: a place on the P axis; None takes the mean over all projections.
+    """
+    chosen = slice(None) if projection is None else slice(projection, projection + 1)
+    experts, weights, scores = distinct(
+        column.experts[:, :, chosen], column.weights[:, :, chosen], column.scores[:, :, chosen]
+    )
+    T, L = experts.shape[:2]
+    dominant = np.full((T, L), NOT_ROUTED, np.int16)
+    weight = np.zeros((T, L), np.float32)
+    is_tied = np.zeros((T, L), np.bool_)
+    step = max(1, _CELLS_PER_CHUNK // max(1, L * num_experts))
+    for start in range(0, T, step):
+        rows = slice(start, start + step)
+        total, count = _weight_sums(
+            experts[rows], weights[rows], axes=(0, 1), num_experts=num_experts
+        )
+        mean = total / np.maximum(count, 1)[..., None]
+        first, margin = _first_and_margin(mean)
+        dominant[rows] = np.where(count > 0, first, NOT_ROUTED)
+        weight[rows] = np.take_along_axis(mean, first[..., None], axis=-1)[..., 0]
+        is_tied[rows] = (margin <= TIE_MARGIN) & (count > 0)
+    full = (column.num_tokens, column.experts.shape[1])
+    return DominantExperts(
+        expert=np.broadcast_to(dominant, full),
+        weight=np.broadcast_to(weight, full),
+        score=np.broadcast_to(_mean_score(dominant, experts, scores), full),
+        is_tied=np.broadcast_to(is_tied, full),
+    )
+
+
+def mean_logprob(column: ColumnTrace) -> float:
+    """Mean log-probability of a column's answer tokens under its own model, in nats."""
+    return float(np.mean(column.logprob[column.part_slice("answer")]))
+
+
+def _mean_score(
+    expert: NDArray[np.int16], experts: NDArray[np.int16], scores: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """(T, L) float32: the mean score of each cell's expert where a projection selected it."""
+    has_score = (experts == expert[..., None, None]) & np.isfinite(scores)
+    num_scores = has_score.sum(axis=(2, 3))
+    total = np.where(has_score, scores, 0.0).sum(axis=(2, 3), dtype=np.float64)
+    mean = np.where(num_scores > 0, total / np.maximum(num_scores, 1), np.nan)
+    return mean.astype(np.float32)
+
+
+def _mean_weights(
+    experts: NDArray[np.int16], weights: NDArray[np.float32], *, axis: int, num_experts: int
+) -> NDArray[np.float32]:
+    """(n, E) float32 mean weights over the routed cells; n is 1 where the axis is constant."""
+    experts, weights = distinct(experts, weights)
+    total, count = _weight_sums(experts, weights, axes=(axis,), num_experts=num_experts)
+    return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
+
+
+def _weight_sums(
+    experts: NDArray[np.int16],
+    weights: NDArray[np.float32],
+    *,
+    axes: tuple[int, ...],
+    num_experts: int,
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Sum the weights per expert over all axes but `axes` (of T, L, P; K is always summed).
+
+    Returns (*kept, E) sums and (*kept,) counts of the (token, layer, projection) cells in which
+    any expert was used.
+    """
+    kept = tuple(experts.shape[axis] for axis in axes)
+    cell = np.zeros((1,) * 4, np.intp)
+    for axis in axes:
+        place = np.arange(experts.shape[axis]).reshape([-1 if a == axis else 1 for a in range(4)])
+        cell = cell * experts.shape[axis] + place
+    is_selected = experts != NOT_ROUTED
+    # Slots that are not routed weigh 0: any valid id will do for them.
+    key = cell * num_experts + np.where(is_selected, experts, 0)
+    size = int(np.prod(kept)) * num_experts
+    total: NDArray[np.float64] = np.bincount(
+        key.ravel(), weights=weights.ravel(), minlength=size
+    ).astype(np.float64, copy=False)
+    summed = tuple(axis for axis in range(3) if axis not in axes)
+    count: NDArray[np.intp] = np.count_nonzero(is_selected.any(axis=3), axis=summed)
+    return total.reshape(*kept, num_experts), count
+
+
+def _first_and_margin(share: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[Any]]:
+    """The index of the largest value on the last axis, and its lead over the second largest."""
+    if share.shape[-1] == 0:
+        return np.zeros(share.shape[:-1], np.intp), np.zeros(share.shape[:-1])
+    first = share.argmax(axis=-1)
+    largest = np.take_along_axis(share, first[..., None], axis=-1)[..., 0]
+    if share.shape[-1] == 1:
+        return first, largest
+    second = np.partition(share, -2, axis=-1)[..., -2]
+    return first, largest - second
