@@ -15,10 +15,8 @@ import numpy as np
 
 from spectr_demo.base.prompts import encode
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.evaluation.heldout import continue_texts
+from spectr_demo.evaluation.generation import routed_answers
 from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.evaluation.tasks import Example, get_task
 from spectr_demo.routing.routers import ROUTERS
@@ -107,18 +105,12 @@ def _continue(
     before: Sequence[tuple[list[int], list[int]]],
 ) -> list[str]:
     """What the router generates for a part of each pair."""
-    num_prompt = {(*prompt, *earlier): len(prompt) for prompt, earlier in before}
-
-    def plan(rows: list[list[int]]) -> RoutingPlan:
-        nums = [num_prompt[tuple(row)] for row in rows]
-        return engine.plan([router] * len(rows), rows, num_prompt=nums)
-
-    return continue_texts(
-        engine.model,
-        engine.tokenizer,
+    return routed_answers(
+        engine,
+        router,
         [[*prompt, *earlier] for prompt, earlier in before],
+        num_prompt=[len(prompt) for prompt, _ in before],
         max_new_tokens=max(get_task(pair.names[part]).max_new_tokens for pair in pairs),
-        around=lambda rows: routed(plan(rows)),
         description=f"{router.name}, part {part + 1}",
     )
 

@@ -33,11 +33,12 @@ from spectr_demo.evaluation import (
 )
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.compositional import LAYOUTS, Layout, compositional_scores, make_pairs
-from spectr_demo.evaluation.heldout import continue_texts, summarize
+from spectr_demo.evaluation.generation import continue_texts
 from spectr_demo.evaluation.merging import dare_merge, ties_merge
 from spectr_demo.evaluation.reading import Reading, Text, read
-from spectr_demo.evaluation.retrained import attach, read_retrained, retrained_test
-from spectr_demo.evaluation.stress import stress
+from spectr_demo.evaluation.robustness.retrained import attach, read_retrained, retrained_test
+from spectr_demo.evaluation.robustness.stress import stress
+from spectr_demo.evaluation.scores import NUM_RESAMPLES, summarize
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
 from spectr_demo.experts.adapters import Adapter
 from spectr_demo.routing.routers import ROUTERS, parse_router
@@ -46,7 +47,6 @@ from spectr_demo.trace import NOT_ROUTED
 RESAMPLING_SEED = 0
 MERGE_SEEDS = (0, 1, 2)
 EXAMPLES_AT_ONCE = 16  # a part of the results; more examples than before are new parts alone
-NUM_RESAMPLES = 2000
 CHAT_TOKENS = 40
 # The whole package: its page and charts too, which decide no number.
 _CODE = sorted(Path(__file__).resolve().parents[1].rglob("*.py"))

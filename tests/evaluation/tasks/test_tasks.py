@@ -26,11 +26,11 @@ from spectr_demo.evaluation.tasks import (
     sql,
     to_es,
 )
-from tests.evaluation.test_arpabet import made_up_words
-from tests.evaluation.test_category import GLOSSES
-from tests.evaluation.test_icd10 import FAR
-from tests.evaluation.test_sentiment import snippets
-from tests.evaluation.test_to_es import PAIRS
+from tests.evaluation.tasks.test_arpabet import made_up_words
+from tests.evaluation.tasks.test_category import GLOSSES
+from tests.evaluation.tasks.test_icd10 import FAR
+from tests.evaluation.tasks.test_sentiment import snippets
+from tests.evaluation.tasks.test_to_es import PAIRS
 
 # (book, modern, archaic), made for the tests: kjv's own texts would have to be fetched.
 VERSES = [

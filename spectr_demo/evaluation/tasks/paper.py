@@ -2,7 +2,8 @@
 
 A prompt is a question, its lettered options and `Answer:`; the answer is a letter. The wording is
 this project's own. Rows come from the Hub, or from files of the same columns: in the folder
-`SPECTR_PAPER_DATA`, `<name>/<split>.jsonl` or `<name>/<split>.parquet`.
+`SPECTR_PAPER_DATA`, `<name>/<split>.jsonl` or `<name>/<split>.parquet`. A routed model is scored on
+them in `evaluation/paper_scores.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from spectr_demo.evaluation.tasks import Example, Split, Task
-
-if TYPE_CHECKING:
-    from spectr_demo.engine.model import SpectrModel
-    from spectr_demo.evaluation.heldout import Score
+from spectr_demo.evaluation.tasks.task import Example, Split, Task
 
 Row = Mapping[str, Any]
 Question = tuple[str, Sequence[str], int]  # text, options, index of the right one
@@ -197,48 +194,6 @@ def score(answer: str, example: Example) -> float:
     """1.0 if the answer begins with the right letter, alone or before `)`, `.`, `:`; else 0.0."""
     letter = LETTER.match(answer.strip())
     return float(letter is not None and letter[1] == example.answer)
-
-
-def paper_scores(
-    engine: SpectrModel, routers: Sequence[str], num_examples: int = 500, seed: int = 0
-) -> dict[str, dict[str, Score]]:
-    """Accuracy by router and task, over the tasks that an expert of the engine is named after.
-
-    routers: as `parse_router` takes them; `single:{own}` is the expert of the task at hand.
-    num_examples: held-out questions a task. seed: of their choice, the same for every router.
-    Raises ValueError if no expert is named after a task, and what building a task raises.
-    """
-    # torch and transformers: not needed to build the tasks.
-    from spectr_demo.engine.layers import routed
-    from spectr_demo.evaluation.heldout import continue_texts, summarize
-    from spectr_demo.routing.routers import parse_router
-
-    names = [name for name in engine.library.names if name in PAPER_TASKS]
-    if not names:
-        raise ValueError(
-            f"the experts are {', '.join(engine.library.names) or 'none'}; at least one named "
-            f"after a task ({', '.join(PAPER_TASKS)}) was needed; rename one as NAME=SOURCE"
-        )
-    scores: dict[str, dict[str, Score]] = {router: {} for router in routers}
-    for name in names:
-        task = paper_task(name)
-        examples = task.build(seed).heldout[:num_examples]
-        for router in routers:
-            config = parse_router(router.format(own=name), engine.library.names)
-            answers = continue_texts(
-                engine.model,
-                engine.tokenizer,
-                [engine.encode(example.prompt) for example in examples],
-                max_new_tokens=task.max_new_tokens,
-                around=lambda rows, config=config: routed(  # type: ignore[misc]
-                    engine.plan([config] * len(rows), rows)
-                ),
-                description=f"{router}: {name}",
-            )
-            scores[router][name] = summarize(
-                [task.score(a, e) for a, e in zip(answers, examples, strict=True)]
-            )
-    return scores
 
 
 def _build(row: PaperTask, data_dir: str | Path | None, seed: int) -> Split:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectr_demo.evaluation.tasks import Example, Split, Task, get_task
+from spectr_demo.evaluation.tasks.task import Example, Split, Task
 
 FIELDS = ("prompt", "answer")
 SUFFIXES = (".jsonl", ".csv")
@@ -20,11 +20,6 @@ MAX_NEW_TOKENS = 256
 def is_file(name: str) -> bool:
     """Whether this names a user's file, not a task of the project."""
     return Path(name).suffix.lower() in SUFFIXES
-
-
-def find_task(name: str) -> Task:
-    """A task of the project by name, or that of a user's file by its path."""
-    return read_task(Path(name).expanduser()) if is_file(name) else get_task(name)
 
 
 def read_task(path: Path) -> Task:

@@ -16,11 +16,17 @@ from spectr_demo.config import RouterConfig
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.evaluation import stress as module
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Text
-from spectr_demo.evaluation.stress import METHODS, RANKS, SIGMAS, read_generic, stress
-from spectr_demo.evaluation.variants import SPECTR, GenericText, Variants, cut, with_noise
+from spectr_demo.evaluation.robustness import stress as module
+from spectr_demo.evaluation.robustness.stress import METHODS, RANKS, SIGMAS, read_generic, stress
+from spectr_demo.evaluation.robustness.variants import (
+    SPECTR,
+    GenericText,
+    Variants,
+    cut,
+    with_noise,
+)
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.context import EvidencePool
 from spectr_demo.routing.routers import ROUTERS, parse_router

@@ -1,20 +1,13 @@
-"""The nine formats on rows of the datasets' own columns; training, scores and errors on them."""
+"""The nine formats on rows of the datasets' own columns, and the errors of other rows."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
-from spectr_demo.__main__ import main
-from spectr_demo.base.loading import EMBEDDED_ID
-from spectr_demo.engine.model import SpectrModel
-from spectr_demo.evaluation.paper_tasks import PAPER_TASKS, paper_scores, paper_task
 from spectr_demo.evaluation.tasks import TASKS, get_task
-from spectr_demo.training import recipe as training
-from spectr_demo.training.recipe import PAPER_RECIPE, Recipe
-from tests.conftest import BuildModel, SaveExpert, tiny_llama
+from spectr_demo.evaluation.tasks.paper import PAPER_TASKS, paper_task
 
 # A row of each dataset, made for the tests, with all of its columns; what it asks and its answer.
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -195,90 +188,3 @@ def test_other_files_are_refused(data: Path, row: dict[str, Any], message: str) 
     save(data, "mrpc", "validation", [row])
     with pytest.raises(ValueError, match=message):
         get_task("mrpc").build(0)
-
-
-def test_scores_are_by_router_and_task(
-    data: Path, save_expert: SaveExpert, build_model: BuildModel
-) -> None:
-    engine = build_model([save_expert("mrpc", seed=5), save_expert("other", seed=6)])
-    routers = ["base", "single:{own}", "spectr-context"]
-    scores = paper_scores(engine, routers, num_examples=3)
-    assert list(scores) == routers
-    assert {name: row["mrpc"].num for name, row in scores.items()} == dict.fromkeys(routers, 3)
-
-
-def test_scores_need_an_expert_of_a_task(routed_model: SpectrModel) -> None:
-    with pytest.raises(ValueError, match="the experts are red, green, blue; at least one"):
-        paper_scores(routed_model, ["base"])
-
-
-def test_an_epoch_is_every_example_once() -> None:
-    assert (PAPER_RECIPE.rank, PAPER_RECIPE.alpha, PAPER_RECIPE.batch_size) == (8, 16, 8)
-    assert PAPER_RECIPE.num_steps(3668) == 459
-    assert Recipe().num_steps(3668) == 300
-    with pytest.raises(ValueError, match="epochs=0"):
-        Recipe(epochs=0)
-
-
-def test_the_default_recipes_run_folder_is_what_it_was_before_there_were_epochs() -> None:
-    assert json.dumps(Recipe().to_json()) == (
-        '{"steps": 300, "batch_size": 8, "learning_rate": 0.0005, "warmup_fraction": 0.06, '
-        '"rank": 8, "alpha": 16, "seed": 0}'
-    )
-
-
-def test_a_command_gives_its_recipe_again() -> None:
-    def options(**settings: Any) -> str:
-        return " ".join(training._options(EMBEDDED_ID, Recipe(**settings)))
-
-    paper = {"epochs": 1, "learning_rate": 1e-4}
-    assert options() == ""
-    assert options(steps=20, seed=3) == "--steps 20 --seed 3"
-    assert options(**paper) == "--recipe paper"
-    assert options(**paper, batch_size=2) == "--recipe paper --batch-size 2"
-    assert options(learning_rate=1e-4) == "--recipe paper --steps 300"
-    assert training._options("you/base", Recipe()) == ["--base you/base"]
-
-
-@pytest.mark.parametrize(
-    ("more", "steps", "length"),
-    [
-        (["--batch-size", "4"], 2, "epochs: 1, batches of 4 examples"),
-        (["--steps", "1"], 1, "1 steps of 8 examples"),
-    ],
-)
-def test_train_with_the_papers_recipe(
-    more: list[str],
-    steps: int,
-    length: str,
-    data: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("spectr_demo.training.recipe.cost.PROBE_SECONDS", 0.01)
-    base = tmp_path / "base"
-    tiny_llama(len(tokenizer)).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    taken = []
-    fit = training.AnswerTrainer.training_step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        taken.append(1)
-        return fit(*args, **kwargs)
-
-    monkeypatch.setattr(training.AnswerTrainer, "training_step", step)
-    command = ["train", "mrpc", "--base", str(base), "--recipe", "paper", *more]
-    command += ["--num-eval", "2", "--output", str(tmp_path), "--json"]
-    assert main(command) == 0
-    assert len(taken) == steps
-    record = json.loads(capsys.readouterr().out)["scores"]["mrpc"]
-    assert record["recipe"]["learning_rate"] == 1e-4
-    assert record["command"] == (
-        f"python -m spectr_demo train mrpc --base {base} --recipe paper {' '.join(more)}"
-    )
-    card = (tmp_path / "mrpc" / "README.md").read_text(encoding="utf-8")
-    assert length in card
-    assert "# MRPC: a LoRA expert for" in card
-    assert list(record["scores"]["expert"]) == ["all", "seen wording"]

@@ -23,7 +23,7 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Listening
 from spectr_demo.evaluation.reading import Text
-from spectr_demo.evaluation.variants import (
+from spectr_demo.evaluation.robustness.variants import (
     Experts,
     GenericText,
     Variants,

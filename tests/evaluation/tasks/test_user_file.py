@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spectr_demo.evaluation.user_file import find_task
+from spectr_demo.evaluation.tasks import find_task
 
 PAIRS = [(f"Double {i}.", str(2 * i)) for i in range(30)]
 

@@ -1,0 +1,1 @@
+"""When routing stops working: experts that are weak, alike, many, or trained again."""

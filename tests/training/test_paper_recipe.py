@@ -1,0 +1,101 @@
+"""The SpectR paper's recipe: epochs for steps, its command, its card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from spectr_demo.__main__ import main
+from spectr_demo.base.loading import EMBEDDED_ID
+from spectr_demo.training.expert import _options
+from spectr_demo.training.recipe import PAPER_RECIPE, Recipe
+from spectr_demo.training.trainer import AnswerTrainer
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MRPC: eight training rows and four held-out ones."""
+    folder = tmp_path / "data" / "mrpc"
+    folder.mkdir(parents=True)
+    rows = [
+        {"sentence1": f"It is {i}.", "sentence2": f"So it is {i % 3}.", "label": i % 2, "idx": i}
+        for i in range(12)
+    ]
+    for split, part in {"train": rows[:8], "validation": rows[8:]}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    monkeypatch.setenv("SPECTR_PAPER_DATA", str(folder.parent))
+
+
+def test_an_epoch_is_every_example_once() -> None:
+    assert (PAPER_RECIPE.rank, PAPER_RECIPE.alpha, PAPER_RECIPE.batch_size) == (8, 16, 8)
+    assert PAPER_RECIPE.num_steps(3668) == 459
+    assert Recipe().num_steps(3668) == 300
+    with pytest.raises(ValueError, match="epochs=0"):
+        Recipe(epochs=0)
+
+
+def test_the_default_recipes_run_folder_is_what_it_was_before_there_were_epochs() -> None:
+    assert json.dumps(Recipe().to_json()) == (
+        '{"steps": 300, "batch_size": 8, "learning_rate": 0.0005, "warmup_fraction": 0.06, '
+        '"rank": 8, "alpha": 16, "seed": 0}'
+    )
+
+
+def test_a_command_gives_its_recipe_again() -> None:
+    def options(**settings: Any) -> str:
+        return " ".join(_options(EMBEDDED_ID, Recipe(**settings)))
+
+    paper = {"epochs": 1, "learning_rate": 1e-4}
+    assert options() == ""
+    assert options(steps=20, seed=3) == "--steps 20 --seed 3"
+    assert options(**paper) == "--recipe paper"
+    assert options(**paper, batch_size=2) == "--recipe paper --batch-size 2"
+    assert options(learning_rate=1e-4) == "--recipe paper --steps 300"
+    assert _options("you/base", Recipe()) == ["--base you/base"]
+
+
+@pytest.mark.parametrize(
+    ("more", "steps", "length"),
+    [
+        (["--batch-size", "4"], 2, "epochs: 1, batches of 4 examples"),
+        (["--steps", "1"], 1, "1 steps of 8 examples"),
+    ],
+)
+def test_train_with_the_papers_recipe(
+    more: list[str],
+    steps: int,
+    length: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("spectr_demo.training.cost.PROBE_SECONDS", 0.01)
+    base = tmp_path / "base"
+    tiny_llama(len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    taken = []
+    fit = AnswerTrainer.training_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        taken.append(1)
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(AnswerTrainer, "training_step", step)
+    command = ["train", "mrpc", "--base", str(base), "--recipe", "paper", *more]
+    command += ["--num-eval", "2", "--output", str(tmp_path), "--json"]
+    assert main(command) == 0
+    assert len(taken) == steps
+    record = json.loads(capsys.readouterr().out)["scores"]["mrpc"]
+    assert record["recipe"]["learning_rate"] == 1e-4
+    assert record["command"] == (
+        f"python -m spectr_demo train mrpc --base {base} --recipe paper {' '.join(more)}"
+    )
+    card = (tmp_path / "mrpc" / "README.md").read_text(encoding="utf-8")
+    assert length in card
+    assert "# MRPC: a LoRA expert for" in card
+    assert list(record["scores"]["expert"]) == ["all", "seen wording"]
