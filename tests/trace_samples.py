@@ -1,6 +1,7 @@
 """Made-up traces that look like real ones, for the tests of the trace and of the charts."""
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,19 @@ def count(rows):
 
 Suppose 12 months with 31 people each: $12 \\times 31 = 372$, so the answer is 372 people. \
 日本語 also works 🙂, as does é̂."""
+
+# Two tokens are routed, the third was never read. Layer 1 has no expert on projection 1.
+#        token 0: layer 0, layer 1             token 1: layer 0, layer 1
+EXPERTS = [
+    [[[0, 1], [0, 2]], [[1, 0], [NOT_ROUTED, NOT_ROUTED]]],
+    [[[2, 0], [2, 1]], [[2, 1], [NOT_ROUTED, NOT_ROUTED]]],
+    [[[NOT_ROUTED, NOT_ROUTED]] * 2] * 2,
+]
+WEIGHTS = [
+    [[[0.75, 0.25], [0.5, 0.5]], [[0.5, 0.5], [0, 0]]],
+    [[[1.0, 0.0], [0.5, 0.5]], [[0.75, 0.25], [0, 0]]],
+    [[[0.0, 0.0]] * 2] * 2,
+]
 
 _TOKEN = re.compile(r"<\|\w+\|>|\n+|[ \t]+(?=\s)| ?[^\W\d_]{1,7}|\d| ?[^\w\s]{1,3}|\s|.")
 
@@ -124,3 +138,39 @@ def _column(
         entropy=entropy,
         kl=kl,
     )
+
+
+def make_column(
+    experts: Any, weights: Any, /, *, label: str = "spectr", **changes: Any
+) -> ColumnTrace:
+    """A column around (T, L, P, K) experts and weights; scores are ten times the weights."""
+    experts = np.asarray(experts, np.int16)
+    weights = np.asarray(weights, np.float32)
+    T = len(experts)
+    undefined = np.full(T, np.nan, np.float32)
+    fields: dict[str, Any] = {
+        "label": label,
+        "router": {"name": "spectr"},
+        "token_ids": np.arange(T, dtype=np.int32),
+        "tokens": tuple("abcdefghij"[t % 10] for t in range(T)),
+        "spans": np.stack([np.arange(T), np.arange(T) + 1], axis=1).astype(np.int32),
+        "num_prompt": min(1, T),
+        "experts": experts,
+        "weights": weights,
+        "scores": np.where(experts == NOT_ROUTED, np.nan, 10 * weights).astype(np.float32),
+        "logprob": undefined,
+        "entropy": undefined,
+        "kl": undefined,
+    }
+    return ColumnTrace(**fields | changes)
+
+
+def make_trace(*columns: ColumnTrace, num_experts: int = 3, **changes: Any) -> RoutingTrace:
+    L, P = columns[0].experts.shape[1:3] if columns else (1, 1)
+    fields: dict[str, Any] = {
+        "expert_names": tuple(f"expert-{e}" for e in range(num_experts)),
+        "projections": tuple(f"proj-{p}" for p in range(P)),
+        "num_layers": L,
+        "columns": columns,
+    }
+    return RoutingTrace(**fields | changes)

@@ -1,0 +1,230 @@
+"""The statistics of a trace, by hand and by property."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectr_demo.trace import NOT_ROUTED, RoutingTrace
+from tests.trace_samples import EXPERTS, WEIGHTS, make_column, make_trace, sample_trace
+
+NONE = NOT_ROUTED
+
+
+@pytest.fixture
+def tiny() -> RoutingTrace:
+    return make_trace(make_column(EXPERTS, WEIGHTS))
+
+
+def test_token_share_is_the_mean_over_routed_layers_and_projections(tiny: RoutingTrace) -> None:
+    # Three cells are routed: token 0 gives expert 0 (0.75 + 0.5 + 0.5) / 3.
+    expected = [[1.75 / 3, 0.75 / 3, 0.5 / 3], [0, 0.75 / 3, 2.25 / 3], [0, 0, 0]]
+    np.testing.assert_allclose(tiny.token_share("spectr"), expected, rtol=1e-6)
+
+
+def test_layer_share_is_the_mean_over_routed_tokens_and_projections(tiny: RoutingTrace) -> None:
+    expected = [[1.25 / 4, 0.75 / 4, 2.0 / 4], [0.5 / 2, 0.75 / 2, 0.75 / 2]]
+    np.testing.assert_allclose(tiny.layer_share("spectr"), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        tiny.layer_share("spectr", "prompt"), [[1.25 / 2, 0.25 / 2, 0.5 / 2], [0.5, 0.5, 0]]
+    )
+
+
+def test_share_of_the_parts_leaves_out_tokens_that_were_not_read(tiny: RoutingTrace) -> None:
+    np.testing.assert_allclose(tiny.share("spectr", "prompt"), [1.75 / 3, 0.75 / 3, 0.5 / 3])
+    np.testing.assert_allclose(tiny.share("spectr", "answer"), [0, 0.25, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(tiny.share("spectr"), [1.75 / 6, 1.5 / 6, 2.75 / 6], rtol=1e-6)
+
+
+def test_share_of_an_empty_answer_is_zero() -> None:
+    trace = make_trace(make_column(EXPERTS, WEIGHTS, num_prompt=3))
+    assert trace.share("spectr", "answer").tolist() == [0, 0, 0]
+    assert trace.layer_share("spectr", "answer").tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_dominant_tokens_and_margins(tiny: RoutingTrace) -> None:
+    expert, margin = tiny.dominant_tokens("spectr")
+    assert expert.tolist() == [0, 2, NONE]
+    np.testing.assert_allclose(margin, [1.0 / 3, 1.5 / 3, 0], rtol=1e-6)
+
+
+def test_dominant_cells_over_all_projections(tiny: RoutingTrace) -> None:
+    cells = tiny.dominant_cells("spectr")
+    assert cells.expert.tolist() == [[0, 0], [2, 2], [NONE, NONE]]
+    np.testing.assert_allclose(cells.weight, [[0.625, 0.5], [0.75, 0.75], [0, 0]])
+    # The score is the mean over the projections that selected the expert: (7.5 + 5) / 2.
+    np.testing.assert_allclose(cells.score, [[6.25, 5], [7.5, 7.5], [np.nan, np.nan]])
+    assert cells.is_tied.tolist() == [[False, True], [False, False], [False, False]]
+
+
+def test_dominant_cells_of_one_projection(tiny: RoutingTrace) -> None:
+    cells = tiny.dominant_cells("spectr", "proj-1")
+    assert cells.expert.tolist() == [[0, NONE], [1, NONE], [NONE, NONE]]
+    assert cells.is_tied.tolist() == [[True, False], [True, False], [False, False]]
+    with pytest.raises(
+        ValueError, match="unknown projection 'proj-9'; there is 'proj-0', 'proj-1'"
+    ):
+        tiny.dominant_cells("spectr", "proj-9")
+
+
+def test_dominant_cells_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = sample_trace(30)
+    whole = trace.dominant_cells("spectr")
+    monkeypatch.setattr("spectr_demo.trace.statistics._CELLS_PER_CHUNK", 1)
+    pieces = trace.dominant_cells("spectr")
+    np.testing.assert_array_equal(whole.expert, pieces.expert)
+    np.testing.assert_array_equal(whole.weight, pieces.weight)
+
+
+def test_mean_logprob_is_that_of_the_answer() -> None:
+    logprob = np.array([np.nan, -1.0, -4.0], np.float32)
+    trace = make_trace(make_column(EXPERTS, WEIGHTS, num_prompt=1, logprob=logprob))
+    assert trace.mean_logprob("spectr") == -2.5
+
+
+def test_smoothed_share_is_a_moving_average_of_the_routed_tokens() -> None:
+    experts = np.array([0, 1, 1, NONE, 0]).reshape(5, 1, 1, 1)
+    trace = make_trace(make_column(experts, experts != NONE), num_experts=2)
+    smooth = trace.smoothed_share("spectr", 3)
+    np.testing.assert_allclose(smooth[:, 0], [1 / 2, 1 / 3, 0, 1 / 2, 1], atol=1e-7)
+    np.testing.assert_allclose(smooth.sum(axis=1), 1)
+    np.testing.assert_array_equal(trace.smoothed_share("spectr", 1), trace.token_share("spectr"))
+    # An even window looks one token further back than ahead.
+    np.testing.assert_allclose(trace.smoothed_share("spectr", 2)[:, 0], [1, 1 / 2, 0, 0, 1])
+    with pytest.raises(ValueError, match="window is 0"):
+        trace.smoothed_share("spectr", 0)
+
+
+def test_a_base_column_has_no_share() -> None:
+    trace = sample_trace(20)
+    column = trace.column("base")
+    assert not column.is_routed
+    assert trace.column("spectr").is_routed
+    assert not trace.token_share("base").any()
+    assert not trace.share("base").any()
+    assert (trace.dominant_tokens("base")[0] == NONE).all()
+    assert (trace.dominant_cells("base").expert == NONE).all()
+
+
+def test_broadcast_views_have_the_statistics_of_full_arrays() -> None:
+    views = sample_trace(25)
+    full = make_trace(
+        *(
+            make_column(
+                np.ascontiguousarray(c.experts),
+                np.ascontiguousarray(c.weights),
+                label=c.label,
+                num_prompt=c.num_prompt,
+            )
+            for c in views.columns
+        ),
+        expert_names=views.expert_names,
+        projections=views.projections,
+    )
+    for label in views.labels:
+        np.testing.assert_allclose(views.token_share(label), full.token_share(label), atol=1e-6)
+        np.testing.assert_allclose(views.layer_share(label), full.layer_share(label), atol=1e-6)
+        np.testing.assert_array_equal(
+            views.dominant_cells(label).expert, full.dominant_cells(label).expert
+        )
+
+
+def test_a_constant_router_over_a_thousand_experts_is_not_expanded() -> None:
+    # 1000 * 30 * 7 * 1000 slots: expanded, the three arrays would take 2 GB.
+    shape = (1000, 30, 7, 1000)
+    column = make_column(
+        np.zeros((1000, 1, 1, 1)),
+        np.ones((1000, 1, 1, 1)),
+        experts=np.broadcast_to(np.arange(1000, dtype=np.int16), shape),
+        weights=np.broadcast_to(np.float32(1e-3), shape),
+        scores=np.broadcast_to(np.float32(np.nan), shape),
+    )
+    trace = make_trace(column, num_experts=1000)
+    np.testing.assert_allclose(trace.share("spectr"), 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(trace.layer_share("spectr"), 1e-3, rtol=1e-5)
+    assert trace.dominant_cells("spectr").is_tied.all()
+
+
+def lines_run(function: Callable[[], object]) -> int:
+    """How many lines of Python a call runs in the package; numpy's loops are not among them."""
+    num_lines = 0
+
+    def count(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal num_lines
+        is_ours = frame.f_globals.get("__name__", "").startswith("spectr_demo.")
+        num_lines += is_ours and event == "line"
+        return count if is_ours else None
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return num_lines
+
+
+@pytest.mark.parametrize("name", ["token_share", "layer_share", "dominant_cells", "smoothed_share"])
+def test_no_statistic_loops_over_tokens_or_layers_in_python(name: str) -> None:
+    options = {"window": 9} if name == "smoothed_share" else {}
+    small, more_tokens, more_layers = (
+        getattr(sample_trace(num_tokens, num_layers=num_layers, top_k=4), name)
+        for num_tokens, num_layers in ((30, 3), (300, 3), (30, 30))
+    )
+    work = lines_run(lambda: small("spectr", **options))
+    assert 0 < work < 200
+    assert lines_run(lambda: more_tokens("spectr", **options)) == work
+    assert lines_run(lambda: more_layers("spectr", **options)) == work
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """(T, L, P, K) experts without repeats in a cell, weights that sum to 1 or 0, and E."""
+    T, L, P = (draw(st.integers(1, 4)) for _ in range(3))
+    E = draw(st.integers(1, 6))
+    K = draw(st.integers(1, E))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    experts = rng.random((T, L, P, E)).argsort(axis=-1)[..., :K]
+    weights = rng.dirichlet(np.ones(K), (T, L, P))
+    is_routed = rng.random((T, L, P, 1)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return np.where(is_routed, experts, NONE), np.where(is_routed, weights, 0.0), E
+
+
+@given(routings())
+def test_shares_are_a_distribution_wherever_something_was_routed(
+    routing: tuple[np.ndarray, np.ndarray, int],
+) -> None:
+    experts, weights, E = routing
+    trace = make_trace(make_column(experts, weights), num_experts=E)
+    is_routed = (experts != NONE).any(axis=-1)
+    shares = {
+        "token": (trace.token_share("spectr"), is_routed.any(axis=(1, 2))),
+        "layer": (trace.layer_share("spectr"), is_routed.any(axis=(0, 2))),
+        "all": (trace.share("spectr")[None], is_routed.any()[None]),
+    }
+    for name, (share, expected) in shares.items():
+        assert (share >= 0).all(), name
+        np.testing.assert_allclose(share.sum(axis=-1), expected, atol=1e-5, err_msg=name)
+    smooth = trace.smoothed_share("spectr", 3)
+    assert (smooth >= 0).all()
+    assert (smooth.sum(axis=-1) <= 1 + 1e-5).all()
+
+
+@given(routings(), st.randoms(use_true_random=False))
+def test_permuting_experts_permutes_shares(
+    routing: tuple[np.ndarray, np.ndarray, int], random: Any
+) -> None:
+    experts, weights, E = routing
+    new_ids = np.array(random.sample(range(E), E))
+    moved = np.where(experts == NONE, NONE, new_ids[experts])
+    before = make_trace(make_column(experts, weights), num_experts=E)
+    after = make_trace(make_column(moved, weights), num_experts=E)
+    for share in (RoutingTrace.token_share, RoutingTrace.layer_share, RoutingTrace.share):
+        np.testing.assert_allclose(
+            share(after, "spectr")[..., new_ids], share(before, "spectr"), atol=1e-6
+        )
