@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,17 @@ CASES = (
 )
 # The machines of docs/performance.md, and how the names of their JSON files end.
 MACHINES = {"amx": "", "avx512_bf16": "_bfloat16", "avx2": "_float32"}
+
+# The parts of a later start; older files lack some.
+STARTUP = {
+    "page_s": "later start, to the page",
+    "import_s": "imports in it",
+    "answer_s": "later start, from the process to the first token of an answer",
+    "base_s": "the base in it",
+    "experts_s": "the experts in it",
+    "calibrate_s": "the calibration in it",
+    "token_s": "the prompt in it",
+}
 
 Row = Mapping[str, Any]
 
@@ -179,18 +191,11 @@ def costs_table(machine: str) -> str:
         memory = f"{row['memory_MB']:,.0f} MB, {row['of_files']:.2f} of the files"
         loaded = f"{memory}; loaded in {row['load_s']:.2g} s"
         rows.append([f"library of {row['experts']:,}", loaded])
-    starts = rows_of("startup", machine)
-    later = sorted(row["page_s"] for row in starts[1:])
-    rows.append(["first start, up to the page", f"{starts[0]['page_s']:.0f} s"])
-    rows.append(["later starts, up to the page", f"{later[0]:.1f} to {later[-1]:.1f} s"])
-    imports = [row["import_s"] for row in starts[1:]]
-    rows.append(["of it imports", f"{min(imports):.1f} to {max(imports):.1f} s"])
-    if "answer_s" in starts[0]:
-        parts = ("answer", "base", "experts", "calibrate", "token")
-        names = ("process start to first token", "of it base", "experts", "calibration", "prompt")
-        for part, name in zip(parts, names, strict=True):
-            values = [row[f"{part}_s"] for row in starts[1:]]
-            rows.append([f"later starts: {name}", f"{min(values):.1f} to {max(values):.1f} s"])
+    first, *later = rows_of("startup", machine)
+    rows.append(["first start, to the page", f"{first['page_s']:.0f} s"])
+    for key, name in STARTUP.items():
+        if key in first:
+            rows.append([name, f"{median(row[key] for row in later):.1f} s"])
     return markdown(["what", "measured"], rows)
 
 
