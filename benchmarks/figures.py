@@ -6,14 +6,12 @@ Reads `benchmarks/results/decode.json`, writes `docs/figures/decode.svg`. Needs 
 kaleido` and a Chrome or Chromium.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from tables import ROOT, rows_of
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+FIGURES = ROOT / "docs" / "figures"
 LAYOUT = {
     "template": "plotly_white",
     "font": {"family": "sans-serif", "size": 14},
@@ -22,14 +20,10 @@ LAYOUT = {
 }
 
 
-def results(name: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))["results"]
-
-
 def decode_figure() -> go.Figure:
     figure = go.Figure()
     by_number: dict[int, list[dict[str, Any]]] = {}
-    for row in results("decode.json"):
+    for row in rows_of("decode", "amx"):
         by_number.setdefault(row["experts"], []).append(row)
     for (num, rows), color in zip(by_number.items(), ("#4C78A8", "#F58518"), strict=True):
         figure.add_bar(

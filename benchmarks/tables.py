@@ -58,6 +58,7 @@ STARTUP = {
     "page_s": "later start, to the page",
     "import_s": "imports in it",
     "answer_s": "later start, from the process to the first token of an answer",
+    "load_s": "the base in it",
     "base_s": "the base in it",
     "experts_s": "the experts in it",
     "calibrate_s": "the calibration in it",
