@@ -9,19 +9,26 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from spectr_demo.charts import expert_colors, trace_colors
-from spectr_demo.config import RouterConfig
+from spectr_demo.config import DEFAULT_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.experts import inspection
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.routers import ROUTERS
-from spectr_demo.trace import NOT_ROUTED, RoutingTrace
+from spectr_demo.trace import NOT_ROUTED, TIE_MARGIN, RoutingTrace
 from spectr_demo.ui.run import Frame
 
 MAX_CHIPS = 24
 MAX_CHECKED = 100  # experts whose pairs are compared when the page is made: a second's work
 # Colour behind an answer's token, in percent, by its expert's lead over the second.
 _WEAKEST, _STRONGEST, _STEP = 14, 44, 6
+# The columns that are ticked when the page opens, in a few words each.
+_IN_SHORT = {
+    "base": "no expert",
+    "uniform": "all experts at once",
+    "spectr-paper": "each token its own",
+    "spectr-context": "each token its own, by the text so far",
+}
 
 
 def header(model: SpectrModel) -> str:
@@ -64,17 +71,13 @@ def _warnings(library: ExpertLibrary) -> str:
 def placeholder() -> str:
     """What stands in the answers' place before the first run."""
     ghosts = "".join(
-        f'<article class="answer is-ghost"><header><h3>{title}</h3><p>{what}</p></header>'
+        f'<article class="answer is-ghost"><header><h3>{ROUTERS[name].display_name}</h3>'
+        f"<p>{_IN_SHORT[name]}</p></header>"
         '<div class="line"></div><div class="line"></div><div class="line"></div></article>'
-        for title, what in (
-            ("Single expert", "always the same one"),
-            ("Uniform merge", "all experts at once"),
-            ("SpectR (paper)", "each token its own"),
-            ("SpectR in context", "each token its own, by the text so far"),
-        )
+        for name in DEFAULT_COLUMNS
     )
     return (
-        f'<div class="answers" style="--n:4">{ghosts}</div>'
+        f'<div class="answers" style="--n:{len(DEFAULT_COLUMNS)}">{ghosts}</div>'
         '<p class="hint">The answers will be written here, side by side, each token on the colour '
         "of the expert that served it. Charts of the routing follow below.</p>"
     )
@@ -171,7 +174,7 @@ def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str,
             break  # an end token, which has no text; or text that only settles with the next one
         done += len(piece)
         style = ""
-        if expert[t] != NOT_ROUTED and margin[t] > 1e-6:
+        if expert[t] != NOT_ROUTED and margin[t] > TIE_MARGIN:
             strength = _WEAKEST + (_STRONGEST - _WEAKEST) * float(np.sqrt(min(1.0, margin[t])))
             color = colors[trace.expert_names[expert[t]]]
             style = f"--c:{color};--a:{round(strength / _STEP) * _STEP}%"

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from spectr_demo.config import DEFAULT_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.report import conditions, load_results, overview_table
 from spectr_demo.routing.routers import ROUTERS
@@ -12,8 +13,6 @@ from spectr_demo.ui import cards
 from spectr_demo.ui.examples import Example
 from spectr_demo.ui.figures import ALL_PROJECTIONS
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, MIN_COLUMNS
-
-DEFAULT_COLUMNS = ("single", "uniform", "spectr-paper", "spectr-context")
 
 
 @dataclass(frozen=True, kw_only=True)

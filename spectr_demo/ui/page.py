@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from spectr_demo.config import DEFAULT_ROUTER
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.trace import RoutingTrace
@@ -121,7 +122,7 @@ class _Runner:
             return updates
         # A chart loses its zoom at every change, so charts are drawn once, when all is known.
         labels = frame.trace.labels
-        chosen = "spectr" if "spectr" in labels else labels[-1]
+        chosen = DEFAULT_ROUTER if DEFAULT_ROUTER in labels else labels[-1]
         titles = map(cards.title, frame.routers)
         plots = figures.draw(frame.trace, chosen, ALL_PROJECTIONS, view)
         charts: Updates = {

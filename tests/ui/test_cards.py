@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from spectr_demo.charts import expert_colors
-from spectr_demo.config import RouterConfig
+from spectr_demo.config import DEFAULT_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
-from spectr_demo.routing.routers import parse_router
+from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui import cards
 from spectr_demo.ui.run import Frame
@@ -128,3 +128,8 @@ def test_the_header_says_what_is_loaded(routed_model: SpectrModel) -> None:
         assert fact in html
     for color in expert_colors(routed_model.library.names).values():
         assert color in html
+
+
+def test_the_first_page_shows_the_columns_that_are_ticked() -> None:
+    titles = re.findall(r"<h3>(.*?)</h3>", cards.placeholder())
+    assert titles == [ROUTERS[name].display_name for name in DEFAULT_COLUMNS]
