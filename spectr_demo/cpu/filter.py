@@ -1,10 +1,8 @@
-"""One token on a CPU: a compiled loop where torch would make a chain of calls.
+"""The experts that LAG's filter keeps for one token, found by reading a part of their factors.
 
-One token needs little arithmetic, but between the base's products each call of torch costs 10 to
-40 us whatever it computes (docs/performance.md). These functions do for one token what `routing`,
-`pooling` and `bank` do for any number in torch, to rounding; both ways are tested against each
-other. `multiply` is what all products with a few tokens come down to, the base's too where torch is
-slower (`token_linear`). Axes: R rows, P projections of a bank, E experts, K selected, r rank.
+The first row of each expert's A* is its arrow. All arrows are read in 8 bits; their factors are
+read only where 8 bits leave open which experts are among the best. Axes: R rows, P projections of a
+bank, E experts, F of them kept, r rank.
 """
 
 from typing import NamedTuple
@@ -14,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectr_demo.cpu.numbers import Floats, Ids, Stored, _compiled, _floats_at
-from spectr_demo.cpu.products import Team, _share, _share_dots
+from spectr_demo.cpu.numbers import Floats, Ids, Stored, compiled, floats_at
+from spectr_demo.cpu.products import Team, share, share_dots
 
 
-@_compiled
+@compiled
 def best(values: Floats, num: int) -> Ids:
     """(num,) places of the largest of values (E,), the largest first; of equals the first."""
     places = np.zeros(num, np.int64)
@@ -60,18 +58,18 @@ class Arrows(NamedTuple):
         return cls(values.to(torch.int8).numpy(), scales[:, 0].numpy(), errors.numpy())
 
 
-@_compiled
+@compiled
 def keep(
     kept: Ids, x: int, is_bfloat16: bool, A: Stored, arrows: Arrows, rank: int, team: Team
 ) -> None:
     """kept (R, P, F) = places of the experts with the longest first entries of `z = A* x`, for x
     (R, 1, D_in) and A (P * E * r, D_in). A is read where the arrows leave it open."""
     (R, P, num_kept), D = kept.shape, A.shape[1]
-    tokens = _floats_at(x, is_bfloat16, R, D)
+    tokens = floats_at(x, is_bfloat16, R, D)
     E = len(arrows.scales) // P
     about = np.empty((R, P * E), np.float32)
     arrow, scale = arrows.values.ctypes.data, arrows.scales.ctypes.data
-    _share(about, tokens, arrow, 1, scale, P * E, team)
+    share(about, tokens, arrow, 1, scale, P * E, team)
     surely, lengths = np.empty(E, np.float32), np.empty(P * E, np.float32)
     candidates, starts = np.empty(P * E, np.int64), np.empty(P * E, np.int64)
     ends = np.zeros(P + 1, np.int64)
@@ -91,7 +89,7 @@ def keep(
                 candidates[count], starts[count] = e, i * rank
                 count += 1
             ends[p + 1] = count
-        _share_dots(lengths[:count], A, starts[:count], tokens[row], team)
+        share_dots(lengths[:count], A, starts[:count], tokens[row], team)
         for p in range(P):
             of_layer = np.abs(lengths[ends[p] : ends[p + 1]])
             longest = best(of_layer, num_kept)
@@ -99,17 +97,17 @@ def keep(
                 kept[row, p, f] = candidates[ends[p] + longest[f]]
 
 
-@_compiled
+@compiled
 def project_chosen(
     z: Floats, x: int, is_bfloat16: bool, A: Stored, kept: Ids, num_experts: int, team: Team
 ) -> None:
     """`z = A* x` of a few experts: z (R, P, F, r), x (R, 1, D_in), A (P * E * r, D_in); kept
     (R, P, F): their places in the bank."""
     R, P, F, rank = z.shape
-    tokens, rows = _floats_at(x, is_bfloat16, R, A.shape[1]), np.empty((P, F, rank), np.int64)
+    tokens, rows = floats_at(x, is_bfloat16, R, A.shape[1]), np.empty((P, F, rank), np.int64)
     for row in range(R):
         for p in range(P):
             for f in range(F):
                 for i in range(rank):
                     rows[p, f, i] = (p * num_experts + kept[row, p, f]) * rank + i
-        _share_dots(z[row].reshape(-1), A, rows.reshape(-1), tokens[row], team)
+        share_dots(z[row].reshape(-1), A, rows.reshape(-1), tokens[row], team)

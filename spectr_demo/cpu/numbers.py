@@ -1,10 +1,7 @@
-"""One token on a CPU: a compiled loop where torch would make a chain of calls.
+"""What compiled code is made of: the compiler's settings, tensors by their address, bfloat16.
 
-One token needs little arithmetic, but between the base's products each call of torch costs 10 to
-40 us whatever it computes (docs/performance.md). These functions do for one token what `routing`,
-`pooling` and `bank` do for any number in torch, to rounding; both ways are tested against each
-other. `multiply` is what all products with a few tokens come down to, the base's too where torch is
-slower (`token_linear`). Axes: R rows, P projections of a bank, E experts, K selected, r rank.
+numba does not know bfloat16. Such values are kept as uint16, their bits: bfloat16 is the upper half
+of a float32.
 """
 
 from collections.abc import Callable
@@ -25,13 +22,13 @@ Ids = NDArray[np.int64]
 Stored = NDArray[Any]
 
 # Sums may be reordered, which lets them run in vectors; infinities keep their meaning.
-_FASTMATH = {"reassoc", "contract", "nsz"}
+FASTMATH = {"reassoc", "contract", "nsz"}
 _LINE_BYTES = 64
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=_FASTMATH)(function)
+def compiled(function: Callable[..., Any]) -> Any:
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
     with suppress(RuntimeError):  # no folder can be written: compiled anew at each start
         dispatcher.enable_caching()
     return dispatcher
@@ -44,19 +41,19 @@ def stored(values: Tensor) -> Stored:
     return values.numpy()
 
 
-def _as_float(value):  # type: ignore[no-untyped-def]
+def as_float(value):  # type: ignore[no-untyped-def]
     raise NotImplementedError("in compiled code only")
 
 
-@overload(_as_float, inline="always")
+@overload(as_float, inline="always")
 def _as_float_of(value):  # type: ignore[no-untyped-def]
     if isinstance(value, numba.types.Integer):  # bfloat16 is the upper half of a float32
         return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
     return lambda value: value
 
 
-@_compiled
-def _rounded_bits(value: Any) -> Any:
+@compiled
+def rounded_bits(value: Any) -> Any:
     """Those of a number rounded to bfloat16: the upper half of a float32's."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16(
@@ -71,33 +68,33 @@ def _to_pointer(typing_context, address):  # type: ignore[no-untyped-def]
     return numba.types.voidptr(numba.types.int64), build
 
 
-_pointer: Any = intrinsic(_to_pointer)
+pointer: Any = intrinsic(_to_pointer)
 
 
-@_compiled
-def _floats_at(x: int, is_bfloat16: bool, num_rows: int, size: int) -> Floats:
+@compiled
+def floats_at(x: int, is_bfloat16: bool, num_rows: int, size: int) -> Floats:
     """(R, D) float32: a copy of what a tensor has at this address, in float32 or bfloat16."""
     values, num = np.empty((num_rows, size), np.float32), num_rows * size
     flat = values.reshape(num)
     if is_bfloat16:
-        bits = numba.carray(_pointer(x), num, np.uint16)
+        bits = numba.carray(pointer(x), num, np.uint16)
         for i in range(num):
-            flat[i] = _as_float(bits[i])
+            flat[i] = as_float(bits[i])
     else:
-        flat[:] = numba.carray(_pointer(x), num, np.float32)
+        flat[:] = numba.carray(pointer(x), num, np.float32)
     return values
 
 
-@_compiled
-def _add_at(y: int, is_bfloat16: bool, row: int, delta: Floats) -> None:
+@compiled
+def add_values_at(y: int, is_bfloat16: bool, row: int, delta: Floats) -> None:
     """`y[row] += delta` (D,) in a tensor (R, D) at this address, rounded once."""
     num = len(delta)
     if is_bfloat16:
-        bits = numba.carray(_pointer(y + 2 * row * num), num, np.uint16)
+        bits = numba.carray(pointer(y + 2 * row * num), num, np.uint16)
         for d in range(num):
-            bits[d] = _rounded_bits(_as_float(bits[d]) + delta[d])
+            bits[d] = rounded_bits(as_float(bits[d]) + delta[d])
     else:
-        values = numba.carray(_pointer(y + 4 * row * num), num, np.float32)
+        values = numba.carray(pointer(y + 4 * row * num), num, np.float32)
         for d in range(num):
             values[d] += delta[d]
 
@@ -118,7 +115,7 @@ def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
     return numba.types.void(numba.types.uintp), build
 
 
-@_compiled
-def _ask_for(address: int, num_bytes: int) -> None:
+@compiled
+def ask_for(address: int, num_bytes: int) -> None:
     for line in range(0, num_bytes, _LINE_BYTES):
         _prefetch(address + line)  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""How much memory there is, tensors that need not be in it, and where layers compute."""
+"""Memory that is cheap to have: kept when freed, in large pages, or mapped from a file."""
 
 import ctypes
 import mmap

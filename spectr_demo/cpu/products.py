@@ -1,10 +1,8 @@
-"""One token on a CPU: a compiled loop where torch would make a chain of calls.
+"""Products of a few tokens with a matrix, by all of torch's threads.
 
-One token needs little arithmetic, but between the base's products each call of torch costs 10 to
-40 us whatever it computes (docs/performance.md). These functions do for one token what `routing`,
-`pooling` and `bank` do for any number in torch, to rounding; both ways are tested against each
-other. `multiply` is what all products with a few tokens come down to, the base's too where torch is
-slower (`token_linear`). Axes: R rows, P projections of a bank, E experts, K selected, r rank.
+torch's own products read a matrix at a third of the speed of memory where tokens are few. These
+read it in the order in which it lies there. A row of the result does not depend on the other rows,
+not even in rounding. Axes: R tokens, N rows of a matrix, D values of a row.
 """
 
 from collections.abc import Callable
@@ -21,45 +19,45 @@ from torch import Tensor
 
 from spectr_demo.cpu import threads
 from spectr_demo.cpu.numbers import (
-    _FASTMATH,
+    FASTMATH,
     Floats,
     Ids,
     Stored,
-    _as_float,
-    _ask_for,
-    _compiled,
-    _pointer,
-    _rounded_bits,
+    as_float,
+    ask_for,
+    compiled,
+    pointer,
+    rounded_bits,
 )
 
 _BLOCK_BYTES, _TOKEN_BYTES = 1 << 17, 1 << 13
 _VALUES_OF_A_THREAD = 1 << 15
 _BYTES_AHEAD = 1 << 14
-_ROWS_AHEAD = 8
+ROWS_AHEAD = 8
 
 
-@_compiled
+@compiled
 def _dots(values: Floats, A: Stored, rows: Ids, token: Floats) -> None:
     """`values = A[rows] token`: values and rows (N,), A (., D) with its rows one after another,
     token (D,). Rows from anywhere in memory are waited for, so four are read at a time, past the
     end the last one again, and asked for some rows before."""
     last, num_bytes = len(rows) - 1, A.shape[1] * A.itemsize
     for n in range(0, len(rows), 4):
-        for ahead in range(0 if n == 0 else n + _ROWS_AHEAD, min(n + _ROWS_AHEAD + 4, last + 1)):
-            _ask_for(A.ctypes.data + rows[ahead] * num_bytes, num_bytes)
+        for ahead in range(0 if n == 0 else n + ROWS_AHEAD, min(n + ROWS_AHEAD + 4, last + 1)):
+            ask_for(A.ctypes.data + rows[ahead] * num_bytes, num_bytes)
         second, third, fourth = min(n + 1, last), min(n + 2, last), min(n + 3, last)
         A_0, A_1, A_2, A_3 = A[rows[n]], A[rows[second]], A[rows[third]], A[rows[fourth]]
         sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
         for d in range(len(token)):
             value = token[d]
-            sum_0 += _as_float(A_0[d]) * value
-            sum_1 += _as_float(A_1[d]) * value
-            sum_2 += _as_float(A_2[d]) * value
-            sum_3 += _as_float(A_3[d]) * value
+            sum_0 += as_float(A_0[d]) * value
+            sum_1 += as_float(A_1[d]) * value
+            sum_2 += as_float(A_2[d]) * value
+            sum_3 += as_float(A_3[d]) * value
         values[n], values[second], values[third], values[fourth] = sum_0, sum_1, sum_2, sum_3
 
 
-@_compiled
+@compiled
 def multiply(values: Floats, x: Floats, A: Floats, start: int, stop: int) -> None:
     """`values = x A^T` for the rows of A from start to stop: values (R, N), x (R, D), A (N, D).
 
@@ -81,18 +79,18 @@ def multiply(values: Floats, x: Floats, A: Floats, start: int, stop: int) -> Non
                     values[row, n] = total
 
 
-@_compiled
+@compiled
 def multiply_bfloat16(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> None:
     """The same with A (N, D) in bfloat16. What takes the time is to make floats of it, so four
     tokens are served at once, past the end the last one again."""
     (R, D), ahead = x.shape, _BYTES_AHEAD // (2 * A.shape[1]) + 1
     for n in range(start, stop):
         factors = A[n]
-        _ask_for(A[min(n + ahead, stop - 1)].ctypes.data, 2 * D)
+        ask_for(A[min(n + ahead, stop - 1)].ctypes.data, 2 * D)
         if R == 1:
             token, total = x[0], np.float32(0)
             for d in range(D):
-                total += _as_float(factors[d]) * token[d]
+                total += as_float(factors[d]) * token[d]
             values[0, n] = total
             continue
         for row in range(0, R, 4):
@@ -100,7 +98,7 @@ def multiply_bfloat16(values: Floats, x: Floats, A: Stored, start: int, stop: in
             x_0, x_1, x_2, x_3 = x[row], x[second], x[third], x[fourth]
             sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
             for d in range(D):
-                factor = _as_float(factors[d])
+                factor = as_float(factors[d])
                 sum_0 += factor * x_0[d]
                 sum_1 += factor * x_1[d]
                 sum_2 += factor * x_2[d]
@@ -109,7 +107,7 @@ def multiply_bfloat16(values: Floats, x: Floats, A: Stored, start: int, stop: in
             values[third, n], values[fourth, n] = sum_2, sum_3
 
 
-@_compiled
+@compiled
 def multiply_int8(
     values: Floats, x: Floats, A: NDArray[np.int8], scales: Floats, start: int, stop: int
 ) -> None:
@@ -117,7 +115,7 @@ def multiply_int8(
     (R, D), ahead = x.shape, _BYTES_AHEAD // A.shape[1] + 1
     for n in range(start, stop):
         factors = A[n]
-        _ask_for(A[min(n + ahead, stop - 1)].ctypes.data, D)
+        ask_for(A[min(n + ahead, stop - 1)].ctypes.data, D)
         for row in range(R):
             token, total = x[row], np.float32(0)
             for d in range(D):
@@ -125,7 +123,7 @@ def multiply_int8(
             values[row, n] = abs(scales[n] * total)
 
 
-@_compiled
+@compiled
 def _expand(
     pairs: NDArray[np.uint32],
     packed: NDArray[np.uint16],
@@ -142,7 +140,7 @@ def _expand(
     """
     rounded = np.empty(16, np.float32)
     for i in range(16):
-        rounded[i] = _as_float(_rounded_bits(code[i]))
+        rounded[i] = as_float(rounded_bits(code[i]))
     num_scales, half = len(scales), packed.shape[2]
     num_pairs = packed.shape[1] // num_scales
     values, values_below = np.empty(16, np.uint32), np.empty(16, np.uint32)
@@ -151,10 +149,10 @@ def _expand(
             row = 2 * half * block + r
             here, below = pairs[row], pairs[row + half]
             for s in range(num_scales):
-                scale, scale_below = _as_float(scales[s, row]), _as_float(scales[s, row + half])
+                scale, scale_below = as_float(scales[s, row]), as_float(scales[s, row + half])
                 for i in range(16):
-                    values[i] = _rounded_bits(rounded[i] * scale)
-                    values_below[i] = _rounded_bits(rounded[i] * scale_below)
+                    values[i] = rounded_bits(rounded[i] * scale)
+                    values_below[i] = rounded_bits(rounded[i] * scale_below)
                 for d in range(s * num_pairs, (s + 1) * num_pairs):
                     bits = np.uint32(packed[block, d, r])
                     second, upper = (bits >> np.uint32(8)) & np.uint32(15), bits >> np.uint32(12)
@@ -177,14 +175,14 @@ def _next_part(typing_context, counter):  # type: ignore[no-untyped-def]
 
 def _take_parts(task: Any) -> None:
     """What each thread does for a product: takes the next part that nobody has, until all are
-    taken. task: address of ten int64, see `_share`."""
+    taken. task: address of ten int64, see `share`."""
     numbers: Any = numba.carray(task, 10, np.int64)
     _, num_parts, kind, values, x, A, more, R, N, D = numbers
-    products = numba.carray(_pointer(values), (R, N), np.float32)
-    tokens = numba.carray(_pointer(x), (R, D), np.float32)
-    floats = numba.carray(_pointer(A), (N, D), np.float32)
-    bits = numba.carray(_pointer(A), (N, D), np.uint16)
-    rows = numba.carray(_pointer(more), N, np.int64)
+    products = numba.carray(pointer(values), (R, N), np.float32)
+    tokens = numba.carray(pointer(x), (R, D), np.float32)
+    floats = numba.carray(pointer(A), (N, D), np.float32)
+    bits = numba.carray(pointer(A), (N, D), np.uint16)
+    rows = numba.carray(pointer(more), N, np.int64)
     part: int = _next_part(task)  # type: ignore[call-arg]
     while part < num_parts:
         start, stop = part * N // num_parts, (part + 1) * N // num_parts
@@ -197,8 +195,8 @@ def _take_parts(task: Any) -> None:
         elif kind == -2:
             _dots(products[0, start:stop], bits, rows[start:stop], tokens[0])
         else:
-            numbers_8 = numba.carray(_pointer(A), (N, D), np.int8)
-            scales = numba.carray(_pointer(more), N, np.float32)
+            numbers_8 = numba.carray(pointer(A), (N, D), np.int8)
+            scales = numba.carray(pointer(more), N, np.float32)
             multiply_int8(products, tokens, numbers_8, scales, start, stop)
         part = _next_part(task)
 
@@ -211,10 +209,10 @@ def _expand_parts(task: Any) -> None:
     numbers: Any = numba.carray(task, 9, np.int64)
     _, num_parts, values, A, scales, code, N, D, num_scales = numbers
     num_blocks = N // _PACKED_ROWS
-    pairs = numba.carray(_pointer(values), (N, D // 2), np.uint32)
-    packed = numba.carray(_pointer(A), (num_blocks, D // 2, _PACKED_ROWS // 2), np.uint16)
-    scale_of = numba.carray(_pointer(scales), (num_scales, N), np.uint16)
-    numbers_4 = numba.carray(_pointer(code), 16, np.float32)
+    pairs = numba.carray(pointer(values), (N, D // 2), np.uint32)
+    packed = numba.carray(pointer(A), (num_blocks, D // 2, _PACKED_ROWS // 2), np.uint16)
+    scale_of = numba.carray(pointer(scales), (num_scales, N), np.uint16)
+    numbers_4 = numba.carray(pointer(code), 16, np.float32)
     part: int = _next_part(task)  # type: ignore[call-arg]
     while part < num_parts:
         start, stop = part * num_blocks // num_parts, (part + 1) * num_blocks // num_parts
@@ -222,13 +220,13 @@ def _expand_parts(task: Any) -> None:
         part = _next_part(task)
 
 
-_take_all_parts, _expand_all_parts = _compiled(_take_parts), _compiled(_expand_parts)
+_take_all_parts, _expand_all_parts = compiled(_take_parts), compiled(_expand_parts)
 
 
 @cache
 def _address(function: Callable[[Any], None]) -> int:
     """Of this as a C function, `void function(void *task)`, compiled when it is first needed."""
-    options: dict[str, Any] = {"error_model": "numpy", "fastmath": _FASTMATH}
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH}
     with suppress(RuntimeError):  # no folder can be written
         return cast(int, numba.cfunc("void(voidptr)", cache=True, **options)(function).address)
     return cast(int, numba.cfunc("void(voidptr)", **options)(function).address)
@@ -262,8 +260,8 @@ def _to_call(typing_context, start, work, task, num):  # type: ignore[no-untyped
 _start: Any = intrinsic(_to_call)
 
 
-@_compiled
-def _share(values: Floats, x: Floats, A: int, kind: int, more: int, N: int, team: Team) -> None:
+@compiled
+def share(values: Floats, x: Floats, A: int, kind: int, more: int, N: int, team: Team) -> None:
     """A product with N rows of A, by as many threads as it is worth: values (R, N), x (R, D).
 
     A and more: addresses. kind: bytes of A's values, 4, 2 or 1; those of 1 have scales (N,) at
@@ -275,7 +273,7 @@ def _share(values: Floats, x: Floats, A: int, kind: int, more: int, N: int, team
     task[1], task[2], task[3], task[4] = num_parts, kind, values.ctypes.data, x.ctypes.data
     task[5], task[6], task[7], task[8], task[9] = A, more, R, N, D
     if num_parts == 1:
-        _take_all_parts(_pointer(task.ctypes.data))
+        _take_all_parts(pointer(task.ctypes.data))
     else:
         # All threads, even where parts are fewer: OpenMP would end the others, and torch's next
         # operation would have to make them anew.
@@ -283,20 +281,20 @@ def _share(values: Floats, x: Floats, A: int, kind: int, more: int, N: int, team
     task[0] = 0  # an array lives until it is last named, whoever has its address
 
 
-@_compiled
-def _share_dots(values: Floats, A: Stored, rows: Ids, token: Floats, team: Team) -> None:
+@compiled
+def share_dots(values: Floats, A: Stored, rows: Ids, token: Floats, team: Team) -> None:
     """`_dots` by several threads."""
     N, numbers = len(rows), rows.ctypes.data
     products, tokens = values.reshape(1, N), token.reshape(1, len(token))
-    _share(products, tokens, A.ctypes.data, -A.itemsize, numbers, N, team)
+    share(products, tokens, A.ctypes.data, -A.itemsize, numbers, N, team)
 
 
-@_compiled
+@compiled
 def _multiply_at(values: int, x: int, A: int, R: int, N: int, D: int, team: Team) -> None:
     """The same in float32 with the addresses of all."""
-    products = numba.carray(_pointer(values), (R, N), np.float32)
-    tokens = numba.carray(_pointer(x), (R, D), np.float32)
-    _share(products, tokens, A, 4, 0, N, team)
+    products = numba.carray(pointer(values), (R, N), np.float32)
+    tokens = numba.carray(pointer(x), (R, D), np.float32)
+    share(products, tokens, A, 4, 0, N, team)
 
 
 def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
@@ -307,7 +305,7 @@ def multiply_in_threads(values: Tensor, x: Tensor, A: Tensor) -> None:
     _multiply_at(*addresses, num_values // D, N, D, Team.of_torch())
 
 
-@_compiled
+@compiled
 def _expand_at(
     values: int, A: int, scales: int, code: int, N: int, D: int, num_scales: int, team: Team
 ) -> None:
@@ -315,7 +313,7 @@ def _expand_at(
     task[1], task[2], task[3], task[4], task[5] = 4 * team.size, values, A, scales, code
     task[6], task[7], task[8] = N, D, num_scales
     if team.size == 1:
-        _expand_all_parts(_pointer(task.ctypes.data))
+        _expand_all_parts(pointer(task.ctypes.data))
     else:
         _start(team.start, team.work, task.ctypes.data, team.size)
     task[0] = 0  # as above

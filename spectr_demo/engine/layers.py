@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,17 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from spectr_demo.cpu.kv_cache import grow_in_place_
-from spectr_demo.cpu.prompt_linear import PromptLinear4bit
+from spectr_demo.cpu.linear import forward_of
+from spectr_demo.engine.plan import Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 
-if TYPE_CHECKING:
-    from spectr_demo.engine.plan import RoutingPlan
-
 # A context variable, not a global: each thread sees the plan of its own run, or none.
-_plan: ContextVar["RoutingPlan | None"] = ContextVar("routing_plan", default=None)
+_plan: ContextVar[Plan | None] = ContextVar("routing_plan", default=None)
 
 
 @contextmanager
-def routed(plan: "RoutingPlan | None") -> Iterator[None]:
+def routed(plan: Plan | None) -> Iterator[None]:
     """Inside, forward passes of this thread route by `plan`; None is the bare base model."""
     token = _plan.set(plan)
     try:
@@ -43,7 +41,7 @@ class RoutedLinear(nn.Module):
         self.base_layer = base_layer
         self.bank = bank  # plain tensors, shared with the library: nothing to train or to save
         self.place = place
-        self.__dict__["run_base"] = _forward_of(base_layer)
+        self.__dict__["run_base"] = forward_of(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.run_base(x)
@@ -59,28 +57,18 @@ class RoutedLinear(nn.Module):
         return plan.add(y, self.bank, self.place, x)
 
 
-def _forward_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a base layer computes, past what a token of a small model spends much of its time on.
-
-    `Module.__call__` is left out, and so hooks of torch; accelerate's are in `forward`, and run. Of
-    4-bit weights that are packed for a CPU only the kernel is called: what bitsandbytes does around
-    it, to find out each time which kernel that is, takes as long as a small layer itself.
-    """
-    weight = getattr(layer, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    is_packed = getattr(state, "packing_format_for_cpu", False) and not hasattr(layer, "_hf_hook")
-    if not is_packed or layer.bias is not None:
-        return layer.forward
-    kernel = torch.ops.bitsandbytes.gemv_4bit.default
-    packed = weight.data, state.shape, state.absmax, state.code, state.blocksize
-    if not isinstance(layer, PromptLinear4bit):
-        return lambda x: kernel(x, *packed)
-    many = layer.fewest_values
-    return lambda x: kernel(x, *packed) if x.numel() < many else layer.forward(x)
-
-
 def attach_(model: nn.Module, library: ExpertLibrary) -> None:
-    """Wrap every layer that some expert touches. No weight of the model is changed or copied."""
+    """Wrap every layer that some expert touches. No weight of the model is changed or copied.
+
+    Raises ValueError, and wraps nothing, where experts are attached already.
+    """
+    attached = [path for path, module in model.named_modules() if isinstance(module, RoutedLinear)]
+    if attached:
+        raise ValueError(
+            f"the base has experts attached already, at {len(attached)} layers ({attached[0]}, "
+            "...); a base without any was needed: call `detach()` of the model that has them, or "
+            "load the base again"
+        )
     for bank in library.banks:
         for place, path in enumerate(bank.paths):
             parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
@@ -96,13 +84,14 @@ def detach_(model: nn.Module) -> None:
 
 
 def follow(model: PreTrainedModel) -> list[Any]:
-    """Hooks that hand what the decoder reads to the run's plan, and its last hidden states to the
-    recorder, if there is one; and two for speed, of the cache and of the output embedding."""
+    """Hooks that tell a run's plan when the decoder begins a pass and when it has ended; and, for
+    speed, one that lets the cache grow in place, and one of the output embedding."""
 
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        plan, input_ids = _plan.get(), kwargs.get("input_ids")
-        if plan is None or input_ids is None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        plan = _plan.get()
+        if plan is None:
             return
+        input_ids = _input_ids(args, kwargs)
         plan.begin_pass(input_ids)
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache) and input_ids.is_cpu and not torch.is_grad_enabled():
@@ -110,8 +99,8 @@ def follow(model: PreTrainedModel) -> list[Any]:
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         plan = _plan.get()
-        if plan is not None and plan.recorder is not None:
-            plan.recorder.add_hidden(output.last_hidden_state)
+        if plan is not None:
+            plan.end_pass(output.last_hidden_state)
 
     def before_head(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         # Of a prompt only the last token comes here, as a slice. Because of its strides torch would
@@ -124,3 +113,12 @@ def follow(model: PreTrainedModel) -> list[Any]:
         decoder.register_forward_hook(after),
         head.register_forward_pre_hook(before_head),
     ]
+
+
+def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a decoder is about to read: (R, T) token ids, -1 where it was given embeddings."""
+    input_ids: Tensor | None = kwargs.get("input_ids", args[0] if args else None)
+    if input_ids is not None:
+        return input_ids
+    embeddings: Tensor = kwargs["inputs_embeds"]
+    return torch.full(embeddings.shape[:2], -1, device=embeddings.device)

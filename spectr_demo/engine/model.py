@@ -4,41 +4,27 @@ A side-by-side run is one batch: each column is a row with its own router, all r
 forward pass per token, one KV cache and the same sampling noise.
 """
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spectr_demo.base.loading import DeviceMap, LoadedBase, load_base
-from spectr_demo.base.prompts import (
-    Message,
-    decoder_inputs,
-    encode,
-    generic_prompts,
-    newline_ids,
-    request_lines,
-    request_start,
-    shared_length,
-    template_closing,
-    template_opening,
-    user_turn,
-)
+from spectr_demo.base.prompts import Message, encode, shared_length
 from spectr_demo.config import (
+    DEFAULT_ROUTER,
     GenerationSettings,
     RouterConfig,
     experts_from_environment,
 )
-from spectr_demo.engine.layers import attach_, detach_, follow, routed
+from spectr_demo.engine.layers import attach_, detach_, follow
 from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.engine.reading import FirstReading, calibrate
+from spectr_demo.engine.reading import Reader, evidence_mask
 from spectr_demo.engine.recorder import Recorder
-from spectr_demo.engine.run import Step, _Run
+from spectr_demo.engine.run import Run, Step
 from spectr_demo.experts.library import ExpertLibrary, load_experts
 from spectr_demo.routing.calibration import Calibration
-from spectr_demo.routing.context import lead
 from spectr_demo.routing.routers import parse_router
 
 
@@ -69,14 +55,9 @@ class SpectrModel:
         self.model = base.model
         self.tokenizer = base.tokenizer
         attach_(self.model, library)
-        self.template_opening = template_opening(base.tokenizer)
-        self.template_closing = template_closing(base.tokenizer)
-        self.user_turn = user_turn(base.tokenizer)
-        self.newline_ids = newline_ids(base.tokenizer)
+        self.reader = Reader(base, library)
+        self.template = self.reader.template
         self._hooks = follow(self.model)
-        self._calibration: Calibration | None = None
-        self._calibration_lock = threading.Lock()
-        self._least_leads: dict[RouterConfig, float] = {}
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""
@@ -87,7 +68,7 @@ class SpectrModel:
     def generate(
         self,
         prompt: str | Sequence[Message],
-        router: str | RouterConfig = "spectr-context",
+        router: str | RouterConfig = DEFAULT_ROUTER,
         **settings: Any,
     ) -> str:
         """The answer of one router, as text. settings: fields of `GenerationSettings`."""
@@ -135,7 +116,17 @@ class SpectrModel:
                 f"the prompt has {len(prompt_ids)} tokens, and {settings.max_new_tokens} more may "
                 f"be generated; the context of {self.base.name} is {context}: shorten one of them"
             )
-        run = _Run(self, routers, prompt_ids, settings, record, trace_every if record else None)
+        prompts = [prompt_ids] * len(routers)
+        run = Run(
+            self.base,
+            self.library,
+            routers,
+            prompt_ids,
+            settings,
+            lambda recorder: self.plan(routers, prompts, recorder),
+            record=record,
+            trace_every=trace_every,
+        )
         return run.steps()
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
@@ -156,80 +147,30 @@ class SpectrModel:
             each are its prompt; None says all.
         """
         num_prompt = num_prompt or [len(ids) for ids in texts]
-        least_leads = {r: self._least_lead(r) for r in routers if r.confidence is not None}
+        least_leads = {r: self.reader.least_lead(r) for r in routers if r.confidence is not None}
         readers = [row for row, router in enumerate(routers) if router.reads_first]
-        first_reading = None
-        if readers:
-            first_reading = self._read_first(
-                [routers[row] for row in readers],
-                [texts[row][: num_prompt[row]] for row in readers],
-            )
+        evidence_starts = [
+            num if router.reads_first else shared_length(self.template.opening, ids)
+            for router, ids, num in zip(routers, texts, num_prompt, strict=True)
+        ]
         return RoutingPlan(
             routers,
             self.library.names,
             recorder,
             calibration=self.calibration if any(r.calibrated for r in routers) else None,
-            is_evidence=self._is_evidence(
-                texts,
-                [
-                    num if router.reads_first else shared_length(self.template_opening, ids)
-                    for router, ids, num in zip(routers, texts, num_prompt, strict=True)
-                ],
+            is_evidence=evidence_mask(texts, evidence_starts, self.base.device),
+            starts=self.reader.starts(
+                [routers[row] for row in readers],
+                [texts[row][: num_prompt[row]] for row in readers],
+                least_leads,
             ),
-            first_reading=first_reading,
             least_leads=least_leads,
             newline_ids=torch.tensor(
-                sorted(self.newline_ids), dtype=torch.long, device=self.base.device
+                sorted(self.template.newline_ids), dtype=torch.long, device=self.base.device
             ),
         )
-
-    def _is_evidence(self, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """(R, T) bool, True from each row's start on, in texts that are padded on the left."""
-        width = max(map(len, texts))
-        firsts = [width - len(ids) + start for ids, start in zip(texts, starts, strict=True)]
-        is_evidence = torch.arange(width) >= torch.tensor(firsts)[:, None]
-        return is_evidence.to(self.base.device)
-
-    @torch.inference_mode()
-    def _read_first(
-        self, routers: Sequence[RouterConfig], prompts: Sequence[Sequence[int]]
-    ) -> FirstReading:
-        """The bare base reads the prompts, one for each router, and the experts listen."""
-        lines_of = [
-            request_lines(
-                ids,
-                request_start(ids, self.template_opening, self.user_turn),
-                self.template_closing,
-                self.newline_ids,
-            )
-            for ids in prompts
-        ]
-        texts, starts = zip(*(line for lines in lines_of for line in lines), strict=True)
-        reading = FirstReading(
-            routers,
-            self.library.names,
-            calibration=self.calibration,
-            num_lines=[len(lines) for lines in lines_of],
-            is_evidence=self._is_evidence(texts, starts),
-        )
-        with routed(reading):
-            self.model.get_decoder()(**decoder_inputs(texts, self.base.device), use_cache=False)
-        return reading
-
-    def _least_lead(self, router: RouterConfig) -> float:
-        """The lead that the best expert has at most, in this share of the generic prompts."""
-        assert router.confidence is not None
-        if router not in self._least_leads:
-            prompts = [self.encode(prompt) for prompt in generic_prompts()]
-            reading = self._read_first([router] * len(prompts), prompts)
-            leads = lead(reading.pool(router)[0].latest).amax(-1)
-            self._least_leads[router] = float(leads.quantile(router.confidence))
-        return self._least_leads[router]
 
     @property
     def calibration(self) -> Calibration:
-        """Of every expert, measured when it is first needed (on a ZeroGPU, where there is one)."""
-        with self._calibration_lock:
-            if self._calibration is None:
-                self._calibration = calibrate(self.base, self.library)
-            return self._calibration
+        """Of every expert, measured when it is first needed."""
+        return self.reader.calibration

@@ -1,16 +1,16 @@
-"""What the layers chose during one run, kept as what they computed until the run ends."""
+"""What the layers chose during one run, kept as what they computed until the run ends.
+
+Axes: R rows, T tokens, L layers, P projections, K selected experts.
+"""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectr_demo.cpu.token import Choices
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.trace import NOT_ROUTED
@@ -18,45 +18,19 @@ from spectr_demo.trace import NOT_ROUTED
 Choice = tuple[Tensor, Tensor, Tensor]  # expert places in the bank, weights, scores: (T, P, K) each
 
 
-@dataclass
-class _Tokens:
-    rows: Sequence[int]
-    choices: Choices
-    num_joined: int = 0
-
-
 class Recorder:
-    """Collects choices and hidden states; nothing is moved or copied while the model runs."""
+    """Collects choices and hidden states; nothing is moved or copied while the model runs.
+
+    before_reading: called with a bank before its choices are read, by whoever has some of it left.
+    """
 
     def __init__(self) -> None:
+        self.before_reading: list[Callable[[ExpertBank], None]] = []
         self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
-        # Where compiled code writes what single tokens choose.
-        self._tokens: dict[ExpertBank, list[_Tokens]] = defaultdict(list)
         self._hidden: list[Tensor] = []
 
-    def add_choice(
-        self, bank: ExpertBank, row: int, experts: Tensor, weights: Tensor, scores: Tensor
-    ) -> None:
-        """experts, weights, scores: (T, P, K) of one row, for the tokens of this pass."""
-        self._join_tokens(bank)
-        self._keep(bank, row, (experts, weights, scores))
-
-    def add_tokens(self, bank: ExpertBank, rows: Sequence[int], choices: Choices) -> None:
-        """Of passes of one token, for these rows: memory that is filled as they come."""
-        self._tokens[bank].append(_Tokens(rows, choices))
-
-    def _join_tokens(self, bank: ExpertBank) -> None:
-        """Keep what single tokens have chosen since the last time."""
-        for tokens in self._tokens[bank]:
-            places, weights, scores, num = tokens.choices
-            new = slice(tokens.num_joined, int(num[0]))
-            tokens.num_joined = new.stop
-            for i, row in enumerate(tokens.rows if new.start < new.stop else ()):
-                of_row = (torch.from_numpy(part[new, i]) for part in (places, weights, scores))
-                self._keep(bank, row, cast(Choice, tuple(of_row)))
-        self._tokens[bank] = [tokens for tokens in self._tokens[bank] if not tokens.choices.is_full]
-
-    def _keep(self, bank: ExpertBank, row: int, choice: Choice) -> None:
+    def add_choice(self, bank: ExpertBank, row: int, choice: Choice) -> None:
+        """Of one row, for the next tokens."""
         self._choices[row, bank].append(choice)
 
     def add_hidden(self, hidden: Tensor) -> None:
@@ -70,7 +44,8 @@ class Recorder:
 
     def choices(self, bank: ExpertBank, row: int) -> Choice:
         """Those of one row over all tokens read so far."""
-        self._join_tokens(bank)
+        for hand_over in self.before_reading:
+            hand_over(bank)
         passes = self._choices[row, bank]
         experts, weights, scores = map(torch.cat, zip(*passes, strict=True))
         self._choices[row, bank] = [(experts, weights, scores)]  # need not be joined again

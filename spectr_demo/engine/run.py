@@ -1,47 +1,36 @@
-"""The routed model: one engine for every front end.
+"""One run: its thread, its clock, its steps.
 
-A side-by-side run is one batch: each column is a row with its own router, all rows share one
-forward pass per token, one KV cache and the same sampling noise.
+All columns are rows of one batch. They share one forward pass per token, one KV cache and the same
+sampling noise. transformers' own `generate` runs them, under the run's plan.
 """
-
-from __future__ import annotations
 
 import contextvars
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from spectr_demo.config import (
-    GenerationSettings,
-    RouterConfig,
-)
+from spectr_demo.base.loading import LoadedBase
+from spectr_demo.config import GenerationSettings, RouterConfig, library_versions
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.layers import routed
+from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.sampling import (
-    _Cancelled,
-    _end_token_ids,
-    _pad_token_id,
-    _SharedNoise,
-    _TokenStreamer,
+    Cancelled,
+    TokenStreamer,
+    end_token_ids,
+    logits_processors,
+    pad_token_id,
 )
-from spectr_demo.engine.tracing import build_trace, library_versions
+from spectr_demo.engine.tracing import build_trace
+from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.trace import RoutingTrace
-
-if TYPE_CHECKING:
-    from spectr_demo.engine.model import SpectrModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,26 +55,31 @@ class Step:
     trace: RoutingTrace | None = None
 
 
-class _Run:
-    """One run: its plan, its thread, its clock. Nothing of it outlives `steps()`."""
+class Run:
+    """Nothing of it outlives `steps()`."""
 
     def __init__(
         self,
-        engine: SpectrModel,
+        base: LoadedBase,
+        library: ExpertLibrary,
         routers: Sequence[RouterConfig],
         prompt_ids: list[int],
         settings: GenerationSettings,
+        make_plan: Callable[[Recorder | None], RoutingPlan],
+        *,
         record: bool,
         trace_every: int | None,
     ) -> None:
-        self.engine = engine
+        """make_plan: called in the run's own thread, since it may read the prompt."""
+        self.base = base
+        self.library = library
         self.labels = unique_labels(routers)
         self.prompt_ids = prompt_ids
         self.settings = settings
-        self.trace_every = trace_every
-        self.routers = routers
+        self.make_plan = make_plan
         self.recorder = Recorder() if record else None
-        self.end_ids = _end_token_ids(engine)
+        self.trace_every = trace_every if record else None
+        self.end_ids = end_token_ids(base)
         self.answers: list[list[int]] = [[] for _ in routers]
         self.is_finished = [False] * len(routers)
         self.clock: list[list[float]] = [[] for _ in routers]  # first and last token's time
@@ -108,8 +102,7 @@ class _Run:
     def _work(self) -> None:
         """In the worker thread: transformers' own generation, under this run's plan."""
         try:
-            prompts = [self.prompt_ids] * len(self.routers)
-            self.plan = self.engine.plan(self.routers, prompts, self.recorder)
+            self.plan = self.make_plan(self.recorder)
             with torch.inference_mode(), routed(self.plan):
                 self._generate()
                 if not self.is_cancelled.is_set():
@@ -121,29 +114,20 @@ class _Run:
             self.queue.put(None)
 
     def _generate(self) -> None:
-        model: Any = self.engine.model
-        settings = self.settings
-        input_ids = torch.tensor(
-            [self.prompt_ids] * len(self.answers), device=self.engine.base.device
-        )
-        processors = LogitsProcessorList()
-        if settings.temperature > 0:
-            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-            if settings.top_p < 1:
-                processors.append(TopPLogitsWarper(settings.top_p))
-            processors.append(_SharedNoise(settings.seed))
+        model: Any = self.base.model
+        input_ids = torch.tensor([self.prompt_ids] * len(self.answers), device=self.base.device)
         model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=GenerationConfig(
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=self.settings.max_new_tokens,
                 do_sample=False,  # sampling is the last processor's, with a generator of its own
                 eos_token_id=sorted(self.end_ids) or None,
-                pad_token_id=_pad_token_id(self.engine, self.end_ids),
+                pad_token_id=pad_token_id(self.base, self.end_ids),
             ),
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([_Cancelled(self.is_cancelled)]),
-            streamer=_TokenStreamer(self._add_tokens),
+            logits_processor=logits_processors(self.settings),
+            stopping_criteria=StoppingCriteriaList([Cancelled(self.is_cancelled)]),
+            streamer=TokenStreamer(self._add_tokens),
         )
 
     def _add_tokens(self, token_ids: list[int]) -> None:
@@ -178,25 +162,24 @@ class _Run:
         )
 
     def _text(self, answer: list[int]) -> str:
-        text = str(self.engine.tokenizer.decode(answer, skip_special_tokens=True))
+        text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))
         return text.rstrip("�")  # the first bytes of a character whose rest is still to come
 
     def _trace(self, *, is_complete: bool) -> RoutingTrace:
-        engine = self.engine
         return build_trace(
-            model=engine.model,
-            tokenizer=engine.tokenizer,
-            library=engine.library,
+            model=self.base.model,
+            tokenizer=self.base.tokenizer,
+            library=self.library,
             plan=self.plan,
             labels=self.labels,
             prompt_ids=self.prompt_ids,
             answers=self.answers,
             is_complete=is_complete,
             meta={
-                "model": engine.base.source,
-                "model_fingerprint": engine.base.fingerprint,
-                "quantization": engine.base.quantization,
-                "experts": {a.name: a.sha256 for a in engine.library.adapters},
+                "model": self.base.source,
+                "model_fingerprint": self.base.fingerprint,
+                "quantization": self.base.quantization,
+                "experts": {a.name: a.sha256 for a in self.library.adapters},
                 "generation": self.settings.to_json(),
                 "versions": library_versions(),
             },

@@ -1,30 +1,38 @@
-"""The routed model: one engine for every front end.
-
-A side-by-side run is one batch: each column is a row with its own router, all rows share one
-forward pass per token, one KV cache and the same sampling noise.
-"""
-
-from __future__ import annotations
+"""How a run draws its tokens: shared noise, end tokens, cancelling, a streamer."""
 
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
-if TYPE_CHECKING:
-    from spectr_demo.engine.model import SpectrModel
+from spectr_demo.base.loading import LoadedBase
+from spectr_demo.config import GenerationSettings
 
 
-class _TokenStreamer(BaseStreamer):
+def logits_processors(settings: GenerationSettings) -> LogitsProcessorList:
+    """What is done to the logits of a token; the last one draws it, unless it is the likeliest."""
+    processors = LogitsProcessorList()
+    if settings.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_p < 1:
+            processors.append(TopPLogitsWarper(settings.top_p))
+        processors.append(SharedNoise(settings.seed))
+    return processors
+
+
+class TokenStreamer(BaseStreamer):
     """Hands on the tokens of all rows, one call per step; the prompt comes first and is skipped."""
 
-    def __init__(self, on_tokens: Any) -> None:
+    def __init__(self, on_tokens: Callable[[list[int]], None]) -> None:
         self.on_tokens = on_tokens
         self.has_prompt = False
 
@@ -37,15 +45,15 @@ class _TokenStreamer(BaseStreamer):
         pass
 
 
-class _Cancelled(StoppingCriteria):
+class Cancelled(StoppingCriteria):
     def __init__(self, is_cancelled: threading.Event) -> None:
         self.is_cancelled = is_cancelled
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         return torch.full((len(input_ids),), self.is_cancelled.is_set(), device=input_ids.device)
 
 
-class _SharedNoise(LogitsProcessor):
+class SharedNoise(LogitsProcessor):
     """Draws each row's token, with the same noise for every row, and leaves it as the only one.
 
     The exponential race: `argmax p_i / q_i` with `q_i ~ Exp(1)` is a sample of p. The generator is
@@ -62,13 +70,15 @@ class _SharedNoise(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0)
 
 
-def _end_token_ids(engine: SpectrModel) -> set[int]:
+def end_token_ids(base: LoadedBase) -> set[int]:
     """Every token that ends an answer: the tokenizer's, and those the base's authors name."""
-    configured = engine.model.generation_config.eos_token_id
+    generation_config = base.model.generation_config
+    configured = None if generation_config is None else generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in [*ids, engine.tokenizer.eos_token_id] if i is not None}
+    return {i for i in [*ids, base.tokenizer.eos_token_id] if i is not None}
 
 
-def _pad_token_id(engine: SpectrModel, end_ids: set[int]) -> int:
-    pad = engine.tokenizer.pad_token_id
+def pad_token_id(base: LoadedBase, end_ids: set[int]) -> int:
+    """What follows the end of a row while others go on."""
+    pad = base.tokenizer.pad_token_id
     return pad if pad is not None else min(end_ids, default=0)

@@ -1,8 +1,6 @@
 """From a run's recorder to its `RoutingTrace`: the last place that has tensors."""
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,20 +19,8 @@ from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
 # Of 64 positions the logits are computed at once, since that reads the head. Their distributions
 # are compared a few at a time: 8 x 49,152 float32 stay in the cache, which is six times as fast.
 _POSITIONS_AT_ONCE, _COMPARED_AT_ONCE = 64, 8
-_LIBRARIES = ("spectr-demo", "torch", "transformers", "peft", "bitsandbytes")
 
 TokenStatistics = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except ImportError:  # this project, run from its folder without being installed
-            continue
-    return versions
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
@@ -125,7 +111,7 @@ def _routing(
     places = (1, library.num_layers, len(library.projections))
     weights = np.zeros((*places, len(library.names)), np.float32)
     for bank in library.banks:
-        constant = plan.constant_weights(bank)[row, 0, 0].cpu().numpy()
+        constant = plan.constant.of(bank)[row, 0, 0].cpu().numpy()
         layers, projections = (places[:, None] for places in library.places(bank))
         weights[0, layers, projections, bank.expert_ids.numpy()] = constant
     used = np.flatnonzero(weights.any(axis=(0, 1, 2)))

@@ -8,33 +8,19 @@ of the bank), E experts, r rank.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr_demo.cpu.filter import Arrows
-from spectr_demo.cpu.token import Factors
 from spectr_demo.routing.spectr import Aligned
 
 Zeros = Callable[..., Tensor]
 _TOKENS_AT_ONCE = 32
-
-
-class Mixed(NamedTuple):
-    """What the layers of a bank multiply by B*: for each of them values (R * T, K * r) of the
-    experts that are chosen, and their places in the bank (R * T, K); None where they are all of
-    the E experts."""
-
-    values: tuple[Tensor, ...]
-    experts: tuple[Tensor, ...] | None
-
-    @classmethod
-    def of(cls, values: Tensor, experts: Tensor | None) -> "Mixed":
-        """values: (R, T, P, K, r). experts: (R, T, P, K), or None."""
-        by_layer = values.flatten(0, 1).flatten(-2).unbind(1)
-        return cls(by_layer, None if experts is None else experts.flatten(0, 1).unbind(1))
+# Of a CPU: copying an expert's factor for a token, and multiplying by the copy, takes as long as
+# multiplying one token by this many experts, and its calls as long as this many more. With more
+# tokens a product is up to so many times as fast for each (docs/log.md).
+_COPY, _CALLS, _REUSE = 2, 16, 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,16 +143,6 @@ class ExpertBank:
         )
 
     @cached_property
-    def compiled(self) -> Factors | None:
-        """The factors, for compiled code; None where it cannot read them."""
-        return Factors.of(self.A, self.B, self.singular_values)
-
-    @cached_property
-    def arrows(self) -> Arrows:
-        """The first row of each A*, for compiled code."""
-        return Arrows.of(self.A[:: self._shape[-1]])
-
-    @cached_property
     def num_experts(self) -> int:
         return len(self.expert_ids)
 
@@ -196,17 +172,33 @@ class ExpertBank:
         ]
         return torch.cat(z).view(*experts.shape, r)
 
-    def add_(self, y: Tensor, mixed: Mixed, place: int) -> Tensor:
-        """`y += sum_e B*_e mixed_e` at one layer, in place: y (R, T, D_out)."""
-        values, B = mixed.values[place], self.B[place]
+    def copying_pays(self, num_chosen: int, num_tokens: int) -> bool:
+        """Whether copies of what each token chose are faster than a product with all experts."""
+        copies = _COPY * num_chosen * num_tokens + _CALLS
+        return copies < self.num_experts * max(1, num_tokens / _REUSE)
+
+
+class Mixed:
+    """What the layers of a bank multiply by B*."""
+
+    def __init__(self, bank: ExpertBank, values: Tensor, experts: Tensor | None) -> None:
+        """values: (R, T, P, K, r), of the experts that are chosen. experts: (R, T, P, K), their
+        places in the bank; None where they are all of the E experts."""
+        self._bank = bank
+        self._values = values.flatten(0, 1).flatten(-2).unbind(1)  # (R * T, K * r) of each layer
+        self._experts = None if experts is None else experts.flatten(0, 1).unbind(1)
+
+    def add_(self, y: Tensor, place: int) -> Tensor:
+        """`y += sum_e B*_e values_e` at one layer, in place: y (R, T, D_out)."""
+        values, B = self._values[place], self._bank.B[place]
         rows = y.view(-1, y.shape[-1])
-        if mixed.experts is None:
+        if self._experts is None:
             return _add_(rows, values, B).view_as(y)
-        B = B.view(self.num_experts, -1)
+        B = B.view(self._bank.num_experts, -1)
         parts = (
             _parts(rows.unsqueeze(1)),
             _parts(values.unsqueeze(1)),
-            _parts(mixed.experts[place]),
+            _parts(self._experts[place]),
         )
         for some, value, experts in zip(*parts, strict=True):
             _add_(some, value, _rows(B, experts, y.shape[-1]))

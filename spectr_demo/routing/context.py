@@ -1,15 +1,20 @@
 """Evidence pooled over the text so far: what one token in one layer cannot tell, its context can.
 
+Each token votes in each layer for one expert: the one with the best score there. It votes with that
+score, if the score is positive. The evidence for an expert is the weighted mean of its votes, over
+the tokens up to now and the layers up to here. A vote that is n tokens old weighs `decay ** n`. A
+vote in a layer weighs the square root of the layer's depth, since later layers know more of the
+text.
+
 Axes: R rows, T tokens of this pass, P projections of a bank, E experts.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spectr_demo.cpu.token import Pool
 from spectr_demo.routing.bank import ExpertBank
 
 _TOKENS_AT_ONCE = 256  # of a long prompt: the matrix that decays them is this number squared
@@ -29,9 +34,10 @@ def lead(evidence: Tensor) -> Tensor:
 def of_lines(evidence: Tensor, least: float | None) -> Tensor:
     """What the lines of a request ask for together: (E,), from the evidence of each (L, E).
 
-    The best experts of all lines are equally good, at the mean of what these lines give their best;
-    any other is as far behind as in the line that it is nearest in. Lines in which no expert leads
-    by more than `least` have no say, unless none does. One line keeps its evidence.
+    The best experts of all lines are equally good. Their evidence is the mean of what these lines
+    give their best. Any other expert is as far behind as in the line that it is nearest in. A line
+    in which no expert leads by more than `least` has no say, unless this is so in all of them. One
+    line keeps its evidence.
     """
     if least is not None:
         names_one = lead(evidence).amax(-1) > least
@@ -40,215 +46,229 @@ def of_lines(evidence: Tensor, least: float | None) -> Tensor:
     return (evidence + (best.mean() - best)).amax(0)
 
 
-class EvidencePool:
-    """Scores averaged over the tokens up to now and the linear layers up to here.
+@dataclass(frozen=True)
+class Start:
+    """What a first reading of a text gave, from which a second one starts: votes, already weighted,
+    and their weights, (R, 1, E) float32 each."""
 
-    A token in a layer speaks for one expert: the one with the best score there, by that score, if
-    it is positive. A token that is n tokens back counts `decay ** n`, and a layer by the square
-    root of its depth, since later ones know more of the text. The state is a sum for each row,
-    layer and expert, so a text read at once and the same tokens read one by one give the same
-    evidence.
+    votes: Tensor
+    weights: Tensor
 
-    A prompt may be read twice: the first reading gives what all layers know of it, from which the
-    second one starts (`read_again`), and each line of the answer anew (`begin_lines`). There is
-    then no layer that knows little.
+
+@dataclass
+class Pass:
+    """What the tokens of one forward pass count, the same in every layer.
+
+    counts: (R, T, 1), 1 for a token that votes and 0 for one that does not; None is 1 for all.
+    is_newline: (R, T) bool, tokens at which a line ends; None is none. token_weight: (R, T, 1)
+    decayed number of the tokens that voted. num_counted: (R, T, 1) how many of them there are in
+    this line. first_weight: (R, T, E) what the first reading still weighs; None without one.
+    total: (R, T, E) weighted votes of the first reading and of the layers so far.
     """
 
-    def __init__(self, decay: float, num_experts: int, is_evidence: Tensor | None) -> None:
-        """num_experts: of the library. is_evidence: (R, T) bool, False where a token says nothing
-        (padding, the opening of the chat template); all tokens after these T count."""
-        self._decay = decay
-        self._num_experts = num_experts
-        self._layers: dict[ExpertBank, tuple[Tensor, Tensor]] = {}  # see `_weights_of`
-        self._layer_weight = torch.zeros(num_experts)  # (E,) of all layers seen
-        self._first: tuple[Tensor, Tensor] | None = None  # sums (R, 1, E) and their weights
-        self._restart(is_evidence)
+    counts: Tensor | None
+    is_newline: Tensor | None
+    token_weight: Tensor
+    num_counted: Tensor
+    first_weight: Tensor | None
+    total: Tensor
 
-    def _restart(self, is_evidence: Tensor | None) -> None:
-        self._is_evidence = is_evidence
-        self._num_read = 0  # tokens of the passes that have ended
-        self._first_bank: ExpertBank | None = None
-        self._sums: dict[ExpertBank, Tensor] = {}  # (R, 1, P, E) up to the last token read
-        # The same and the rest of the state as arrays, of this pass and of each bank.
-        self._pass: tuple[Any, ...] = ()
-        self._bank_state: dict[ExpertBank, tuple[Any, ...]] = {}
-        self._token_weight: Tensor | None = None  # (R, T, 1) decayed number of tokens that count
-        self._num_counted: Tensor | None = None  # (R, T, 1) those of the line that counted
-        self._total = torch.empty(0)  # (R, T, E) of the layers so far in this pass
-        self._is_newline: Tensor | None = None  # (R, T) bool
-        self._first_weight: Tensor | None = None  # (R, T, E) of the first reading, by now
 
-    def read_again(
+class EvidencePool:
+    """The votes of a batch of texts, read in one pass or in several.
+
+    The state is a sum for each row, layer and expert. A text read at once and the same tokens read
+    one by one therefore give the same evidence.
+
+    A prompt may be read twice. What all layers know at the end of a first pool (`start`) is then
+    where every layer of a second one starts from, so no layer is left that knows little. It fades
+    as tokens come that vote. At the end of a line it counts in full again, and what was read since
+    is forgotten: the next line may answer another request.
+    """
+
+    def __init__(
         self,
-        is_evidence: Tensor,
-        num_lines: Sequence[int] | None = None,
-        least: float | None = None,
+        decay: float,
+        num_experts: int,
+        is_evidence: Tensor | None = None,
+        start: Start | None = None,
     ) -> None:
-        """Begin the second reading of what was read, with the evidence of all layers so far.
+        """num_experts: of the library. is_evidence: (R, T) bool, False for the first T tokens that
+        do not vote (padding, the opening of the chat template, what was read before); all later
+        ones do. start: of a first reading."""
+        self.decay = decay
+        self._num_experts = num_experts
+        self._is_evidence = is_evidence
+        self._start = start
+        self._num_read = 0  # tokens of the passes that have begun
+        self._pass: Pass | None = None
+        self._sums: dict[ExpertBank, Tensor] = {}  # (R, 1, P, E) votes up to the last token read
+        self._depths: dict[ExpertBank, tuple[Tensor, Tensor]] = {}  # see `depth_weights`
+        self._depth_weight = torch.zeros(num_experts)  # (E,) of all layers seen
 
-        is_evidence: as above; False for the tokens already read, which count no second time. The
-        first reading fades as tokens come that count. num_lines: how many rows of the first reading
-        are lines of one request, which is one row now (see `of_lines`); None is one each.
-        """
-        if self._token_weight is not None:
-            num_lines = num_lines or [1] * len(self._total)
-            weight = self._token_weight[:, -1] * self._layer_weight.to(self._total.device)
-            parts = self.latest.split(list(num_lines)), weight.split(list(num_lines))
-            lines = zip(*parts, strict=True)
-            first = [(of_lines(evidence, least), weight[-1]) for evidence, weight in lines]
-            evidence, weight = (torch.stack(part).unsqueeze(1) for part in zip(*first, strict=True))
-            self._first = evidence * weight, weight
-        self._restart(is_evidence)
+    def begin_pass(
+        self,
+        num_rows: int,
+        num_tokens: int,
+        *,
+        is_newline: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """The layers read the next tokens of all rows. is_newline: (R, T) bool, the tokens at which
+        a line ends; without a first reading there is nothing to return to, and it has no meaning.
+        device: where the first layers are; the evidence stays there."""
+        before, is_newline = self._pass, None if self._start is None else is_newline
+        counts = self._counts(num_rows, num_tokens, is_newline, device)
+        ones = torch.ones(num_rows, num_tokens, 1, device=device) if counts is None else counts
+        token_weight = running_sums(
+            ones, None if before is None else before.token_weight[:, -1:], self.decay, is_newline
+        )
+        num_counted, first_weight = ones, None
+        if self._start is None:
+            total = torch.zeros(num_rows, num_tokens, self._num_experts, device=device)
+        else:
+            num_counted = running_sums(
+                ones, None if before is None else before.num_counted[:, -1:], 1.0, is_newline
+            )
+            faded = self.decay**num_counted
+            total, first_weight = faded * self._start.votes, faded * self._start.weights
+        self._num_read += num_tokens
+        self._pass = Pass(
+            counts=counts,
+            is_newline=is_newline,
+            token_weight=token_weight.clamp(min=_LEAST_WEIGHT),
+            num_counted=num_counted,
+            first_weight=first_weight,
+            total=total,
+        )
 
-    def begin_lines(self, is_newline: Tensor) -> None:
-        """Of a second reading: is_newline (R, T) bool, the tokens of the next pass at which a line
-        ends. What was read after the prompt is forgotten there, and the first reading counts in
-        full: the next line may answer another request."""
-        if self._first is not None:
-            self._is_newline = is_newline
+    def _counts(
+        self,
+        num_rows: int,
+        num_tokens: int,
+        is_newline: Tensor | None,
+        device: torch.device | None,
+    ) -> Tensor | None:
+        counts = None
+        if self._is_evidence is not None and self._num_read < self._is_evidence.shape[1]:
+            counts = torch.ones(num_rows, num_tokens, 1, device=device)
+            known = self._is_evidence[:, self._num_read : self._num_read + num_tokens, None]
+            counts[:, : known.shape[1]] = known.to(counts)
+        if is_newline is None:
+            return counts
+        inside = (~is_newline[..., None]).float()  # a newline speaks for no line
+        return inside if counts is None else counts * inside
+
+    @property
+    def current(self) -> Pass:
+        """Of the pass that has begun last."""
+        if self._pass is None:
+            raise ValueError("no pass has begun; call `begin_pass` before the layers read")
+        return self._pass
 
     @property
     def latest(self) -> Tensor:
         """(R, E): the evidence at the last token read, from all layers."""
-        assert self._token_weight is not None
-        weights = self._token_weight[:, -1] * self._layer_weight.to(self._total.device)
-        return self._total[:, -1] / weights.clamp(min=_LEAST_WEIGHT)
+        return self.current.total[:, -1] / self._latest_weights().clamp(min=_LEAST_WEIGHT)
+
+    def _latest_weights(self) -> Tensor:
+        weight = self.current.token_weight[:, -1]
+        return weight * self._depth_weight.to(weight.device)
+
+    def start(self, num_lines: Sequence[int] | None = None, least: float | None = None) -> Start:
+        """What a second reading starts from. num_lines: of each text, how many of this pool's rows
+        are its lines, which become one row (see `of_lines`); None is one each."""
+        num_lines = list(num_lines or [1] * len(self.latest))
+        lines = self.latest.split(num_lines)
+        evidence = torch.stack([of_lines(each, least) for each in lines])[:, None]
+        weights = self._latest_weights().split(num_lines)
+        weight = torch.stack([each[-1] for each in weights])[:, None]
+        return Start(evidence * weight, weight)
 
     def add(self, bank: ExpertBank, scores: Tensor) -> Tensor:
-        """Add the scores (R, T, P, E) of a bank's layers; return the pooled ones, same shape; 0 for
-        an expert that nothing speaks for."""
-        if self._begins_pass(bank):
-            self._start_pass(scores)
+        """Add the votes of a bank's layers in this pass, from their scores (R, T, P, E).
+
+        Returns the evidence there, same shape; 0 for an expert that nothing speaks for.
+        """
+        now = self.current
         # On a base that is spread over devices, the evidence stays where the first layers are.
-        here, scores = scores.device, scores.to(self._total.device)
+        here, scores = scores.device, scores.to(now.total.device)
         best = scores.amax(-1, keepdim=True)
-        spoken = (scores == best) * best.clamp(min=0)
-        if self._counts is not None:
-            spoken = spoken * self._counts[..., None]
-        sums = self._over_tokens(spoken, self._sums.get(bank))
+        votes = (scores == best) * best.clamp(min=0)
+        if now.counts is not None:
+            votes = votes * now.counts[..., None]
+        sums = running_sums(votes, self._sums.get(bank), self.decay, now.is_newline)
         # Of a longer pass a copy: a view would keep all tokens' sums.
-        self._bank_state.pop(bank, None)
         self._sums[bank] = sums if sums.shape[1] == 1 else sums[:, -1:].clone()
-        weights, layers = self._weights_of(bank)
+        weights, layers = self.depth_weights(bank)
         # A layer knows what the layers before it know, those of its own bank included.
         sums = (weights * sums).cumsum(2)
+        first_weight = now.first_weight
         if bank.num_experts == self._num_experts:
-            sums, first_weight = sums.add_(self._total[..., None, :]), self._first_weight
-            self._total = sums[:, :, -1]
+            sums = sums.add_(now.total[..., None, :])
+            now.total = sums[:, :, -1]
         else:
             ids = bank.expert_ids.to(scores.device)
-            sums = sums.add_(self._total[..., None, ids])
-            first_weight = None if self._first_weight is None else self._first_weight[..., ids]
-            self._total[..., ids] = sums[:, :, -1]
-        assert self._token_weight is not None
-        num = self._token_weight[..., None] * layers
+            sums = sums.add_(now.total[..., None, ids])
+            first_weight = None if first_weight is None else first_weight[..., ids]
+            now.total[..., ids] = sums[:, :, -1]
+        num = now.token_weight[..., None] * layers
         if first_weight is not None:
             num = num.add_(first_weight[..., None, :])
         return (sums / num).to(here)
 
-    def of_token(self, bank: ExpertBank, num_rows: int, *, is_lead: bool) -> Pool:
-        """The state that compiled code needs to `add` the scores of one token on a CPU."""
-        if self._begins_pass(bank):
-            self._start_pass(torch.empty(num_rows, 1, 0))
-            counts = torch.ones(num_rows, 1, 1) if self._counts is None else self._counts
-            first = self._first_weight
-            first = torch.zeros_like(self._total) if first is None else first
-            assert self._token_weight is not None
-            self._pass = (
-                self._keeps(num_rows).numpy(),
-                counts[:, 0, 0].numpy(),
-                self._token_weight[:, 0, 0].numpy(),
-                first[:, 0].numpy(),
-                self._total[:, 0].numpy(),
-            )
-        if bank not in self._bank_state:
-            weights, layers = self._weights_of(bank)
-            if bank not in self._sums:
-                self._sums[bank] = torch.zeros(num_rows, 1, *layers.shape)
-            self._bank_state[bank] = (
-                self._sums[bank][:, 0].numpy(),
-                weights[:, 0].numpy(),
-                layers.numpy(),
-                bank.expert_ids.numpy(),
-                is_lead,
-            )
-        return Pool(*self._pass, *self._bank_state[bank])
+    def token_sums(self, bank: ExpertBank) -> Tensor:
+        """(R, 1, P, E) votes at a bank up to the last token read, for code that adds a token to
+        them in place; zeros, kept, where there was none yet."""
+        if bank not in self._sums:
+            _, layers = self.depth_weights(bank)
+            self._sums[bank] = torch.zeros(len(self.current.total), 1, *layers.shape)
+        return self._sums[bank]
 
-    def _weights_of(self, bank: ExpertBank) -> tuple[Tensor, Tensor]:
-        """Weights (P, 1) of the bank's layers in the average over layers; and (P, E), for each
-        expert, their sum from the first layer up to each of these."""
-        if bank not in self._layers:
-            device = self._total.device
+    def depth_weights(self, bank: ExpertBank) -> tuple[Tensor, Tensor]:
+        """What a vote weighs in each of the bank's layers, (P, 1). And (P, E): for each expert, the
+        sum of these weights from the first layer up to each of them."""
+        if bank not in self._depths:
+            device = self.current.total.device
             weights = (torch.tensor(bank.layers, device=device) + 1).sqrt()[:, None]
-            before = self._layer_weight.to(device)[bank.expert_ids.to(device)]
+            before = self._depth_weight.to(device)[bank.expert_ids.to(device)]
             layers = weights.cumsum(0) + before
-            self._layer_weight[bank.expert_ids] = layers[-1].cpu()
-            self._layers[bank] = weights, layers
-        return self._layers[bank]
+            self._depth_weight[bank.expert_ids] = layers[-1].cpu()
+            self._depths[bank] = weights, layers
+        return self._depths[bank]
 
-    def _begins_pass(self, bank: ExpertBank) -> bool:
-        if self._first_bank is None:
-            self._first_bank = bank
-        return bank is self._first_bank
 
-    def _start_pass(self, scores: Tensor) -> None:
-        R, T, *_ = scores.shape
-        start, self._num_read = self._num_read, self._num_read + T
-        self._counts = None
-        if self._is_evidence is not None and start < self._is_evidence.shape[1]:
-            self._counts = scores.new_ones(R, T, 1)
-            known = self._is_evidence[:, start : start + T, None]
-            self._counts[:, : known.shape[1]] = known.to(scores)
-        if self._is_newline is not None:  # such a token speaks for no line
-            inside = (~self._is_newline[..., None]).to(scores)
-            self._counts = inside if self._counts is None else self._counts * inside
-        counts = scores.new_ones(R, T, 1) if self._counts is None else self._counts
-        before = None if self._token_weight is None else self._token_weight[:, -1:]
-        self._token_weight = self._over_tokens(counts, before).clamp(min=_LEAST_WEIGHT)
-        if self._first is None:
-            self._total = scores.new_zeros(R, T, self._num_experts)
-            return
-        before = None if self._num_counted is None else self._num_counted[:, -1:]
-        num_counted = self._num_counted = self._over_tokens(counts, before, decay=1.0)
-        total, weight = self._first
-        faded = self._decay**num_counted
-        self._total, self._first_weight = faded * total, faded * weight
+def running_sums(
+    values: Tensor, before: Tensor | None, decay: float, is_newline: Tensor | None
+) -> Tensor:
+    """Decayed running sums over the tokens of a line: (R, T, ...), from values (R, T, ...).
 
-    def _keeps(self, num_rows: int) -> Tensor:
-        """(R,) what the tokens before the one of this pass still count at it."""
-        keeps = torch.full((num_rows,), self._decay)
-        return keeps if self._is_newline is None else keeps.where(~self._is_newline[:, 0], 0)
-
-    def _over_tokens(
-        self, values: Tensor, before: Tensor | None, decay: float | None = None
-    ) -> Tensor:
-        """Decayed running sums over the tokens of a line, (R, T, ...); `before` (R, 1, ...) is the
-        sum so far. decay: None is the pool's."""
-        decay, shape, is_newline = decay or self._decay, values.shape, self._is_newline
-        if shape[1] == 1:
-            if before is None or is_newline is None:
-                return values if before is None else values.add(before, alpha=decay)
-            before = before.masked_fill(is_newline.view(-1, *[1] * (before.dim() - 1)), 0)
-            return values.add(before, alpha=decay)
-        line = None if is_newline is None else is_newline.cumsum(1)
-        parts = []
-        values = values.flatten(2)
-        before = None if before is None else before.flatten(2)
-        line_before = 0 if line is None else torch.zeros_like(line[:, :1])
-        for start in range(0, shape[1], _TOKENS_AT_ONCE):
-            part = values[:, start : start + _TOKENS_AT_ONCE]
-            steps = torch.arange(part.shape[1], device=values.device)
-            age = steps[:, None] - steps
-            weights = torch.where(age >= 0, decay ** age.clamp(min=0), 0).to(values)
-            weights_before = (decay ** (steps + 1)).to(values)[:, None]
-            if line is not None:
-                lines = line[:, start : start + _TOKENS_AT_ONCE]
-                weights = weights * (lines[:, :, None] == lines[:, None])
-                weights_before = weights_before * (lines == line_before)[..., None]
-                line_before = lines[:, -1:]
-            sums = weights @ part
-            if before is not None:
-                sums = sums + weights_before * before
-            parts.append(sums)
-            before = sums[:, -1:]
-        return torch.cat(parts, dim=1).view(shape)
+    before: (R, 1, ...), the sum so far. is_newline: (R, T) bool, where a sum starts anew.
+    """
+    if values.shape[1] == 1:
+        if before is None or is_newline is None:
+            return values if before is None else values.add(before, alpha=decay)
+        before = before.masked_fill(is_newline.view(-1, *[1] * (before.dim() - 1)), 0)
+        return values.add(before, alpha=decay)
+    shape, parts = values.shape, []
+    values = values.flatten(2)
+    before = None if before is None else before.flatten(2)
+    line = None if is_newline is None else is_newline.cumsum(1)
+    line_before = torch.tensor(0) if line is None else torch.zeros_like(line[:, :1])
+    for start in range(0, shape[1], _TOKENS_AT_ONCE):
+        part = values[:, start : start + _TOKENS_AT_ONCE]
+        steps = torch.arange(part.shape[1], device=values.device)
+        age = steps[:, None] - steps
+        weights = torch.where(age >= 0, decay ** age.clamp(min=0), 0).to(values)
+        weights_before = (decay ** (steps + 1)).to(values)[:, None]
+        if line is not None:
+            lines = line[:, start : start + _TOKENS_AT_ONCE]
+            weights = weights * (lines[:, :, None] == lines[:, None])
+            weights_before = weights_before * lines.eq(line_before)[..., None]
+            line_before = lines[:, -1:]
+        sums = weights @ part
+        if before is not None:
+            sums = sums + weights_before * before
+        parts.append(sums)
+        before = sums[:, -1:]
+    return torch.cat(parts, dim=1).view(shape)

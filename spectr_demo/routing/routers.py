@@ -1,32 +1,57 @@
-"""The routers: score each expert for each token from the experts' own weights, select, weigh.
+"""The table of routers. A new router is one function in `routing/spectr.py` and one row here.
 
-Axes: R rows (columns of a comparison), T tokens, P projections that read one input, E experts, K
-selected, r rank. All scores are functions of `z = A* x`, the token in the experts' aligned bases,
-so one product serves them all.
+A router that looks at tokens has a `score`. One that does not has `constant` weights. The page, the
+command line, the engine, the evaluation and compiled code all follow the row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from spectr_demo.config import RouterConfig, unknown_name
 from spectr_demo.routing.spectr import Score, arrow_scores, lag_scores, norm_scores, spectr_scores
 
-# The scores that can be calibrated. LAG's cannot: most experts have none.
-STANDARDISED: tuple[Score, ...] = (spectr_scores, arrow_scores, norm_scores)
+# From the router's settings and the names of E experts to E weights.
+Constant = Callable[[RouterConfig, Sequence[str]], list[float]]
+# What of z (r,) compiled code measures: its length, its first entry, or the length of S z.
+Measure = Literal["length", "first", "output"]
+
+
+def no_expert(config: RouterConfig, expert_names: Sequence[str]) -> list[float]:
+    """The base alone: all weights are 0."""
+    return [0.0] * len(expert_names)
+
+
+def one_expert(config: RouterConfig, expert_names: Sequence[str]) -> list[float]:
+    """1 for the expert that the router names."""
+    return [float(name == config.expert) for name in expert_names]
+
+
+def all_experts(config: RouterConfig, expert_names: Sequence[str]) -> list[float]:
+    """1/E for each."""
+    return [1 / len(expert_names)] * len(expert_names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """A row of the table. score is None where the weights are constant; default_top_k is the K of
-    a config that names none, made smaller where there are fewer experts."""
+    """A row of the table.
+
+    constant: the weights of a router that does not look at tokens; unused by one that scores.
+    score: of one that does. is_filtered: it scores only the `prefilter` experts with the best arrow
+    score. measure: how compiled code computes the score; None leaves the router to torch, which
+    gives the same and is slower on a CPU. default_top_k: the K of a config that names none, made
+    smaller where there are fewer experts.
+    """
 
     key: str
     display_name: str
     equation: str
     paper: str
     preset: RouterConfig
+    constant: Constant = no_expert
     score: Score | None = None
+    is_filtered: bool = False
+    measure: Measure | None = None
     default_top_k: int = 1
 
 
@@ -44,6 +69,7 @@ _ROWS = (
         equation="w = onehot(e)",
         paper="baseline",
         preset=RouterConfig(name="single", expert="NAME"),
+        constant=one_expert,
     ),
     Router(
         key="uniform",
@@ -51,6 +77,7 @@ _ROWS = (
         equation="w_e = 1/E",
         paper="baseline: PEFT's `cat` merge (`outputs`), or `linear` (`parameters`)",
         preset=RouterConfig(name="uniform"),
+        constant=all_experts,
     ),
     Router(
         key="arrow",
@@ -59,6 +86,7 @@ _ROWS = (
         paper="Arrow, arXiv 2405.11157; PEFT's defaults",
         preset=RouterConfig(name="arrow", weighting="softmax"),
         score=arrow_scores,
+        measure="first",
         default_top_k=3,
     ),
     Router(
@@ -68,6 +96,7 @@ _ROWS = (
         paper="SpectR, arXiv 2504.03454; K = 1",
         preset=RouterConfig(name="spectr", composition="parameters"),
         score=spectr_scores,
+        measure="length",
     ),
     Router(
         key="spectr-paper",
@@ -76,6 +105,7 @@ _ROWS = (
         paper="SpectR, arXiv 2504.03454; the paper's K = 4",
         preset=RouterConfig(name="spectr-paper", composition="parameters"),
         score=spectr_scores,
+        measure="length",
         default_top_k=4,
     ),
     Router(
@@ -85,6 +115,7 @@ _ROWS = (
         paper="this project's; standardised scores as in SEQR, arXiv 2509.18093",
         preset=RouterConfig(name="spectr-calibrated", calibrated=True),
         score=spectr_scores,
+        measure="length",
     ),
     Router(
         key="spectr-context",
@@ -101,6 +132,7 @@ _ROWS = (
             confidence=0.6,
         ),
         score=spectr_scores,
+        measure="length",
         default_top_k=2,
     ),
     Router(
@@ -110,6 +142,8 @@ _ROWS = (
         paper="LAG, arXiv 2507.05346; F = 20",
         preset=RouterConfig(name="lag"),
         score=lag_scores,
+        is_filtered=True,
+        measure="length",
     ),
     Router(
         key="norm",
@@ -118,9 +152,16 @@ _ROWS = (
         paper="norm maximisation, SEQR, arXiv 2509.18093",
         preset=RouterConfig(name="norm"),
         score=norm_scores,
+        measure="output",
     ),
 )
 ROUTERS = {row.key: row for row in _ROWS}
+
+
+def calibrated_scores() -> list[Score]:
+    """The scores that can be calibrated: of every router that scores all experts."""
+    rows = ROUTERS.values()
+    return list(dict.fromkeys(row.score for row in rows if row.score and not row.is_filtered))
 
 
 def parse_router(
@@ -149,7 +190,7 @@ def parse_router(
         raise unknown_name("expert", config.expert, expert_names)
     if row.score is None:
         return config
-    if config.calibrated and row.score not in STANDARDISED:
+    if config.calibrated and row.is_filtered:
         raise ValueError(
             f"router {row.key!r} cannot be calibrated: it scores only some experts for a token; "
             "calibrate 'spectr', 'arrow' or 'norm'"
@@ -161,7 +202,7 @@ def _checked_top_k(config: RouterConfig, row: Router, expert_names: Sequence[str
     num_experts = len(expert_names)
     if num_experts == 0:
         raise ValueError(f"router {row.key!r} has no expert to choose from; load at least one")
-    num_kept = config.prefilter if row.score is lag_scores else num_experts
+    num_kept = config.prefilter if row.is_filtered else num_experts
     if config.top_k is None:
         return min(row.default_top_k, num_experts, num_kept)
     if config.top_k > num_experts:
@@ -175,9 +216,3 @@ def _checked_top_k(config: RouterConfig, row: Router, expert_names: Sequence[str
             "experts; lower top_k or raise prefilter"
         )
     return config.top_k
-
-
-def _constant_weight(router: RouterConfig, expert: str, num_experts: int) -> float:
-    if router.name == "uniform":
-        return 1 / num_experts
-    return float(router.name == "single" and router.expert == expert)

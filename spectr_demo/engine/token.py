@@ -1,0 +1,238 @@
+"""One token in compiled code: the one place where a plan meets code that is faster than torch.
+
+A plan asks `TokenPath` first, at each bank. It answers with `None` where torch must do it: several
+tokens, many rows, a GPU, or a router whose row names no compiled measure. Everything that compiled
+code needs is bound here, from the groups of rows, their pools and the recorder. The loops
+themselves are in `cpu/token.py`, and know arrays alone.
+
+Axes: R rows, P projections of a bank, E experts, K selected, F kept by LAG's filter, r rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectr_demo.cpu import token as compiled
+from spectr_demo.cpu.choice import FIRST, LENGTH, OUTPUT, Choices, Pool, Rule
+from spectr_demo.cpu.filter import Arrows
+from spectr_demo.cpu.token import Factors, Record
+from spectr_demo.engine.constant import ConstantRows
+from spectr_demo.engine.recorder import Recorder
+from spectr_demo.engine.rows import RouterRows
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.context import EvidencePool
+from spectr_demo.routing.routers import Measure
+
+MEASURES: dict[Measure, int] = {"length": LENGTH, "first": FIRST, "output": OUTPUT}
+RECORDED_AT_ONCE = 64
+
+# What compiled code reads of a bank, kept as long as the bank.
+_factors: WeakKeyDictionary[ExpertBank, Factors | None] = WeakKeyDictionary()
+_arrows: WeakKeyDictionary[ExpertBank, Arrows] = WeakKeyDictionary()
+
+
+def factors_of(bank: ExpertBank) -> Factors | None:
+    """A bank's memory; None where compiled code cannot read it (a GPU, another dtype)."""
+    if bank not in _factors:
+        _factors[bank] = Factors.of(bank.A, bank.B, bank.singular_values)
+    return _factors[bank]
+
+
+def arrows_of(bank: ExpertBank) -> Arrows:
+    """The first row of each A*, in 8 bits."""
+    if bank not in _arrows:
+        _arrows[bank] = Arrows.of(bank.A[:: bank.singular_values.shape[-1]])
+    return _arrows[bank]
+
+
+class MixedToken:
+    """What one token adds at the layers of a bank; the same memory serves all tokens of a run."""
+
+    def __init__(self, factors: Factors, records: Sequence[Record], arrays: tuple[Any, ...]):
+        """records: one for each router that looks at tokens; where there is none, one without a
+        rule. arrays: what they point to, kept as long."""
+        self.factors = factors
+        self.records = records
+        self.choices: list[_Written] = []
+        self.arrows: Arrows | None = None
+        self._arrays = arrays
+
+    def add_(self, y: Tensor, place: int) -> Tensor:
+        """y (R, 1, D_out) with it, in place."""
+        B = self.factors.B[place]
+        compiled.add_at(self.records[0], y.data_ptr(), y.dtype == torch.bfloat16, B, place)
+        return y
+
+
+@dataclass
+class _Written:
+    """Memory that compiled code fills with the choices of one router, token after token."""
+
+    group: RouterRows
+    choices: Choices
+    num_recorded: int = 0
+
+
+@dataclass
+class _PoolState:
+    """A pool's state as arrays: of the pass that is running, and of each bank."""
+
+    of_pass: tuple[Any, ...] = ()
+    total: Tensor | None = None
+    banks: dict[ExpertBank, tuple[Tensor, tuple[Any, ...]]] = field(default_factory=dict)
+
+
+class TokenPath:
+    """The fast path of one plan."""
+
+    def __init__(
+        self,
+        groups: Sequence[RouterRows],
+        constant: ConstantRows,
+        is_merged: Sequence[bool],
+        recorder: Recorder | None,
+    ) -> None:
+        """is_merged: (R,) whether a row merges factors before it multiplies."""
+        self._groups = groups
+        self._constant = constant
+        self._is_merged = np.array(is_merged)
+        self._recorder = recorder
+        self._tokens: dict[ExpertBank, MixedToken | None] = {}
+        self._pools = [_PoolState() for _ in groups]
+        if recorder is not None:
+            recorder.before_reading.append(self._record)
+
+    def mix_and_add_(self, y: Tensor, bank: ExpertBank, x: Tensor) -> MixedToken | None:
+        """What the bank's layers add, that of the first one added to its y: y (R, 1, D_out) and x
+        (R, 1, D_in). None, and nothing is done, where torch must do it."""
+        if bank not in self._tokens:
+            self._tokens[bank] = self._bind(bank)
+        token = self._tokens[bank]
+        if token is None or not compiled.can_route(x, y):
+            self._record(bank)  # before what torch records next
+            return None
+        places = y.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16
+        A, B = token.factors.A, token.factors.B[0]
+        if not self._groups:
+            compiled.project_and_add_at(token.records[0], *places, A, B)
+            return token
+        last = len(self._groups) - 1
+        for i, record in enumerate(token.records):
+            if self._recorder is not None and token.choices[i].choices.is_full:
+                self._record(bank)
+            pool = self._pool(i, bank)
+            compiled.route_and_add_at(record, *places, A, token.arrows, B, pool, i == 0, i == last)
+        return token
+
+    def _bind(self, bank: ExpertBank) -> MixedToken | None:
+        """Memory for one token of each row at a bank, and the records that compiled code reads;
+        None where it cannot serve the bank."""
+        factors = factors_of(bank)
+        pools = [group.pool for group in self._groups if group.pool is not None]
+        is_here = all(pool.current.total.is_cpu for pool in pools)
+        if factors is None or not is_here or any(group.measure is None for group in self._groups):
+            return None
+        P, E, r = factors.singular_values.shape
+        R, kept = len(self._is_merged), None
+        first = self._groups[0] if self._groups else None
+        if first is not None and first.is_whole and first.num_filtered < E:
+            kept = np.empty((R, P, first.num_filtered), np.int64)
+        shape = R, P, E if kept is None else kept.shape[2]
+        weights = np.ones(shape, np.float32)  # where rows are constant and the factors hold theirs
+        if kept is None and not self._constant.is_folded:
+            weights = self._constant.of(bank)[:, 0].numpy().copy()
+        arrays = np.empty((*shape, r), np.float32), weights, self._is_merged, kept
+        bind = partial(compiled.bind, *arrays, factors.singular_values)
+        rules = [_rule(group, bank) for group in self._groups]
+        rows = [np.array(group.rows) for group in self._groups]
+        records = [bind(rule, some) for rule, some in zip(rules, rows, strict=True)] or [bind()]
+        token = MixedToken(factors, records, (*arrays, *rules, *rows))
+        token.arrows = None if kept is None else arrows_of(bank)
+        for group, record in zip(self._groups, records if self._groups else [], strict=True):
+            K = min(group.router.top_k or E, E)
+            num_tokens = 1 if self._recorder is None else RECORDED_AT_ONCE
+            choices = Choices.empty(num_tokens, len(group.rows), P, K)
+            compiled.bind_choices(record, choices)
+            token.choices.append(_Written(group, choices))
+        return token
+
+    def _pool(self, i: int, bank: ExpertBank) -> Pool | None:
+        """The pool of a group, as compiled code reads and changes it."""
+        group, state = self._groups[i], self._pools[i]
+        pool = group.pool
+        if pool is None:
+            return None
+        if state.total is not pool.current.total:  # another pass, or torch has added to it
+            state.total, state.of_pass = pool.current.total, _of_pass(pool)
+        sums = pool.token_sums(bank)
+        known = state.banks.get(bank)
+        if known is None or known[0] is not sums:  # torch makes new ones where it adds tokens
+            weights, layers = pool.depth_weights(bank)
+            known = state.banks[bank] = (
+                sums,
+                (
+                    sums[:, 0].numpy(),
+                    weights[:, 0].numpy(),
+                    layers.numpy(),
+                    bank.expert_ids.numpy(),
+                    group.router.confidence is not None,
+                ),
+            )
+        return Pool(*state.of_pass, *known[1])
+
+    def _record(self, bank: ExpertBank) -> None:
+        """Hand the recorder what was chosen since the last time; full memory is replaced."""
+        token = self._tokens.get(bank)
+        if token is None or self._recorder is None:
+            return
+        for written, record in zip(token.choices, token.records, strict=False):
+            places, weights, scores, num = written.choices
+            new = slice(written.num_recorded, int(num[0]))
+            for i, row in enumerate(written.group.rows if new.start < new.stop else ()):
+                chosen = [torch.from_numpy(part[new, i]) for part in (places, weights, scores)]
+                self._recorder.add_choice(bank, row, (chosen[0], chosen[1], chosen[2]))
+            written.num_recorded = new.stop
+            if written.choices.is_full:
+                written.choices, written.num_recorded = Choices.empty(*places.shape), 0
+                compiled.bind_choices(record, written.choices)
+
+
+def _of_pass(pool: EvidencePool) -> tuple[Any, ...]:
+    """The first five fields of a `Pool`, for a pass of one token."""
+    now = pool.current
+    keeps = torch.full((len(now.total),), pool.decay)
+    if now.is_newline is not None:
+        keeps = keeps.where(~now.is_newline[:, 0], 0)
+    counts = torch.ones(len(now.total)) if now.counts is None else now.counts[:, 0, 0]
+    first_weight = torch.zeros_like(now.total) if now.first_weight is None else now.first_weight
+    return (
+        keeps.numpy(),
+        counts.numpy(),
+        now.token_weight[:, 0, 0].numpy(),
+        first_weight[:, 0].numpy(),
+        now.total[:, 0].numpy(),
+    )
+
+
+def _rule(group: RouterRows, bank: ExpertBank) -> Rule:
+    """How a group scores and chooses at a bank."""
+    shape = bank.singular_values.shape[:2]
+    mean, std = torch.zeros(shape), torch.ones(shape)
+    if group.calibration is not None:
+        mean, std = group.calibration.of(bank, group.score)
+    config = group.router
+    assert group.measure is not None
+    return Rule(
+        measure=MEASURES[group.measure],
+        num_kept=min(group.num_scored, bank.num_experts),
+        mean=mean.numpy(),
+        std=std.numpy(),
+        temperature=config.temperature if config.weighting == "softmax" else 0.0,
+        least=-np.inf if group.least is None else group.least,
+    )
