@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from spectr_demo.base.prompts import decoder_inputs, shared_length
+from spectr_demo.base.prompts import decoder_inputs, encode, encode_answered, shared_length
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
@@ -33,6 +33,13 @@ class Text:
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+
+    @classmethod
+    def from_chat(cls, engine: SpectrModel, prompt: str, answer: str) -> Text:
+        """A prompt in the base's chat template, and the answer to it."""
+        prompt_ids = encode(engine.tokenizer, prompt)
+        whole = encode_answered(engine.tokenizer, prompt, answer)
+        return cls(prompt_ids=tuple(prompt_ids), answer_ids=tuple(whole[len(prompt_ids) :]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +81,11 @@ class _Choices(Recorder):
     def experts(self) -> NDArray[np.int16]:
         """(R, T, L, P, K) ids of the library's experts."""
         for bank in self._library.banks:
-            self._join_tokens(bank)
+            for hand_over in self.before_reading:
+                hand_over(bank)
         return self._experts
 
-    def _keep(self, bank: ExpertBank, row: int, choice: Choice) -> None:
+    def add_choice(self, bank: ExpertBank, row: int, choice: Choice) -> None:
         experts, weights, _ = choice
         chosen = bank.expert_ids[experts.cpu()].to(torch.int16)
         chosen = torch.where(weights.cpu() > 0, chosen, NOT_ROUTED)
@@ -134,7 +142,7 @@ def _read_batch(
         with routed(None):
             base_hidden = decoder(**inputs).last_hidden_state
     experts = None if recorder is None else recorder.experts()
-    opening = engine.template_opening
+    opening = engine.template.opening
     for row, text in enumerate(texts):
         answer = torch.tensor(text.answer_ids, device=device)
         num = len(answer)

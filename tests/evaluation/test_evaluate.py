@@ -3,32 +3,15 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation import evaluate
-from spectr_demo.evaluation.compositional import LAYOUTS, make_pairs
-from spectr_demo.evaluation.evaluate import CONTENDERS, QUICK, Evaluation, Settings, summarise
-from spectr_demo.evaluation.report import scores_table, to_markdown
-from spectr_demo.evaluation.tasks import TASKS, Split
-from tests.conftest import BuildModel, SaveExpert
-
-SETTINGS = Settings(num_examples=2, num_pairs=2, num_offdomain=2, stress_texts=0)
-
-
-@pytest.fixture
-def build_engine(
-    build_model: BuildModel, save_expert: SaveExpert, monkeypatch: pytest.MonkeyPatch
-) -> BuildModel:
-    """Random experts under the names of two tasks, of which few examples are left."""
-    for name in ("sql", "chords"):
-        split = TASKS[name].build(0)
-        few = Split(train=split.train[:4], heldout=split.heldout[:12])
-        task = replace(TASKS[name], build=lambda seed, few=few: few, max_new_tokens=4)
-        monkeypatch.setitem(TASKS, name, task)
-    folders = [save_expert(name, seed=seed) for seed, name in enumerate(["sql", "chords", "other"])]
-    return lambda: build_model(folders)
+from spectr_demo.evaluation.compositional import LAYOUTS
+from spectr_demo.evaluation.evaluate import CONTENDERS, QUICK, Evaluation, Settings
+from spectr_demo.evaluation.report import to_markdown
+from tests.conftest import BuildModel
+from tests.evaluation.conftest import SETTINGS
 
 
 def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> None:
@@ -113,40 +96,6 @@ def test_more_examples_leave_what_is_measured(
                 assert in_parts["accuracy"]["spectr"][name][group][key] == pytest.approx(value)
 
 
-def test_retrained_experts_are_put_in_place_and_beside(
-    build_engine: BuildModel, save_expert: SaveExpert
-) -> None:
-    """A copy cannot be told from the expert, a stranger can."""
-    copy = save_expert("again/sql", seed=0)
-    other = save_expert("other/sql", seed=7)
-    settings = replace(SETTINGS, labels=("base", "oracle"))
-    engine = build_engine()
-    before = Evaluation(engine, settings).run()
-    again = replace(settings, retrained=(f"sql={copy}", f"sql={other}"))
-    results = Evaluation(engine, again).run()
-    assert results["scores"] == before["scores"]
-    same, stranger = results["retrained"]
-    assert (same["expert"], same["retrained"]) == ("sql", "again/sql")
-    assert same["instead"] == same["before"], "the library is the same one"
-    assert same["overlap"] == pytest.approx(1, abs=1e-3)
-    assert same["update_norm"] == pytest.approx(1, abs=1e-3)
-    assert same["nll"]["own"] == same["nll"]["other"]
-    assert "respond to the same inputs" in same["warnings"][0]
-    assert stranger["before"] == same["before"], "the library is whole again"
-    assert stranger["overlap"] < 0.9 and stranger["warnings"] == []
-    for shares in stranger["beside"].values():
-        assert 0 <= shares["own"] + shares["other"] <= 1
-    report = to_markdown(results)
-    assert f"{stranger['instead']['spectr']:.1%}" in report
-    assert engine.library.names == ("sql", "chords", "other")
-
-
-def test_a_retrained_expert_must_say_which(build_engine: BuildModel) -> None:
-    settings = replace(SETTINGS, retrained=("cron=somewhere",))
-    with pytest.raises(ValueError, match=r"'cron=somewhere'.*NAME=FOLDER with one of sql, chords"):
-        Evaluation(build_engine(), settings)
-
-
 def test_experts_without_tasks_are_refused(routed_model: SpectrModel) -> None:
     with pytest.raises(ValueError, match=r"red, green, blue.*NAME=SOURCE"):
         Evaluation(routed_model, SETTINGS)
@@ -161,45 +110,3 @@ def test_an_unknown_row_is_refused(build_engine: BuildModel) -> None:
 def test_too_few_examples_are_refused() -> None:
     with pytest.raises(ValueError, match="num_examples is 0; at least 2"):
         Settings(num_examples=0)
-
-
-def test_quick_takes_known_labels() -> None:
-    assert set(QUICK) <= {contender.label for contender in CONTENDERS}
-
-
-def test_scores_are_divided_by_the_oracles_of_each_domain() -> None:
-    answers = {
-        "oracle": {"a": [1.0] * 10, "b": [0.5] * 10, "c": [0.0] * 10},
-        "other": {"a": [0.5] * 10, "b": [0.5] * 10, "c": [0.0] * 10},
-    }
-    summary = summarise(answers)
-    assert summary["other"]["macro"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
-    assert summary["other"]["of_oracle"]["mean"] == 0.75
-    assert summary["oracle"]["of_oracle"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-
-
-def test_an_interval_holds_its_mean_and_narrows_with_more_prompts() -> None:
-    rng = np.random.default_rng(0)
-    widths = []
-    for num in (10, 100):
-        scores = rng.integers(0, 2, num).astype(float).tolist()
-        interval = summarise({"x": {"a": scores}})["x"]["macro"]
-        assert interval["low"] <= interval["mean"] <= interval["high"]
-        widths.append(interval["high"] - interval["low"])
-    assert widths[1] < widths[0] / 2
-
-
-def test_pairs_are_of_two_domains_and_use_other_examples_than_the_single_requests() -> None:
-    held = {name: [object() for _ in range(100)] for name in "abc"}
-    pairs = make_pairs(held, 12)  # type: ignore[arg-type]
-    assert all(pair.names[0] != pair.names[1] for pair in pairs)
-    assert {pair.names[0] for pair in pairs} == {pair.names[1] for pair in pairs} == set("abc")
-    used = {id(example) for pair in pairs for example in pair.examples}
-    assert len(used) == 24
-    assert not used & {id(example) for row in held.values() for example in row[:32]}
-
-
-def test_a_table_has_one_row_for_each_router(build_engine: BuildModel) -> None:
-    settings = replace(SETTINGS, labels=("base", "oracle"))
-    table = scores_table(Evaluation(build_engine(), settings).run())
-    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 4

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from spectr_demo.base.prompts import shared_length
+from spectr_demo.base.prompts import decoder_inputs, shared_length
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.engine.reading import Listening
+from spectr_demo.engine.plan import Plan, RoutingPlan
+from spectr_demo.engine.reading import Listening, evidence_mask
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.robustness.variants import (
     Experts,
@@ -33,7 +33,7 @@ from spectr_demo.evaluation.robustness.variants import (
 from spectr_demo.experts.inspection import ExpertSummary, overlaps
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.context import EvidencePool
+from spectr_demo.routing.context import EvidencePool, Start
 from spectr_demo.routing.routers import ROUTERS, parse_router
 
 RANKS = (8, 4, 2, 1)
@@ -160,7 +160,6 @@ class _Generic(Listening):
     """Collects the statistics of one generic text."""
 
     def __init__(self, statistics: GenericText, num_opening: int) -> None:
-        super().__init__()
         self._statistics = statistics
         self._num_opening = num_opening
 
@@ -177,7 +176,7 @@ def read_generic(
     bar.set_description("generic prompts")
     for prompt in prompts:
         ids = engine.encode(prompt)
-        _forward(engine, ids, _Generic(statistics, shared_length(engine.template_opening, ids)))
+        _forward(engine, [ids], _Generic(statistics, shared_length(engine.template.opening, ids)))
         bar.update()
     statistics.finish()
 
@@ -186,41 +185,58 @@ class _Context:
     """The evidence of `spectr-context` in each library, pooled as the router does."""
 
     def __init__(
-        self, variants: Variants, libraries: Mapping[_Key, _Library], is_evidence: Tensor
+        self,
+        variants: Variants,
+        libraries: Mapping[_Key, _Library],
+        is_evidence: Tensor,
+        *,
+        first: _Context | None = None,
+        newline_ids: Tensor | None = None,
     ) -> None:
-        """is_evidence: (T,) bool."""
+        """is_evidence: (R, T) bool. first: of the first reading, whose rows are the lines of one
+        request. newline_ids: tokens at which a second reading returns to it."""
         self._variants = variants
         decay = ROUTERS["spectr-context"].preset.decay
         assert decay is not None
         self._ids = {key: torch.cat(library) for key, library in libraries.items()}
+        starts = {} if first is None else {key: first.start(key) for key in libraries}
         self._pools = {
-            key: EvidencePool(decay, len(ids), is_evidence[None]) for key, ids in self._ids.items()
+            key: EvidencePool(decay, len(ids), is_evidence, starts.get(key))
+            for key, ids in self._ids.items()
         }
+        self._newline_ids = newline_ids
         self._banks: dict[tuple[str, _Key], ExpertBank] = {}
 
-    def read_again(self, is_evidence: Tensor) -> None:
-        """Start from what a reading of the prompt gave at its end."""
+    def start(self, key: _Key) -> Start:
+        """What all lines ask for together. Evidence of 0 names no expert."""
+        pool = self._pools[key]
+        return pool.start([len(pool.latest)], least=0.0)
+
+    def begin_pass(self, input_ids: Tensor) -> None:
+        """input_ids: (R, T)."""
+        newlines = self._newline_ids
+        is_newline = None if newlines is None else torch.isin(input_ids, newlines)
         for pool in self._pools.values():
-            pool.read_again(is_evidence[None])
+            pool.begin_pass(*input_ids.shape, is_newline=is_newline, device=input_ids.device)
 
     def add(self, path: str, standard: Tensor) -> dict[_Key, Tensor]:
-        """By library (T, right and rivals), -inf where a candidate does not touch the layer, from
-        its columns' scores (T, C)."""
+        """By library (R, T, right and rivals), -inf where a candidate does not touch the layer,
+        from its columns' scores (R, T, C)."""
         layer = self._variants.layers[path]
         scores = everywhere(self._variants, path, standard.index_select(-1, layer.columns))
         pooled = {}
         for key, ids in self._ids.items():
             own = scores.index_select(-1, ids)
-            places = (own[0] > -torch.inf).nonzero()[:, 0]
+            places = (own[0, 0] > -torch.inf).nonzero()[:, 0]
             pooled[key] = torch.full_like(own, -torch.inf)
             if len(places) == 0:
                 continue
-            found = self._pools[key].add(self._bank(path, key, places), own[None, :, None, places])
-            pooled[key] = pooled[key].index_copy(-1, places, found[0, :, 0])
+            found = self._pools[key].add(self._bank(path, key, places), own[:, :, None, places])
+            pooled[key] = pooled[key].index_copy(-1, places, found[:, :, 0])
         return pooled
 
     def _bank(self, path: str, key: _Key, places: Tensor) -> ExpertBank:
-        """What tells the pool the layer and the candidates; the same one in both readings."""
+        """What tells the pool the layer and the candidates; the same one for all tokens."""
         if (path, key) not in self._banks:
             library = self._variants.layers[path].library
             self._banks[path, key] = replace(library, expert_ids=places.cpu())
@@ -237,17 +253,20 @@ def everywhere(variants: Variants, path: str, scores: Tensor) -> Tensor:
 
 
 class _FirstReading(Listening):
-    """A prompt, read by the bare base for `spectr-context`."""
+    """The lines of a prompt, read by the bare base for `spectr-context`."""
 
     def __init__(self, variants: Variants, context: _Context) -> None:
-        super().__init__()
         self._variants = variants
         self._context = context
 
+    def begin_pass(self, input_ids: Tensor) -> None:
+        self._context.begin_pass(input_ids)
+
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
+        variants = self._variants
         for path in bank.paths:
-            raw = self._variants.scores(path, x[0])
-            self._context.add(path, self._variants.standardise(path, raw))
+            rows = [variants.standardise(path, variants.scores(path, row)) for row in x]
+            self._context.add(path, torch.stack(rows))
 
 
 class _Decisions(RoutingPlan):
@@ -266,7 +285,7 @@ class _Decisions(RoutingPlan):
         super().__init__([parse_router(f"single:{name}", names)], names)
         self._variants = variants
         self._libraries = libraries
-        self._start = shared_length(engine.template_opening, text.prompt_ids)
+        self._start = shared_length(engine.template.opening, text.prompt_ids)
         # The answer is made at the prompt's last token and every answer token but the last.
         self._answer = slice(len(text.prompt_ids) - 1 - self._start, None)
         zeros = torch.zeros(len(METHODS), device=engine.model.device)
@@ -277,6 +296,10 @@ class _Decisions(RoutingPlan):
         }
         self._context = context
 
+    def begin_pass(self, input_ids: Tensor) -> None:
+        super().begin_pass(input_ids)
+        self._context.begin_pass(input_ids)
+
     def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
         self._decide(bank.paths[place], x[0])
         return super().add(y, bank, place, x)
@@ -285,12 +308,12 @@ class _Decisions(RoutingPlan):
         layer, variants = self._variants.layers[path], self._variants
         raw = variants.scores(path, x)
         standard = variants.standardise(path, raw)
-        in_context = self._context.add(path, standard)
+        in_context = self._context.add(path, standard[None])
         alone = torch.cat([raw[: len(METHODS) - 2], standard[None]])
         alone = everywhere(variants, path, alone.index_select(-1, layer.columns))
         for key, library in self._libraries.items():
             num_right = len(library.right)
-            pooled = in_context[key][None]
+            pooled = in_context[key]
             self._count(
                 key,
                 torch.cat([alone.index_select(-1, library.right), pooled[..., :num_right]]),
@@ -331,21 +354,27 @@ def _read(
     bar.set_description(name)
     num_prompt = len(text.prompt_ids)
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
-    places = torch.arange(len(ids), device=engine.model.device)
-    start = shared_length(engine.template_opening, text.prompt_ids)
-    context = _Context(variants, libraries, places[:num_prompt] >= start)
-    _forward(engine, text.prompt_ids, _FirstReading(variants, context))
-    context.read_again(places >= num_prompt)
+    device = engine.model.device
+    lines, starts = zip(*engine.template.request_lines(text.prompt_ids), strict=True)
+    first = _Context(variants, libraries, evidence_mask(lines, starts, device))
+    _forward(engine, lines, _FirstReading(variants, first))
+    context = _Context(
+        variants,
+        libraries,
+        evidence_mask([ids], [num_prompt], device),
+        first=first,
+        newline_ids=torch.tensor(sorted(engine.template.newline_ids), device=device),
+    )
     plan = _Decisions(engine, variants, name, libraries, text, context)
-    _forward(engine, ids, plan)
+    _forward(engine, [ids], plan)
     bar.update()
     return {key: plan.result(key) for key in libraries}
 
 
-def _forward(engine: SpectrModel, ids: Sequence[int], plan: RoutingPlan) -> None:
-    input_ids = torch.tensor([list(ids)], device=engine.model.device)
+def _forward(engine: SpectrModel, texts: Sequence[Sequence[int]], plan: Plan) -> None:
     with torch.inference_mode(), routed(plan):
-        engine.model.get_decoder()(input_ids=input_ids, use_cache=False)
+        decoder = engine.model.get_decoder()
+        decoder(**decoder_inputs(texts, engine.model.device), use_cache=False)
 
 
 def _diagnose(

@@ -1,0 +1,74 @@
+"""Results of parts of an evaluation, kept in the cache.
+
+An interrupted evaluation goes on where it was. A change of the base, of the experts or of the code
+that decides a number starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spectr_demo.base.files import published
+from spectr_demo.base.prompts import GENERIC_TEXT
+from spectr_demo.config import RouterConfig, cache_dir
+from spectr_demo.engine.model import SpectrModel
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Imports go one way, so no room above `evaluation` decides a number: an edit of the page, of the
+# charts or of the training leaves hours of results alone. Nor do the files that only put results
+# into words. A test follows the imports, and fails where one of their files is not here.
+_ROOMS = ("config.py", "trace", "cpu", "routing", "base", "experts", "engine", "evaluation")
+_WORDS = ("evaluation/findings.py", "evaluation/report.py")
+
+
+def code_files() -> list[Path]:
+    """The files of this package that decide a number of the results."""
+    words = [_PACKAGE / name for name in _WORDS]
+    files = [file for room in _ROOMS for file in _files(_PACKAGE / room)]
+    return [file for file in files if file not in words]
+
+
+def _files(room: Path) -> list[Path]:
+    return [room] if room.suffix else sorted(room.rglob("*.py"))
+
+
+def fingerprint(engine: SpectrModel) -> str:
+    """16 hex digits: of all that the results depend on but the settings."""
+    base = engine.base
+    parts = [base.fingerprint, base.quantization, str(base.compute_dtype)]
+    parts += [f"{a.name} {a.sha256}" for a in engine.library.adapters]
+    files = [*code_files(), GENERIC_TEXT]
+    parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class Parts:
+    """The parts of one engine's evaluations: plain JSON values, one file each."""
+
+    def __init__(self, engine: SpectrModel) -> None:
+        self.folder = cache_dir() / "evaluation" / fingerprint(engine)
+
+    def get(
+        self,
+        kind: str,
+        config: RouterConfig,
+        compute: Callable[[RouterConfig], Any],
+        *of: str | int,
+    ) -> Any:
+        """What `compute(config)` gives, from the cache where this very part was measured before.
+
+        of: what else the part depends on.
+        """
+        key = json.dumps([kind, *of, config.to_json()], sort_keys=True)
+        file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            result = compute(config)
+        with published(file) as unfinished:  # two processes may share the work
+            unfinished.write_text(json.dumps(result), encoding="utf-8")
+        return result
