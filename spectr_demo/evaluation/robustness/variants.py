@@ -35,8 +35,8 @@ def cut(library: ExpertLibrary, rank: int) -> Experts:
     )
 
 
-def with_noise(library: ExpertLibrary, sigmas: Sequence[float], seed: int) -> list[Experts]:
-    """For each sigma, the experts with Gaussian noise on both raw LoRA factors, aligned again.
+def with_noise(library: ExpertLibrary, sigmas: Sequence[float], seed: int) -> dict[float, Experts]:
+    """By sigma, the experts with Gaussian noise on both raw LoRA factors, aligned again.
 
     sigma: Frobenius norm of the noise over the factor's own. All sigmas share one draw, so that
     they differ in size alone. Of B* only the singular values are kept: no score needs more.
@@ -55,7 +55,7 @@ def with_noise(library: ExpertLibrary, sigmas: Sequence[float], seed: int) -> li
             aligned = _without_outputs(align(factors[0], factors[1], layer.scaling))
             for experts, A, B in zip(result, aligned.A, aligned.B, strict=True):
                 experts[e][path] = Aligned(A, B)
-    return [tuple(experts) for experts in result]
+    return dict(zip(sigmas, result, strict=True))
 
 
 def _without_outputs(layer: Aligned) -> Aligned:
@@ -84,12 +84,12 @@ class Variants:
         self,
         library: ExpertLibrary,
         ranks: Sequence[int],
-        noisy: Sequence[Experts],
+        noisy: Mapping[float, Experts],
         seeds: Sequence[int],
         num_distractors: int,
     ) -> None:
         """noisy: as `with_noise` gives them. num_distractors: for each seed."""
-        self.ranks = tuple(ranks)
+        self.ranks, self.sigmas = tuple(ranks), tuple(noisy)
         self.num_experts = len(library.names)
         self.num_blocks = 1 + len(ranks) + len(noisy)
         self.num_distractors = num_distractors
@@ -110,7 +110,7 @@ class Variants:
             start = 0
             for bank, place in places:
                 own = slice(start, start := start + len(bank.expert_ids))
-                layer = self._layer(bank, place, pairs, own, noisy, generators)
+                layer = self._layer(bank, place, pairs, own, list(noisy.values()), generators)
                 self.layers[bank.paths[place]] = layer
         self.statistics: dict[str, Tensor] = {}  # by layer path: (2, 3, C), mean and std
         self.margins = torch.empty(0)  # (blocks, E)
