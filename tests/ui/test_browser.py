@@ -21,6 +21,7 @@ Serve = Callable[[gr.Blocks], str]
 Open = Callable[..., Any]
 SECONDS = 1000.0
 PATIENCE = 90 * SECONDS  # two busy cores are slow, and a passing test does not wait
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def open_page(browser: Any) -> Iterator[Open]:
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
-        expect(page.locator("#run")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#run")).to_be_visible()
         return page
 
     yield open_
@@ -58,7 +59,7 @@ def open_page(browser: Any) -> Iterator[Open]:
 def charts_are_drawn(page: Any) -> None:
     for chart in ("strip", "map", "shares", "layers", "along"):
         svg = page.locator(f"#{chart} .js-plotly-plot svg").first
-        expect(svg).to_be_visible(timeout=PATIENCE)
+        expect(svg).to_be_visible()
 
 
 class Endless:
@@ -103,7 +104,7 @@ def test_an_example_runs_and_its_charts_follow_the_column(
     page.locator("#columns").get_by_label("Single expert").check()
     page.locator("#examples button").first.click()
     expect(page.locator("#prompt textarea")).not_to_have_value("")
-    expect(page.locator(".answer.is-finished")).to_have_count(5, timeout=PATIENCE)
+    expect(page.locator(".answer.is-finished")).to_have_count(5)
     charts_are_drawn(page)
     expect(page.locator("#run")).to_be_enabled()
     expect(page.locator("#stop")).to_be_disabled()
@@ -112,7 +113,7 @@ def test_an_example_runs_and_its_charts_follow_the_column(
     strip = page.locator("#strip")
     expect(strip).to_contain_text("green")
     page.locator("#column").get_by_label("Single expert: red").check()
-    expect(strip).not_to_contain_text("green", timeout=PATIENCE)
+    expect(strip).not_to_contain_text("green")
     expect(strip).to_contain_text("red")
 
     with page.expect_download() as trace_file:
@@ -140,16 +141,16 @@ def test_stop_keeps_the_answers_and_the_page_works_on(
     )
 
     page.locator("#stop").click()
-    expect(page.locator(".answer.is-stopped")).to_have_count(4, timeout=PATIENCE)
-    assert endless.was_closed.wait(30)
+    expect(page.locator(".answer.is-stopped")).to_have_count(4)
+    assert endless.was_closed.wait(PATIENCE / SECONDS)
     assert len(first.inner_text()) > len(short)
     charts_are_drawn(page)  # from the trace so far
     expect(page.locator("#stop")).to_be_disabled()
 
     page.locator("#run").click()
-    expect(page.locator(".answer.is-running")).to_have_count(4, timeout=PATIENCE)
+    expect(page.locator(".answer.is-running")).to_have_count(4)
     page.locator("#stop").click()
-    expect(page.locator(".answer.is-stopped")).to_have_count(4, timeout=PATIENCE)
+    expect(page.locator(".answer.is-stopped")).to_have_count(4)
 
 
 def test_leaving_the_page_ends_its_run(
@@ -159,9 +160,9 @@ def test_leaving_the_page_ends_its_run(
     page = open_page(serve(ui.build(routed_model, gpu=endless.gpu)))
     page.locator("#prompt textarea").fill("hello")
     page.locator("#run").click()
-    expect(page.locator(".answer.is-running")).to_have_count(4, timeout=PATIENCE)
+    expect(page.locator(".answer.is-running")).to_have_count(4)
     page.close()
-    assert endless.was_closed.wait(30)
+    assert endless.was_closed.wait(PATIENCE / SECONDS)
 
 
 def test_an_error_is_told_and_nothing_is_lost(
@@ -170,17 +171,17 @@ def test_an_error_is_told_and_nothing_is_lost(
     page = open_page(serve(ui.build(routed_model)), viewport={"width": 390, "height": 844})
     page.locator("#prompt textarea").fill("hello")
     page.locator("#run").click()
-    expect(page.locator(".answer.is-finished")).to_have_count(4, timeout=PATIENCE)
+    expect(page.locator(".answer.is-finished")).to_have_count(4)
     charts_are_drawn(page)
 
     page.locator("#prompt textarea").fill("")
     page.locator("#run").click()
-    expect(page.get_by_role("alert")).to_contain_text("the prompt is empty", timeout=PATIENCE)
+    expect(page.get_by_role("alert")).to_contain_text("the prompt is empty")
     expect(page.locator(".answer.is-finished")).to_have_count(4)
     charts_are_drawn(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
     page.locator("#prompt textarea").fill("hello again")
     page.locator("#run").click()
-    expect(page.locator(".caption")).to_contain_text("hello again", timeout=PATIENCE)
+    expect(page.locator(".caption")).to_contain_text("hello again")
     expect(page.get_by_role("alert")).to_have_count(0)
