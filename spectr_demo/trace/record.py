@@ -130,10 +130,6 @@ class RoutingTrace:
         index = None if projection is None else self.projection_index(projection)
         return statistics.dominant_cells(self.column(label), self.num_experts, index)
 
-    def mean_logprob(self, label: str) -> float:
-        """Mean log-probability of the answer's tokens under the column's own model, in nats."""
-        return statistics.mean_logprob(self.column(label))
-
     # The file, a .npz. `file` makes traces, so it imports this module and not the reverse.
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -160,4 +156,4 @@ def _repeated(names: Sequence[str]) -> list[str]:
 
 def mean_logprob(trace: RoutingTrace, label: str) -> float:
     """Mean log-probability of a column's answer tokens under its own model, in nats."""
-    return trace.mean_logprob(label)
+    return statistics.mean_logprob(trace.column(label))

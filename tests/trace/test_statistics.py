@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectr_demo.trace import NOT_ROUTED, RoutingTrace
+from spectr_demo.trace import NOT_ROUTED, RoutingTrace, mean_logprob
 from tests.trace_samples import EXPERTS, WEIGHTS, make_column, make_trace, sample_trace
 
 NONE = NOT_ROUTED
@@ -84,7 +84,7 @@ def test_dominant_cells_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPa
 def test_mean_logprob_is_that_of_the_answer() -> None:
     logprob = np.array([np.nan, -1.0, -4.0], np.float32)
     trace = make_trace(make_column(EXPERTS, WEIGHTS, num_prompt=1, logprob=logprob))
-    assert trace.mean_logprob("spectr") == -2.5
+    assert mean_logprob(trace, "spectr") == -2.5
 
 
 def test_smoothed_share_is_a_moving_average_of_the_routed_tokens() -> None:
