@@ -6,11 +6,12 @@ Results go to stdout, progress to stderr.
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -18,14 +19,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from spectr_demo.arguments import parser
 from spectr_demo.config import (
-    DEFAULT_COLUMNS,
-    DEFAULT_ROUTER,
     IS_INSTALLED,
     WORKPLACE,
-    Composition,
     GenerationSettings,
-    Weighting,
     base_from_environment,
     experts_from_environment,
 )
@@ -35,11 +33,17 @@ _progress = Console(stderr=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0, or 2 with one clear message on stderr where the input is at fault."""
-    arguments = _parser().parse_args(argv)
+    """Run one command.
+
+    Returns 0; or 2, with one clear message on stderr, where the input is at fault. `--debug` writes
+    the traceback before that message. Returns 130 where a person stopped the command.
+    """
+    arguments = parser(COMMANDS, description=__doc__).parse_args(argv)
     try:
-        result = arguments.run(arguments)
+        result = COMMANDS[arguments.command](arguments)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if arguments.debug:
+            traceback.print_exc()
         print(f"spectr-demo {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -82,7 +86,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _run(arguments: argparse.Namespace, columns: list[str]) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace, columns: Sequence[str]) -> dict[str, Any]:
     from spectr_demo.trace import mean_logprob
 
     model = _load(arguments)
@@ -121,7 +125,7 @@ def _run(arguments: argparse.Namespace, columns: list[str]) -> dict[str, Any]:
 
 
 def _columns(
-    arguments: argparse.Namespace, columns: list[str], expert_names: Sequence[str]
+    arguments: argparse.Namespace, columns: Sequence[str], expert_names: Sequence[str]
 ) -> tuple[list[Any], GenerationSettings]:
     from spectr_demo.routing.routers import parse_router
 
@@ -190,8 +194,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train experts of tasks, or of files of your own, then show how they sit among the others."""
     from spectr_demo.evaluation.tasks import TASKS
     from spectr_demo.experts import inspection
-    from spectr_demo.training.recipe import RECIPES, check, expert_folder, expert_name, is_finished
-    from spectr_demo.training.recipe import train as train_expert
+    from spectr_demo.training.expert import check, expert_folder, expert_name, is_finished
+    from spectr_demo.training.expert import train as train_expert
+    from spectr_demo.training.recipe import RECIPES
 
     if arguments.all == bool(arguments.names):
         raise ValueError("name at least one task, or pass --all and no name")
@@ -298,96 +303,15 @@ def _load(arguments: argparse.Namespace, sources: list[str] | None = None) -> An
         return load(arguments.base, sources or arguments.experts)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="spectr-demo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    model = _Parser(add_help=False)
-    model.add_argument("--base", help="Hub id or folder of the base (default: SPECTR_BASE_MODEL)")
-    model.add_argument(
-        "--experts",
-        nargs="+",
-        metavar="SOURCE",
-        help="Hub ids or folders of LoRA adapters, NAME=SOURCE to rename (default: SPECTR_EXPERTS)",
-    )
-    common = _Parser(add_help=False, parents=[model])
-    common.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-
-    run = _Parser(add_help=False)
-    run.add_argument("prompt", help="the user's message")
-    run.add_argument("--max-new-tokens", type=int, help="per column (default: 128)")
-    run.add_argument("--temperature", type=float, help="of sampling; 0, the default, is greedy")
-    run.add_argument("--top-p", type=float, help="nucleus of sampling (default: 1, all)")
-    run.add_argument("--seed", type=int, help="of sampling, the same noise for all columns")
-    run.add_argument(
-        "--top-k", type=int, help="experts per token and layer (default: the preset's)"
-    )
-    run.add_argument("--weighting", choices=get_args(Weighting), help="of the selected experts")
-    run.add_argument("--router-temperature", type=float, help="of the softmax weighting")
-    run.add_argument("--composition", choices=get_args(Composition), help="what is mixed")
-    run.add_argument("--trace", metavar="FILE", help="save the routing trace as .npz")
-
-    command = commands.add_parser("generate", parents=[run, common], help=generate.__doc__)
-    command.add_argument("--router", default=DEFAULT_ROUTER, help="spectr, single:NAME, ...")
-    command.set_defaults(run=generate)
-
-    command = commands.add_parser("compare", parents=[run, common], help=compare.__doc__)
-    command.add_argument("--columns", nargs="+", default=list(DEFAULT_COLUMNS), metavar="ROUTER")
-    command.set_defaults(run=compare)
-
-    command = commands.add_parser("inspect", parents=[common], help=inspect.__doc__)
-    command.set_defaults(run=inspect)
-
-    command = commands.add_parser("demo", parents=[model], help=demo.__doc__)
-    command.set_defaults(run=demo, json=False)
-
-    command = commands.add_parser("evaluate", parents=[common], help=evaluate.__doc__)
-    command.add_argument("--quick", action="store_true", help="about five minutes on two cores")
-    command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 16)")
-    command.add_argument("--routers", nargs="+", metavar="ROW", help="rows of the tables, by label")
-    command.add_argument(
-        "--retrained",
-        nargs="+",
-        metavar="NAME=FOLDER",
-        help="experts of these domains that were trained again, to be tested against the first",
-    )
-    command.add_argument("--output", type=Path, help="JSON file (default: the shipped results)")
-    command.set_defaults(run=evaluate)
-
-    command = commands.add_parser("train", parents=[common], help=train.__doc__)
-    command.add_argument("names", nargs="*", metavar="NAME", help="tasks, such as sql, or files")
-    command.add_argument("--all", action="store_true", help="all tasks; finished ones are kept")
-    command.add_argument(
-        "--output",
-        type=Path,
-        help="where NAME goes (default: assets/experts, or experts/BASE with --base or a file)",
-    )
-    command.add_argument(
-        "--recipe",
-        choices=["default", "paper"],
-        default="default",
-        help="paper: SpectR's, one epoch at a learning rate of 1e-4",
-    )
-    command.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
-    command.add_argument("--batch-size", type=int, help="examples per step (default: 8)")
-    command.add_argument("--seed", type=int, help="of initialisation and order; the split stays")
-    command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")
-    command.add_argument("--overwrite", action="store_true", help="replace a finished expert")
-    command.set_defaults(run=train)
-
-    # No prefix marks an option here, so that every argument is handed on as it is.
-    command = commands.add_parser(
-        "lm-eval", prefix_chars="\0", add_help=False, help=lm_eval.__doc__
-    )
-    command.add_argument("arguments", nargs="*")
-    command.set_defaults(run=lm_eval, json=False)
-    return parser
-
+COMMANDS = {
+    "generate": generate,
+    "compare": compare,
+    "inspect": inspect,
+    "demo": demo,
+    "evaluate": evaluate,
+    "train": train,
+    "lm-eval": lm_eval,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

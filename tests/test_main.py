@@ -121,7 +121,7 @@ def two_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("first", "second")
     }
     monkeypatch.setattr("spectr_demo.evaluation.tasks.TASKS", tasks)
-    monkeypatch.setattr("spectr_demo.training.recipe.cost.PROBE_SECONDS", 0.01)
+    monkeypatch.setattr("spectr_demo.training.cost.PROBE_SECONDS", 0.01)
 
 
 @pytest.fixture

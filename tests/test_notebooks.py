@@ -21,7 +21,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from plotly import graph_objects as go
 from traitlets import default
 
-from spectr_demo.base.loading import choose_compute_dtype, embedded_checkpoint, load_base
+from spectr_demo.base.checkpoint import embedded_checkpoint
+from spectr_demo.base.loading import load_base
+from spectr_demo.base.quantization import choose_compute_dtype
 from spectr_demo.config import cache_dir, shipped_experts
 
 ROOT = Path(__file__).parent.parent

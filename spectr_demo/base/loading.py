@@ -1,35 +1,23 @@
-"""Load a base model and its tokenizer in 4 bits, with bitsandbytes.
+"""Load a base model and its tokenizer in 4 bits: `load_base`.
 
-The base is the embedded default, a Hub id or a folder; all of them end as the same `LoadedBase`.
-
-4-bit on a CPU: bitsandbytes multiplies by packed NF4 weights only where the CPU has AVX512-BF16.
-Elsewhere it expands every weight again at every forward, so `expand_4bit_` expands them once: same
-numbers, more memory.
+The base is the embedded default (`embedded`, `checkpoint`), a Hub id or a folder. All of them are
+quantized alike (`quantization`) and end as the same `LoadedBase`.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-import bitsandbytes as bnb
 import torch
-import transformers
-from bitsandbytes.functional import has_avx512bf16
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,35 +25,30 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
-from spectr_demo.base.embedded import SMOLLM2_135M, fetch_gguf
-from spectr_demo.base.files import cache_errors, cache_lock, check_space, publish, scratch_dir
-from spectr_demo.base.memory import available_memory, execution_device
+from spectr_demo.base.checkpoint import (
+    MakeCheckpoint,
+    digests,
+    make_embedded_checkpoint,
+    whole_embedded_checkpoint,
+)
+from spectr_demo.base.embedded import EMBEDDED_ID, SMOLLM2_135M
+from spectr_demo.base.memory import execution_device
+from spectr_demo.base.quantization import (
+    OFFLOADED,
+    choose_compute_dtype,
+    nf4_config,
+    settle_4bit_,
+)
 from spectr_demo.config import (
     base_from_environment,
-    cache_dir,
     device_map_from_environment,
     is_zero_gpu,
     unknown_name,
 )
-from spectr_demo.cpu.attention import pack_heads_
-from spectr_demo.cpu.prompt_linear import make_prompt_linear_
-from spectr_demo.cpu.token_linear import make_token_linear_
 
-EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Dense float32 weights beside the NF4 checkpoint: the most that is on disk while converting.
-CONVERSION_BYTES = 720_000_000
-# Expanded weights may take this share of the free memory; the KV cache, the experts and the
-# activations of a batch need the rest.
-EXPANSION_SHARE = 0.5
-ENDS_BYTES = 1 << 20
-CHECKPOINT_SUFFIXES = {".json", ".jinja", ".safetensors"}
-MANIFEST = "spectr-manifest.json"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
-OFFLOADED = {"cpu", "disk"}  # in a device map: weights are brought in for each pass
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
-# Makes the folder of the default's NF4 checkpoint in a compute dtype.
-MakeCheckpoint = Callable[[Path, torch.dtype], None]
 DeviceMap = str | Mapping[str, str | int]  # as `from_pretrained` of transformers takes it
 
 
@@ -86,81 +69,6 @@ class LoadedBase:
     def device(self) -> torch.device:
         """Where token ids go. Asked each time: a ZeroGPU moves the model."""
         return execution_device(self.model.get_input_embeddings())
-
-
-def embedded_checkpoint(cache: Path, dtype: torch.dtype) -> Path:
-    """Folder of the default's NF4 checkpoint; whatever changes its bytes is part of its name."""
-    major, minor = transformers.__version__.split(".")[:2]
-    parts = (
-        f"gguf-{SMOLLM2_135M.member_sha256[:12]}",
-        f"nf4-{_dtype_name(dtype)}",
-        f"bitsandbytes-{bnb.__version__}",
-        f"transformers-{major}.{minor}",
-    )
-    return cache / "base" / "_".join(parts)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the folder holds what `make_embedded_checkpoint` wrote, as far as file ends say."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest == _digests(checkpoint))
-    except (OSError, ValueError):
-        return False
-
-
-def whole_embedded_checkpoint(
-    dtype: torch.dtype, make_checkpoint: MakeCheckpoint | None = None
-) -> Path:
-    """Folder of the default's NF4 checkpoint in the cache, which is made if need be."""
-    checkpoint = embedded_checkpoint(cache_dir(), dtype)
-    if not is_whole(checkpoint):
-        (make_checkpoint or make_embedded_checkpoint)(checkpoint, dtype)
-    return checkpoint
-
-
-def make_embedded_checkpoint(target: Path, dtype: torch.dtype) -> None:
-    """Convert the GGUF to an NF4 checkpoint with tokenizer; `target` appears when it is whole.
-
-    What is not quantized, the embedding included, is stored in `dtype`, so nothing is rounded that
-    loading in `dtype` would not round.
-    """
-    cache = cache_dir()
-    gguf = fetch_gguf(cache=cache)
-    with cache_errors(cache, needed_bytes=CONVERSION_BYTES), cache_lock(cache):
-        if is_whole(target):  # another process made it while this one waited
-            return
-        shutil.rmtree(target, ignore_errors=True)
-        check_space(cache, CONVERSION_BYTES)
-        with scratch_dir(cache) as scratch:
-            _say(f"Converting {gguf.name} (only at the first start) ...")
-            dense = AutoModelForCausalLM.from_pretrained(
-                cache,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=dtype,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(cache, gguf_file=gguf.name)
-            tokenizer.model_max_length = dense.config.max_position_embeddings
-            _say("Quantizing to NF4 ...")
-            # transformers quantizes only what it reads from a folder.
-            dense.save_pretrained(scratch / "dense")
-            model = AutoModelForCausalLM.from_pretrained(
-                scratch / "dense",
-                quantization_config=_nf4_config(dtype),
-                dtype=dtype,
-                device_map={"": "cpu"},
-            )
-            model.generation_config = GenerationConfig(
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            model.save_pretrained(scratch / "nf4")
-            tokenizer.save_pretrained(scratch / "nf4")
-            manifest = json.dumps(_digests(scratch / "nf4"))
-            (scratch / "nf4" / MANIFEST).write_text(manifest, encoding="utf-8")
-            publish(scratch / "nf4", target)
 
 
 def load_base(
@@ -201,9 +109,7 @@ def load_base(
             source, name = base, Path(base).expanduser().resolve().name
             fingerprint = _fingerprint(base, config)
             model, tokenizer = _from_pretrained(base, config, device_map, dtype)
-        bits, quantization = _settle_4bit_(model, dtype)
-        if model.device.type == "cpu" and dtype == torch.bfloat16:
-            pack_heads_(model)
+        bits, quantization = settle_4bit_(model, dtype)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -217,18 +123,6 @@ def load_base(
         compute_dtype=dtype,
         fingerprint=fingerprint,
     )
-
-
-def choose_compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which 4-bit layers compute fast on this device without losing range.
-
-    bfloat16 from CUDA capability 8.0 on, float16 below: `torch.cuda.is_bf16_supported()` says yes
-    on a T4, which only emulates it. On CPUs bfloat16 only where bitsandbytes multiplies in it.
-    """
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bfloat16 else torch.float16
-    return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
 def read_base_config(base: str) -> PretrainedConfig:
@@ -264,60 +158,6 @@ def read_base_config(base: str) -> PretrainedConfig:
     return config
 
 
-def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace every `Linear4bit` by an `nn.Linear` with the same NF4 values, in `dtype`.
-
-    Must come before the first forward: on CPUs with the fused kernel that forward reorders the
-    packed weights in place, and dequantizing them then gives garbage.
-    """
-    model.dequantize(dtype=dtype)
-    # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
-    del model.is_loaded_in_4bit
-    model.requires_grad_(False)
-
-
-def _settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]:
-    """Make the 4-bit layers ready to run where they are; bits of a value, and a description."""
-    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
-    spread = f"spread over {', '.join(places)}" if len(places) > 1 else ""
-    if not layers and spread and OFFLOADED.issuperset(places):
-        return 8 * dtype.itemsize, f"unquantized, {spread}"
-    if not layers:
-        raise ValueError(
-            f"base {model.name_or_path!r}: {type(model).__name__} has no linear layer that "
-            "bitsandbytes can quantize. Choose another base."
-        )
-    for layer in layers:  # a checkpoint that was 4-bit already brings its maker's choice
-        layer.compute_dtype, layer.compute_type_is_set = dtype, True
-    state = cast(bnb.nn.Params4bit, layers[0].weight).quant_state
-    kind = state.quant_type.upper()
-    packed = f"{kind}, double quantization" if state.nested else kind
-    if spread:
-        kept = "; unquantized on cpu and disk" if OFFLOADED.intersection(places) else ""
-        return 4, f"{packed}, {spread}{kept}"
-    if model.device.type != "cpu":
-        return 4, packed
-    # The fused kernel computes in bfloat16 whatever it is given, and there are no gradients through
-    # the weights that it reordered; so other dtypes are expanded too.
-    if not (has_avx512bf16() and dtype == torch.bfloat16):
-        num_weights = sum(layer.in_features * layer.out_features for layer in layers)
-        if num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory():
-            expand_4bit_(model, dtype)
-            if dtype == torch.float32:
-                make_token_linear_(model)
-            name = _dtype_name(dtype)
-            return 4, f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = False
-        return 4, f"{packed}, expanded again at every step (too little memory to keep it expanded)"
-    make_prompt_linear_(model)
-    # The first forward repacks weights in place, which two threads must not do at once.
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    return 4, packed
-
-
 def _load_embedded(
     device_map: DeviceMap, dtype: torch.dtype, make_checkpoint: MakeCheckpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -347,7 +187,7 @@ def _from_pretrained(
             "unquantized ones were needed. Leave these out of the device map, or choose the "
             "unquantized checkpoint."
         )
-    quantization = _nf4_config(dtype, can_offload=len(places) > 1 or places == {"auto"})
+    quantization = nf4_config(dtype, can_offload=len(places) > 1 or places == {"auto"})
     if is_zero_gpu():
         # ZeroGPU's stand-in for CUDA lives on the main thread; transformers loads on others.
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -366,17 +206,6 @@ def _from_pretrained(
     except Exception as error:  # other people's files fail in many ways
         raise ValueError(_unreadable(base, "weights or tokenizer", error)) from error
     return model, tokenizer
-
-
-def _nf4_config(dtype: torch.dtype, *, can_offload: bool = False) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        # Despite its name: what a device map leaves on the CPU or on disk is not quantized.
-        llm_int8_enable_fp32_cpu_offload=can_offload,
-    )
 
 
 def _device(requested: str | None) -> torch.device:
@@ -405,35 +234,8 @@ def _fingerprint(base: str, config: PretrainedConfig) -> str:
     folder = Path(base).expanduser()
     if not folder.is_dir():
         return f"hub-commit:{config._commit_hash or 'unknown'}"
-    return f"folder-sha256:{_sha256(json.dumps(_digests(folder)).encode())}"
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of the size and both ends (1 MiB each) of each file of a checkpoint, by name.
-
-    Tells a file cut short and fine-tunes of one model apart, without reading gigabytes.
-    """
-    digests = {}
-    for path in sorted(checkpoint.iterdir()):
-        if path.suffix in CHECKPOINT_SUFFIXES and path.name != MANIFEST:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                head = file.read(ENDS_BYTES)
-                file.seek(max(size - ENDS_BYTES, 0))
-                digests[path.name] = _sha256(f"{size} ".encode() + head + file.read())
-    return digests
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    content = json.dumps(digests(folder)).encode()
+    return f"folder-sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How much memory there is, tensors that need not be in it, and where layers compute."""
+"""How much memory is free, and where layers compute."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from torch import nn
 
 
 def available_memory() -> int:
-    """Bytes this process can still take: the machine's free memory, less in a limited container."""
+    """Bytes of RAM that this process can still take.
+
+    That is the machine's free memory, or what is left of a container's limit if that is less.
+    """
     free = int(psutil.virtual_memory().available)
     # psutil reports the host; a container's limit (cgroup v2) is only here.
     group = Path("/sys/fs/cgroup")
@@ -20,8 +23,18 @@ def available_memory() -> int:
     return min(free, max(limit - used, 0))
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device: of the GPU's memory, or `available_memory`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
+
+
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a layer computes. Of weights that accelerate keeps elsewhere and brings in for each
-    pass, that is its hook's device, not theirs."""
+    """Where a layer computes.
+
+    accelerate may keep its weights elsewhere and bring them in for each pass. Then it is the device
+    of accelerate's hook, not that of the weights.
+    """
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if device is None else torch.device(device)

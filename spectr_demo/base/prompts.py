@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -10,17 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from spectr_demo.config import ASSETS
 
+Message = dict[str, str]
+
 GENERIC_TEXT = ASSETS / "generic_text.json"
+_MOST_LINES = 4  # of a message that may hold several requests; a longer one is a text
 
 
 def generic_prompts() -> list[str]:
     """Ordinary chat that belongs to no expert's domain."""
     return list(json.loads(GENERIC_TEXT.read_bytes())["calibration"])
-
-
-Message = dict[str, str]
-
-_MOST_LINES = 4  # of a message that may hold several requests; a longer one is a text
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
@@ -38,11 +37,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) 
     return list(cast(dict[str, list[int]], encoded)["input_ids"])
 
 
-def encode_answered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
-    """Token ids of a prompt and its answer, the end token included where the base has one."""
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Token ids of an answer, the end token included where the base has one."""
     answer_ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return [*encode(tokenizer, prompt), *answer_ids, *end]
+    return [*answer_ids, *end]
+
+
+def encode_answered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
+    """Token ids of a prompt and its answer, the end token included where the base has one."""
+    return [*encode(tokenizer, prompt), *encode_answer(tokenizer, answer)]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -56,7 +60,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tenso
 def template_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids with which every prompt opens: the chat template's, before what is asked.
 
-    They say nothing about the request, so routers that pool evidence leave them out.
+    They say nothing about the request. So routers that pool evidence leave them out.
     """
     one, other = (encode(tokenizer, word) for word in ("A", "b"))
     return one[: shared_length(one, other)]
@@ -72,7 +76,8 @@ def decoder_inputs(rows: Sequence[Sequence[int]], device: torch.device) -> dict[
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that stand before what a user says, in the first turn and in later ones.
 
-    Empty for a base without a chat template, or with one that opens the first turn otherwise.
+    There are none for a base without a chat template. There are none either where the template
+    opens the first turn otherwise than later ones.
     """
     if tokenizer.chat_template is None:
         return []
@@ -101,10 +106,11 @@ def newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def request_lines(
     ids: Sequence[int], start: int, closing: Sequence[int], newlines: frozenset[int]
 ) -> list[tuple[list[int], int]]:
-    """Each line of a prompt's last request as if it were the last one: the prompt up to there, and
-    where the line begins in it. The whole prompt alone if there is one line, or more than a few.
+    """Each line of a prompt's last request, read as if it were the last line.
 
-    start, closing, newlines: as the functions here give them.
+    start, closing, newlines: as the functions here give them. Returns for each line the prompt's
+    ids up to its end, with the closing, and where the line begins in them. If the request has one
+    line, or more than a few, that is the whole prompt alone.
     """
     ids, end = list(ids), len(ids)
     if closing and ids[end - len(closing) :] == list(closing):
@@ -121,7 +127,10 @@ def request_lines(
 
 
 def request_start(ids: Sequence[int], opening: Sequence[int], turn: Sequence[int]) -> int:
-    """Where a prompt's last request begins. opening, turn: as the two functions above give them."""
+    """Where a prompt's last request begins, in tokens.
+
+    opening: of `template_opening`. turn: of `user_turn`.
+    """
     for end in range(len(ids), len(opening), -1):
         if turn and list(ids[end - len(turn) : end]) == list(turn):
             return end
@@ -132,3 +141,31 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts have in common from their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What a base's prompts have around what is asked, as token ids.
+
+    opening, closing: of every prompt. user_turn: before what a user says, in every turn.
+    newline_ids: all tokens that end a line.
+    """
+
+    opening: list[int]
+    closing: list[int]
+    user_turn: list[int]
+    newline_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Template":
+        return cls(
+            opening=template_opening(tokenizer),
+            closing=template_closing(tokenizer),
+            user_turn=user_turn(tokenizer),
+            newline_ids=newline_ids(tokenizer),
+        )
+
+    def request_lines(self, ids: Sequence[int]) -> list[tuple[list[int], int]]:
+        """The lines of a prompt's last request, see `request_lines`."""
+        start = request_start(ids, self.opening, self.user_turn)
+        return request_lines(ids, start, self.closing, self.newline_ids)

@@ -53,8 +53,12 @@ class LoraShape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA adapter that was read and found sound. shapes: by the layer's path in the base model.
-    read: gives the weights, by path too; they are not kept, since the library has its own."""
+    """A LoRA adapter that was read and found sound.
+
+    sha256: of configuration and weights, in hex. num_bytes: of the weights.
+    shapes: by the layer's path in the base model.
+    read: gives the weights, by path too. They are not kept, since the library has its own.
+    """
 
     name: str
     source: str
@@ -98,8 +102,8 @@ class Adapter:
 def read_adapter(source: str, name: str | None = None) -> Adapter:
     """Read a PEFT LoRA adapter from a folder or from the Hub (`owner/repo` or `owner/repo/folder`).
 
-    name: of the expert; the folder's or repository's last part where None.
-    Raises AdapterError with all that is wrong with it. Weights are read from safetensors alone.
+    name: of the expert. None is the last part of the folder's or the repository's name.
+    Weights are read from safetensors alone. Raises AdapterError with all that is wrong with it.
     """
     name = name or source.rstrip("/").rpartition("/")[2]
     folder = _resolve(source, name)

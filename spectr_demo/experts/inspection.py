@@ -23,8 +23,8 @@ ALIKE, WEAK = 0.95, 0.5
 class ExpertSummary:
     """One expert. All spectral figures are means over the layers that it touches.
 
-    spectrum: (r,) share of the squared singular values by rank, falling, summing to 1: a steep
-        one has a clear direction for Arrow to follow, a flat one needs SpectR's whole subspace.
+    spectrum: (r,) share of the squared singular values by rank, falling, summing to 1. A steep one
+        has a clear direction for Arrow to follow. A flat one needs SpectR's whole subspace.
     effective_rank: exp of that spectrum's entropy, between 1 and r (Roy & Vetterli 2007).
     update_norm: Frobenius norm of the weight update `scaling * B A`.
     """
@@ -76,8 +76,8 @@ def summarise(library: ExpertLibrary) -> list[ExpertSummary]:
 def overlaps(library: ExpertLibrary) -> NDArray[np.float64]:
     """(E, E) mean subspace overlap over the layers that both touch; NaN where there is none.
 
-    0 is orthogonal, 1 the same subspace; two random ones of rank r overlap by r / D_in. For two
-    experts at one layer it is `spectral.subspace_overlap`; here all pairs are one product.
+    0 is orthogonal, 1 the same subspace. Two random ones of rank r overlap by r / D_in. For two
+    experts at one layer it is `routing.spectr.subspace_overlap`. Here all pairs are one product.
     """
     E = len(library.aligned)
     total, count = np.zeros((E, E)), np.zeros((E, E))

@@ -1,14 +1,12 @@
 """Experts: adapters that are aligned, stacked, and ready to route between.
 
-An *adapter* is the file; an *expert* is what is routed to. Nothing is attached, and nothing is
-left half-read, unless every adapter is sound: all that is wrong with all of them is one error.
+An *adapter* is the file; an *expert* is what is routed to. A library is made only if every adapter
+is sound. All that is wrong with all of them is one error.
 """
 
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from spectr_demo.base.files import published
 from spectr_demo.base.memory import available_memory, execution_device
 from spectr_demo.config import cache_dir, unknown_name
 from spectr_demo.cpu.pages import keep_freed_memory, zeros_in_large_pages, zeros_on_disk
@@ -43,9 +42,10 @@ FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5
 
 
 def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
-    """Spectral alignment of every layer, from the cache where this very adapter was aligned before.
+    """Spectral alignment of every layer, by its path.
 
-    An unusable cache costs time, not the run: it is said once, as a warning.
+    An adapter with the very same files that was aligned before is read from the cache. A cache that
+    cannot be written costs time at each start, not the run. A warning says so.
     """
     cached = cache_dir() / "aligned" / f"{adapter.sha256}-v{_ALIGNMENT_VERSION}.safetensors"
     try:
@@ -61,14 +61,10 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
     for path, factors in aligned.items():  # B transposed, as it is in memory here and in the banks
         tensors[f"{path}.A"] = factors.A.contiguous()
         tensors[f"{path}.B"] = factors.B.mT.contiguous()
-    unfinished = cached.with_suffix(f".{os.getpid()}")
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished)
-        unfinished.replace(cached)  # atomic: another process sees the whole file or none
+        with published(cached) as unfinished:
+            save_file(tensors, unfinished)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            unfinished.unlink()
         warnings.warn(
             f"expert {adapter.name!r}: its alignment could not be cached in {cached.parent} "
             f"({error}); it is computed at each start. Set SPECTR_CACHE to a writable folder",
@@ -78,7 +74,7 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
 
 
 def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
-    """Layers of one shape are aligned in one batch."""
+    """Spectral alignment of every layer, by its path; layers of one shape are one batch."""
     keep_freed_memory()
     groups = defaultdict(list)
     for path, shape in adapter.shapes.items():
@@ -130,9 +126,9 @@ class ExpertLibrary:
     def from_adapters(cls, adapters: Sequence[Adapter], model: PreTrainedModel) -> "ExpertLibrary":
         """Check all adapters against the base, then align and stack them, one after another.
 
-        Factors are in the model's own dtype on a GPU. On a CPU they are float32, in which small
-        products are fastest; a library that would take too much of the memory so is kept in 16
-        bits, and mapped from a file in the cache if that is too much too.
+        On a GPU factors are in the model's own dtype. On a CPU they are float32, in which small
+        products are fastest. A library that would take too much of the memory so is kept in 16
+        bits. If that is too much too, it is mapped from a file in the cache.
         Raises AdapterError with everything that does not fit.
         """
         if problems := check_adapters(adapters, model):
@@ -201,8 +197,10 @@ class _Stacked(Mapping[str, Aligned]):
 
 
 def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dtype, Zeros]:
-    """How factors are kept on a CPU: their dtype, and what makes their tensors. dtype: in which the
-    base computes."""
+    """How factors are kept on a CPU: their dtype, and what makes their tensors.
+
+    dtype: in which the base computes.
+    """
     layers = [shape for adapter in adapters for shape in adapter.shapes.values()]
     num_values = sum(shape.rank * (shape.D_in + shape.D_out) for shape in layers)
     free = available_memory()
@@ -219,8 +217,10 @@ def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dty
 
 
 def read_adapters(sources: Sequence[str]) -> tuple[list[Adapter], list[str]]:
-    """Those that can be read, and what is wrong with the others. sources: folders or Hub ids,
-    `NAME=SOURCE` to rename."""
+    """Those that can be read, and what is wrong with the others.
+
+    sources: folders or Hub ids, `NAME=SOURCE` to rename.
+    """
     adapters: list[Adapter] = []
     problems: list[str] = []
     for source in sources:

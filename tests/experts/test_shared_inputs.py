@@ -1,5 +1,6 @@
 """Layers that read one input are found from the model itself."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -45,6 +46,20 @@ def test_attention_and_feed_forward_side_by_side_share_their_input() -> None:
     assert names == [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]]
 
 
-def test_a_model_that_cannot_be_looked_at_has_a_group_for_each_layer() -> None:
+def test_a_model_that_cannot_be_looked_at_has_a_group_for_each_layer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, paths = on_meta(OPTConfig(num_hidden_layers=1))  # takes no mask with four axes
     assert shared_inputs(model, paths) == [(path,) for path in paths]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("OPTForCausalLM cannot be read without its weights (")
+    assert record.exc_info is None
+    assert "Error: " in record.getMessage(), "the reason is named"
+
+
+def test_a_model_that_can_be_looked_at_is_not_warned_about(
+    llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared_inputs(llama, ["model.layers.1.self_attn.q_proj"])
+    assert caplog.records == []

@@ -1,6 +1,7 @@
 """What a run is said to take: exact counts, memory that grows with the work, no weights."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -120,6 +121,13 @@ def test_the_configuration_is_left_as_it_was() -> None:
     before = config.to_dict()
     estimate(config)
     assert config.to_dict() == before
+
+
+def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"memory.max": "3000", "memory.current": "1000"}
+    monkeypatch.setattr(Path, "read_text", lambda path: limits[path.name])
+    assert estimate().free_memory == 2000
+    assert estimate(device=torch.device("cuda")).free_memory == 7 * FREE
 
 
 def test_text_says_what_is_needed_and_what_there_is() -> None:

@@ -1,4 +1,4 @@
-"""The SpectR paper's recipe: epochs for steps, its command, its card."""
+"""The SpectR paper's recipe, from the command line to the card."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from spectr_demo.__main__ import main
 from spectr_demo.base.loading import EMBEDDED_ID
 from spectr_demo.training.expert import _options
-from spectr_demo.training.recipe import PAPER_RECIPE, Recipe
+from spectr_demo.training.recipe import Recipe
 from spectr_demo.training.trainer import AnswerTrainer
 from tests.conftest import tiny_llama
 
@@ -28,21 +28,6 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     monkeypatch.setenv("SPECTR_PAPER_DATA", str(folder.parent))
-
-
-def test_an_epoch_is_every_example_once() -> None:
-    assert (PAPER_RECIPE.rank, PAPER_RECIPE.alpha, PAPER_RECIPE.batch_size) == (8, 16, 8)
-    assert PAPER_RECIPE.num_steps(3668) == 459
-    assert Recipe().num_steps(3668) == 300
-    with pytest.raises(ValueError, match="epochs=0"):
-        Recipe(epochs=0)
-
-
-def test_the_default_recipes_run_folder_is_what_it_was_before_there_were_epochs() -> None:
-    assert json.dumps(Recipe().to_json()) == (
-        '{"steps": 300, "batch_size": 8, "learning_rate": 0.0005, "warmup_fraction": 0.06, '
-        '"rank": 8, "alpha": 16, "seed": 0}'
-    )
 
 
 def test_a_command_gives_its_recipe_again() -> None:

@@ -1,0 +1,128 @@
+"""Four bits: how a base is quantized, in which dtype it computes, how its layers run on a device.
+
+On a CPU bitsandbytes multiplies by packed NF4 weights only where the CPU has AVX512-BF16. Elsewhere
+it expands every weight again at every forward. `expand_4bit_` expands them once: the numbers are
+the same, and they take more memory.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from spectr_demo import cpu
+from spectr_demo.base.memory import available_memory
+
+# Bytes of a 4-bit weight with its double-quantised scale.
+NF4_BYTES = 0.52
+# Expanded weights may take this share of the free memory; the KV cache, the experts and the
+# activations of a batch need the rest.
+EXPANSION_SHARE = 0.5
+OFFLOADED = {"cpu", "disk"}  # in a device map: weights are brought in for each pass
+
+
+def choose_compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which 4-bit layers compute fast on this device without losing range.
+
+    On CUDA it is bfloat16 from capability 8.0 on, and float16 below.
+    `torch.cuda.is_bf16_supported()` is not asked: it says yes on a T4, which only emulates it. On a
+    CPU it is bfloat16 where bitsandbytes multiplies in it, and float32 elsewhere.
+    """
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.bfloat16 if has_avx512bf16() else torch.float32
+
+
+def nf4_config(dtype: torch.dtype, *, can_offload: bool = False) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in `dtype`.
+
+    can_offload: whether a device map may leave layers on the CPU or on disk, unquantized.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # Despite its name: what a device map leaves on the CPU or on disk is not quantized.
+        llm_int8_enable_fp32_cpu_offload=can_offload,
+    )
+
+
+def settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]:
+    """Make the 4-bit layers ready to run where they are.
+
+    dtype: what they compute in. Returns the bits of a weight, and a description for people. Raises
+    ValueError where no layer is in 4 bits, unless all of them were kept on CPU and disk.
+    """
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
+    spread = f"spread over {', '.join(places)}" if len(places) > 1 else ""
+    if not layers and spread and OFFLOADED.issuperset(places):
+        return 8 * dtype.itemsize, f"unquantized, {spread}"
+    if not layers:
+        raise ValueError(
+            f"base {model.name_or_path!r}: {type(model).__name__} has no linear layer that "
+            "bitsandbytes can quantize. Choose another base."
+        )
+    for layer in layers:  # a checkpoint that was 4-bit already brings its maker's choice
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+    state = cast(bnb.nn.Params4bit, layers[0].weight).quant_state
+    kind = state.quant_type.upper()
+    packed = f"{kind}, double quantization" if state.nested else kind
+    if spread:
+        kept = "; unquantized on cpu and disk" if OFFLOADED.intersection(places) else ""
+        return 4, f"{packed}, {spread}{kept}"
+    if model.device.type == "cpu":
+        packed = _settle_on_cpu_(model, layers, dtype, kind, packed)
+    return 4, packed
+
+
+def _settle_on_cpu_(
+    model: PreTrainedModel,
+    layers: Sequence[bnb.nn.Linear4bit],
+    dtype: torch.dtype,
+    kind: str,
+    packed: str,
+) -> str:
+    """Keep the weights packed or expand them, then speed the model up; returns the description.
+
+    kind, packed: what the layers are, in short and with their scales.
+    """
+    num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+    # The fused kernel computes in bfloat16 whatever it is given, and there are no gradients through
+    # the weights that it reordered; so other dtypes are expanded too.
+    if has_avx512bf16() and dtype == torch.bfloat16:
+        # The first forward repacks weights in place, which two threads must not do at once.
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    elif num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory():
+        expand_4bit_(model, dtype)
+        name = dtype_name(dtype)
+        packed = f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
+    else:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+        return f"{packed}, expanded again at every step (too little memory to keep it expanded)"
+    cpu.speed_up_(model, dtype)
+    return packed
+
+
+def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace every `Linear4bit` by an `nn.Linear` with the same NF4 values, in `dtype`.
+
+    It must come before the first forward. On CPUs with the fused kernel that forward reorders the
+    packed weights in place, and dequantizing them then gives garbage.
+    """
+    model.dequantize(dtype=dtype)
+    # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
+    del model.is_loaded_in_4bit
+    model.requires_grad_(False)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without `torch.`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,263 @@
+"""Train one expert: a task's examples, the recipe, a held-out score, a PEFT folder with a card.
+
+`train` is the whole of it. The result is an ordinary PEFT folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+
+from spectr_demo.base.embedded import EMBEDDED_ID
+from spectr_demo.base.files import publish, scratch_dir
+from spectr_demo.base.loading import LoadedBase, load_base, read_base_config
+from spectr_demo.config import WORKPLACE, base_from_environment, cache_dir, library_versions
+from spectr_demo.evaluation.generation import generate_answers
+from spectr_demo.evaluation.scores import Score, score_answers
+from spectr_demo.evaluation.tasks import SPLIT_SEED, Split, Task, find_task
+from spectr_demo.evaluation.tasks.user_file import is_file
+from spectr_demo.training.card import model_card
+from spectr_demo.training.cost import estimate_training
+from spectr_demo.training.recipe import RECIPES, TARGET_MODULES, Recipe
+from spectr_demo.training.trainer import fit
+
+ADAPTER_FILE = "adapter_model.safetensors"
+# For the estimate of a run only.
+CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS = 3.0, 30
+
+
+def train(
+    name: str,
+    *,
+    base: str | None = None,
+    output_dir: Path | None = None,
+    recipe: Recipe | None = None,
+    num_eval: int = 200,
+    overwrite: bool = False,
+) -> Path:
+    """Train, score and save the expert `name`; return its folder.
+
+    name: a task that `get_task` finds, or a file of your own, see `user_file`. base: Hub id or
+    folder, default the embedded base. output_dir: default `expert_folder(name)`. num_eval: held-out
+    examples to answer; of the project's tasks, half of them with wordings never seen in training.
+    A run that was interrupted continues from its last checkpoint in the cache folder.
+    Raises ValueError (unknown task, unsound file, bad settings), FileExistsError (a finished expert
+    is there and `overwrite` is false), ModuleNotFoundError (the task's packages) or OSError
+    (unwritable folder), all before any training.
+    """
+    recipe = recipe or Recipe()
+    output_dir = output_dir or expert_folder(name, base)
+    task = check(name, output_dir, overwrite)
+    split = task.build(SPLIT_SEED)
+    base = base or base_from_environment()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if base is not None:  # said before gigabytes are fetched
+        _say_cost(read_base_config(base), split, recipe, device)
+    # Where a CPU multiplies by packed weights, in bfloat16, gradients through them are wrong.
+    loaded = load_base(base, dtype=torch.float32 if device.type == "cpu" else None)
+    if base is None:
+        _say_cost(loaded.model.config, split, recipe, device)
+
+    model = _with_lora(loaded, recipe)
+    checkpoint_dir = _checkpoint_dir(task, loaded, recipe, split)
+    train_seconds = fit(model, loaded.tokenizer, split.train, recipe, checkpoint_dir)
+
+    # What is scored is what is shipped: the weights after rounding to 16 bits.
+    lora = [p for p in model.parameters() if p.requires_grad]
+    for parameter in lora:
+        parameter.data = parameter.data.half().to(parameter.dtype)
+    scores = _evaluate(model, loaded.tokenizer, task, split, num_eval)
+    for parameter in lora:
+        parameter.data = parameter.data.half()
+    base_id = str(loaded.model.name_or_path)
+    command = " ".join(
+        ["python -m spectr_demo train", shlex.quote(name), *_options(base_id, recipe)]
+    )
+    device_name = _device_name(device)
+    record = _record(task, command, base_id, split, recipe, scores, train_seconds, device_name)
+    _save(model, record, model_card(task, record), output_dir)
+    shutil.rmtree(checkpoint_dir)
+    return output_dir
+
+
+def _with_lora(loaded: LoadedBase, recipe: Recipe) -> Any:
+    """The base with the recipe's LoRA, freshly drawn; only the LoRA is trained."""
+    # peft takes seconds to import, and nothing before this needs it.
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(recipe.seed)
+    return get_peft_model(
+        loaded.model,
+        LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            target_modules=TARGET_MODULES,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _checkpoint_dir(task: Task, loaded: LoadedBase, recipe: Recipe, split: Split) -> Path:
+    """The cache folder of a run with exactly these settings on exactly these data."""
+    data = [[example.prompt, example.answer] for example in split.train]
+    settings = json.dumps([task.name, loaded.fingerprint, recipe.to_json(), data])
+    run = f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
+    return cache_dir() / "training" / run
+
+
+def expert_name(name: str) -> str:
+    """What the expert of a task, or of a user's file, is called."""
+    return Path(name).stem if is_file(name) else name
+
+
+def expert_folder(name: str, base: str | None = None) -> Path:
+    """Where an expert goes by default: to the shipped ones, or `experts/<base>/<name>` here if it
+    is another base's, or a user's file's."""
+    base = base or base_from_environment() or EMBEDDED_ID
+    if base == EMBEDDED_ID and not is_file(name):
+        return WORKPLACE / "assets" / "experts" / name
+    return Path("experts") / Path(base).name / expert_name(name)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds an expert that was trained to its end."""
+    return (folder / ADAPTER_FILE).exists()
+
+
+def _say_cost(config: PreTrainedConfig, split: Split, recipe: Recipe, device: torch.device) -> None:
+    """Print what the run will take; tokens are counted as text, before any tokenizer is there."""
+    prompts = [
+        len(example.prompt) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS for example in split.train
+    ]
+    answers = [len(example.answer) / CHARACTERS_PER_TOKEN + 1 for example in split.train]
+    num = len(split.train)
+    cost = estimate_training(
+        config,
+        rank=recipe.rank,
+        tokens_per_step=round(recipe.batch_size * (sum(prompts) + sum(answers)) / num),
+        answer_tokens_per_step=round(recipe.batch_size * sum(answers) / num),
+        num_steps=recipe.num_steps(num),
+        device=device,
+    )
+    print(f"Training needs: {cost}", file=sys.stderr)
+
+
+def check(name: str, output_dir: Path, overwrite: bool) -> Task:
+    """The task, once everything it needs is there; raises what `train` raises before training."""
+    task = find_task(name)
+    task.check_packages()
+    _check_output(output_dir, overwrite)
+    return task
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "CPU"
+
+
+def _check_output(output_dir: Path, overwrite: bool) -> None:
+    if is_finished(output_dir) and not overwrite:
+        raise FileExistsError(
+            f"output folder {output_dir}: holds a finished expert; a folder without "
+            f"{ADAPTER_FILE} was needed; choose another folder or pass overwrite"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"output folder {output_dir}: cannot be written ({error.strerror}); a writable folder "
+            "was needed; choose another one"
+        ) from error
+
+
+def _evaluate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, split: Split, num_eval: int
+) -> dict[str, dict[str, Score]]:
+    """Scores of the base, of the task's baselines, and of the expert, on the same examples."""
+    model.eval()
+    examples = split.heldout[:num_eval]
+    prompts = [example.prompt for example in examples]
+    with model.disable_adapter():
+        base = generate_answers(
+            model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, description="base"
+        )
+    baselines = {who: baseline(split.train, examples) for who, baseline in task.baselines.items()}
+    expert = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, description=task.name
+    )
+    return {
+        who: score_answers(task, examples, answers)
+        for who, answers in {"base": base, **baselines, "expert": expert}.items()
+    }
+
+
+def _record(
+    task: Task,
+    command: str,
+    base_id: str,
+    split: Split,
+    recipe: Recipe,
+    scores: dict[str, dict[str, Score]],
+    train_seconds: float | None,
+    device: str,
+) -> dict[str, Any]:
+    """What `scores.json` holds: enough to write the card again."""
+    example = split.heldout[0]
+    return {
+        "task": task.name,
+        "base": base_id,
+        "metric": task.metric,
+        "command": command,
+        "recipe": recipe.to_json(),
+        "num_train": len(split.train),
+        "num_heldout": len(split.heldout),
+        "example": {"prompt": example.prompt, "answer": example.answer},
+        "train_seconds": train_seconds and round(train_seconds),
+        "device": device,
+        "versions": library_versions(),
+        "scores": {
+            who: {group: score.to_dict() for group, score in groups.items()}
+            for who, groups in scores.items()
+        },
+    }
+
+
+def _options(base_id: str, recipe: Recipe) -> list[str]:
+    """The options of `train` that give this base and recipe."""
+    # No option changes the learning rate: it tells which preset this was.
+    rates = {preset.learning_rate: name for name, preset in RECIPES.items()}
+    name = rates.get(recipe.learning_rate, "default")
+    preset = RECIPES[name].to_json()
+    return [
+        *([] if base_id == EMBEDDED_ID else [f"--base {base_id}"]),
+        *([] if name == "default" else [f"--recipe {name}"]),
+        *(
+            f"--{key.replace('_', '-')} {value}"
+            for key, value in recipe.to_json().items()
+            if preset.get(key) != value
+        ),
+    ]
+
+
+def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> None:
+    """Write the PEFT folder. The adapter file comes last, so its presence means finished."""
+    with scratch_dir(output_dir.parent) as scratch:
+        # LoRA only: otherwise PEFT asks the Hub whether the vocabulary was resized.
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        (scratch / "scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        for file in sorted(scratch.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
+            publish(file, output_dir / file.name)

@@ -1,0 +1,80 @@
+"""The default's NF4 checkpoint: made once, made again where it is damaged, named by its makers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from spectr_demo.base import checkpoint
+from spectr_demo.base.checkpoint import MANIFEST, digests, embedded_checkpoint, is_whole
+from spectr_demo.base.embedded import EMBEDDED_ID
+from spectr_demo.base.loading import load_base
+from tests.base.conftest import quantized
+
+
+class Converter:
+    """Stands in for the conversion of the GGUF: a tiny checkpoint, and how often it was made."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.folder, self.tokenizer, self.num_made = folder, tokenizer, 0
+
+    def __call__(self, target: Path, dtype: torch.dtype) -> None:
+        self.num_made += 1
+        shutil.rmtree(target, ignore_errors=True)
+        quantized(self.folder).save_pretrained(target)
+        self.tokenizer.save_pretrained(target)
+        (target / MANIFEST).write_text(json.dumps(digests(target)))
+
+
+@pytest.fixture
+def converter(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Converter:
+    return Converter(folder, tokenizer)
+
+
+def test_the_default_is_converted_once(converter: Converter, tmp_path: Path) -> None:
+    bases = [
+        load_base(device="cpu", dtype=torch.float32, make_checkpoint=converter) for _ in range(2)
+    ]
+    assert converter.num_made == 1
+    assert bases[0].source == f"{EMBEDDED_ID} (embedded)"
+    assert bases[0].model.config._name_or_path == EMBEDDED_ID
+    assert bases[0].fingerprint.startswith("gguf-sha256:b179c9523d0e")
+    for first, second in zip(*(base.model.parameters() for base in bases), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", MANIFEST])
+@pytest.mark.parametrize("keep", [0, 100, None])
+def test_a_damaged_checkpoint_of_the_default_is_made_again(
+    converter: Converter, tmp_path: Path, name: str, keep: int | None
+) -> None:
+    made = embedded_checkpoint(tmp_path, torch.float32)
+    converter(made, torch.float32)
+    assert is_whole(made)
+    path = made / name
+    if keep is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:keep])
+    assert not is_whole(made)
+
+
+def test_a_damaged_default_is_converted_again(converter: Converter, tmp_path: Path) -> None:
+    load_base(device="cpu", dtype=torch.float32, make_checkpoint=converter)
+    (weights,) = tmp_path.glob("cache/base/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    load_base(device="cpu", dtype=torch.float32, make_checkpoint=converter)
+    assert converter.num_made == 2
+
+
+def test_what_changes_the_checkpoint_changes_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {embedded_checkpoint(Path(), dtype) for dtype in (torch.float32, torch.bfloat16)}
+    monkeypatch.setattr(bnb, "__version__", "99.0")
+    names.add(embedded_checkpoint(Path(), torch.float32))
+    monkeypatch.setattr(checkpoint.transformers, "__version__", "99.1.2")
+    names.add(embedded_checkpoint(Path(), torch.float32))
+    assert len(names) == 4
