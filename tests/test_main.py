@@ -8,6 +8,7 @@ import gradio as gr
 import pytest
 
 from spectr_demo.__main__ import main
+from spectr_demo.config import DEFAULT_COLUMNS, DEFAULT_ROUTER
 from spectr_demo.evaluation.tasks import TASKS, Item, make_split
 from spectr_demo.evaluation.tasks.baselines import copy_input
 from spectr_demo.trace import RoutingTrace
@@ -258,6 +259,45 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert captured.err.startswith("spectr-demo generate: ")
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("the fourth layer melted")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_the_traceback_that_one_line_hides(
+    options: list[str],
+    debug: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("spectr_demo.engine.model.load", broken)
+    assert main(["generate", "Hello", *options, *["--debug"] * debug]) == 2
+    *traceback, last = capsys.readouterr().err.splitlines()
+    assert last == "spectr-demo generate: the fourth layer melted"
+    shown = [line for line in traceback if "Traceback (most recent call last)" in line]
+    assert len(shown) == debug
+    assert any("in broken" in line for line in traceback) == debug
+
+
+def test_what_lm_eval_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spectr_demo.evaluation.harness.run", broken)
+    assert main(["lm-eval", "--tasks", "none"]) == 2
+    assert capsys.readouterr().err == "spectr-demo lm-eval: the fourth layer melted\n"
+
+
+def test_defaults_are_those_of_the_configuration(
+    base_folder: str, expert_folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--base", base_folder, "--experts", *expert_folders, "--max-new-tokens", "2"]
+    assert main(["compare", "Hello", *options, "--json"]) == 0
+    columns = json.loads(capsys.readouterr().out)["columns"]
+    assert [column["router"] for column in columns] == list(DEFAULT_COLUMNS)
+    assert main(["generate", "Hello", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["router"] == DEFAULT_ROUTER
 
 
 def test_unknown_command_says_what_exists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,9 +92,10 @@ def scratch_dir(folder: Path) -> Iterator[Path]:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Rename a finished file, or a folder of files, into place, in one step.
+    """Rename a finished file, or a folder of files, into place in one step.
 
-    made: on the disk of `target`, as in a `scratch_dir` of its folder.
+    made: on the disk of `target`, as in a `scratch_dir` of its folder. Its content is written out
+    before it is renamed.
     """
     for path in [made] if made.is_file() else made.iterdir():
         with path.open("rb+") as file:
@@ -107,9 +108,11 @@ def publish(made: Path, target: Path) -> None:
 def published(target: Path) -> Iterator[Path]:
     """The path to write a file to, which becomes `target` when the block ends without an error.
 
-    The folder of `target` is created if need be.
+    It is for results that are made again where they cannot be read: unlike `publish` it does not
+    wait for the disk, which can take longer than making them. The folder of `target` is created if
+    need be.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_dir(target.parent) as scratch:
         yield scratch / target.name
-        publish(scratch / target.name, target)
+        os.replace(scratch / target.name, target)

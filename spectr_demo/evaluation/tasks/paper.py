@@ -9,7 +9,6 @@ them in `evaluation/paper_scores.py`.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from spectr_demo.config import paper_data_from_environment
 from spectr_demo.evaluation.tasks.task import Example, Split, Task
 
 Row = Mapping[str, Any]
@@ -198,7 +198,7 @@ def score(answer: str, example: Example) -> float:
 
 def _build(row: PaperTask, data_dir: str | Path | None, seed: int) -> Split:
     """Both splits, shuffled; a training question that is held out too is left out of training."""
-    folder = data_dir or os.environ.get("SPECTR_PAPER_DATA")
+    folder = data_dir or paper_data_from_environment()
     heldout = list(_examples(row, row.heldout, folder))
     asked = {example.key for example in heldout}
     train = [example for example in _examples(row, "train", folder) if example.key not in asked]
