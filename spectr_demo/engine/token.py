@@ -9,7 +9,7 @@ Axes: R rows, P projections of a bank, E experts, K selected, F kept by LAG's fi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,13 +79,30 @@ class _Written:
     num_recorded: int = 0
 
 
-@dataclass
-class _PoolState:
-    """A pool's state as arrays: of the pass that is running, and of each bank."""
+class PoolArrays:
+    """An `EvidencePool` as compiled code reads and changes it: the same memory."""
 
-    of_pass: tuple[Any, ...] = ()
-    total: Tensor | None = None
-    banks: dict[ExpertBank, tuple[Tensor, tuple[Any, ...]]] = field(default_factory=dict)
+    def __init__(self, pool: EvidencePool, *, is_lead: bool) -> None:
+        """is_lead: whether evidence is given as its lead, see `routing.context.lead`."""
+        self._pool = pool
+        self._is_lead = is_lead
+        self._total: Tensor | None = None
+        self._of_pass: tuple[Any, ...] = ()
+        self._banks: dict[ExpertBank, tuple[Tensor, tuple[Any, ...]]] = {}
+
+    def of(self, bank: ExpertBank) -> Pool:
+        """For the bank's layers, in a pass of one token that has begun."""
+        pool = self._pool
+        if self._total is not pool.current.total:  # another pass, or torch has added to it
+            self._total, self._of_pass = pool.current.total, _of_pass(pool)
+        sums = pool.token_sums(bank)
+        known = self._banks.get(bank)
+        if known is None or known[0] is not sums:  # torch makes new ones where it adds tokens
+            weights, layers = pool.depth_weights(bank)
+            arrays = sums[:, 0], weights[:, 0], layers, bank.expert_ids
+            known = sums, (*(array.numpy() for array in arrays), self._is_lead)
+            self._banks[bank] = known
+        return Pool(*self._of_pass, *known[1])
 
 
 class TokenPath:
@@ -104,7 +121,10 @@ class TokenPath:
         self._is_merged = np.array(is_merged)
         self._recorder = recorder
         self._tokens: dict[ExpertBank, MixedToken | None] = {}
-        self._pools = [_PoolState() for _ in groups]
+        self._pools = [
+            group.pool and PoolArrays(group.pool, is_lead=group.router.confidence is not None)
+            for group in groups
+        ]
         if recorder is not None:
             recorder.before_reading.append(self._record)
 
@@ -126,7 +146,8 @@ class TokenPath:
         for i, record in enumerate(token.records):
             if self._recorder is not None and token.choices[i].choices.is_full:
                 self._record(bank)
-            pool = self._pool(i, bank)
+            arrays = self._pools[i]
+            pool = None if arrays is None else arrays.of(bank)
             compiled.route_and_add_at(record, *places, A, token.arrows, B, pool, i == 0, i == last)
         return token
 
@@ -161,30 +182,6 @@ class TokenPath:
             compiled.bind_choices(record, choices)
             token.choices.append(_Written(group, choices))
         return token
-
-    def _pool(self, i: int, bank: ExpertBank) -> Pool | None:
-        """The pool of a group, as compiled code reads and changes it."""
-        group, state = self._groups[i], self._pools[i]
-        pool = group.pool
-        if pool is None:
-            return None
-        if state.total is not pool.current.total:  # another pass, or torch has added to it
-            state.total, state.of_pass = pool.current.total, _of_pass(pool)
-        sums = pool.token_sums(bank)
-        known = state.banks.get(bank)
-        if known is None or known[0] is not sums:  # torch makes new ones where it adds tokens
-            weights, layers = pool.depth_weights(bank)
-            known = state.banks[bank] = (
-                sums,
-                (
-                    sums[:, 0].numpy(),
-                    weights[:, 0].numpy(),
-                    layers.numpy(),
-                    bank.expert_ids.numpy(),
-                    group.router.confidence is not None,
-                ),
-            )
-        return Pool(*state.of_pass, *known[1])
 
     def _record(self, bank: ExpertBank) -> None:
         """Hand the recorder what was chosen since the last time; full memory is replaced."""

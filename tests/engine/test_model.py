@@ -17,7 +17,6 @@ from torch.testing import assert_close
 
 from spectr_demo.base.prompts import generic_prompts, request_start
 from spectr_demo.config import GenerationSettings, RouterConfig
-from spectr_demo.engine import plan as plan_module
 from spectr_demo.engine.layers import RoutedLinear, routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
@@ -85,7 +84,7 @@ def test_weights_are_distributions_over_at_most_k(routed_model: SpectrModel) -> 
             assert (column.experts[-1] == NOT_ROUTED).all()
             is_routed = column.experts[:-1] != NOT_ROUTED
             assert (np.isfinite(column.scores[:-1]) == is_routed).all()
-    assert [c.num_selected for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1, 1, 2]
+    assert [c.experts.shape[3] for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1, 1, 2]
 
 
 def test_lag_is_spectr_with_a_full_filter_and_arrow_with_a_filter_of_one(
@@ -458,7 +457,7 @@ def test_copies_of_the_chosen_give_what_all_experts_give(
 
     def read(is_copied: bool) -> tuple[list[Tensor], Recorder]:
         monkeypatch.setattr(
-            plan_module, "_copying_pays", lambda num, *others: is_copied and num < num_experts
+            ExpertBank, "copying_pays", lambda bank, num, _: is_copied and num < num_experts
         )
         recorder = Recorder()
         plan = RoutingPlan([config] * 3, names, recorder)
@@ -574,7 +573,7 @@ def test_a_longer_memory_changes_its_mind_less(routed_model: SpectrModel) -> Non
         RouterConfig(name="spectr-context", calibrated=True, decay=decay) for decay in (0.01, 1.0)
     ]
     trace = trace_of(run(routed_model, routers))
-    first = len(routed_model.template_opening)
+    first = len(routed_model.template.opening)
     changes = [
         (np.diff(column.experts[first:-1, ..., 0], axis=0) != 0).mean() for column in trace.columns
     ]
@@ -584,7 +583,7 @@ def test_a_longer_memory_changes_its_mind_less(routed_model: SpectrModel) -> Non
 def test_the_base_answers_alone_where_no_expert_leads(routed_model: SpectrModel) -> None:
     unsure = parse_router(replace(IN_CONTEXT, confidence=0.5), routed_model.library.names)
     for least, label in ((np.inf, "base"), (-np.inf, "spectr-context")):
-        routed_model._least_leads[unsure] = float(least)
+        routed_model.reader._leads[unsure.name, unsure.decay] = torch.tensor([float(least)])
         step = run(routed_model, ["base", IN_CONTEXT, unsure])
         expected = {"base": 0, "spectr-context": 1}[label]
         assert texts(step)[2] == texts(step)[expected]
@@ -597,10 +596,10 @@ def test_the_least_lead_is_that_of_so_many_generic_prompts(routed_model: SpectrM
     leads = []
     for prompt in prompts:
         ids = routed_model.encode(prompt)
-        pool, _ = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
+        pool = routed_model.reader.read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
         leads.append(float((pool.latest - pool.latest.mean()).max()))
     for confidence in (0.0, 0.8, 1.0):
-        least = routed_model._least_lead(replace(IN_CONTEXT, confidence=confidence))
+        least = routed_model.reader.least_lead(replace(IN_CONTEXT, confidence=confidence))
         assert least == pytest.approx(np.quantile(leads, confidence), abs=1e-5)
 
 
@@ -613,9 +612,9 @@ def test_only_the_last_request_is_read_first(routed_model: SpectrModel) -> None:
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     last = {"role": "user", "content": PROMPT}
     ids = routed_model.encode([*turns, last])
-    start = request_start(ids, routed_model.template_opening, routed_model.user_turn)
+    start = request_start(ids, routed_model.template.opening, routed_model.template.user_turn)
     assert routed_model.tokenizer.decode(ids[start:]).startswith(PROMPT)
-    pool, _ = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
+    pool = routed_model.reader.read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
     best = int(pool.latest.argmax())
     assert (choices([*turns, last]) == best).all(), "in every layer alike"
 
@@ -623,9 +622,9 @@ def test_only_the_last_request_is_read_first(routed_model: SpectrModel) -> None:
 def test_each_line_of_a_request_is_evidence(routed_model: SpectrModel) -> None:
     def evidence(prompt: str) -> Tensor:
         ids = routed_model.encode(prompt)
-        pool, num_lines = routed_model._read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
-        assert num_lines == [len(prompt.splitlines())]
-        return pool.latest
+        latest = routed_model.reader.read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT).latest
+        assert len(latest) == len(prompt.splitlines())
+        return latest
 
     lines = evidence("paint it red\ncount to two")
     assert_close(lines[:1], evidence("paint it red\n"), atol=1e-4, rtol=1e-4)
@@ -636,7 +635,7 @@ def test_a_new_line_of_the_answer_takes_up_the_request_again(routed_model: Spect
     """In prefill; decoding is the same, see the tests of the pool and of cached decoding."""
     prompt = routed_model.encode(PROMPT)
     answer = routed_model.tokenizer("a quite different text\nand another")["input_ids"]
-    newline = len(prompt) + answer.index(*routed_model.newline_ids)
+    newline = len(prompt) + answer.index(*routed_model.template.newline_ids)
     router = parse_router(IN_CONTEXT, routed_model.library.names)
     recorder = Recorder()
     ids = [*prompt, *answer]

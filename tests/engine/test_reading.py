@@ -14,7 +14,7 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.reading import Listening
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration
-from spectr_demo.routing.routers import STANDARDISED
+from spectr_demo.routing.routers import calibrated_scores
 from spectr_demo.routing.spectr import Score
 
 PROMPTS = ["How are you?", "Tell me of a walk in the rain"]
@@ -42,13 +42,13 @@ def scores_of(
 
     for prompt in PROMPTS:
         ids = model.encode(prompt)
-        opening = shared_length(model.template_opening, ids)
+        opening = shared_length(model.template.opening, ids)
         with torch.inference_mode(), routed(Listen()):
             model.model(torch.tensor([ids]))
     return {bank: torch.cat(parts) for bank, parts in scores.items()}
 
 
-@pytest.mark.parametrize("score", STANDARDISED)
+@pytest.mark.parametrize("score", calibrated_scores())
 def test_generic_text_has_mean_zero_and_deviation_one(
     routed_model: SpectrModel, score: Score
 ) -> None:

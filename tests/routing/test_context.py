@@ -31,12 +31,17 @@ def scores(num_rows: int, num_tokens: int, seed: int = 0) -> tuple[torch.Tensor,
     )
 
 
+def begin(pool: EvidencePool, values: torch.Tensor) -> None:
+    """A pass over as many rows and tokens."""
+    pool.begin_pass(*values.shape[:2])
+
+
 def read(pool: EvidencePool, *parts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     """The pooled scores of both layers over all parts, each part one pass."""
-    passes = [
-        (pool.add(FIRST, first[:, :, None]), pool.add(SECOND, second[:, :, None]))
-        for first, second in parts
-    ]
+    passes = []
+    for first, second in parts:
+        begin(pool, first)
+        passes.append((pool.add(FIRST, first[:, :, None]), pool.add(SECOND, second[:, :, None])))
     return [torch.cat(layer, dim=1)[:, :, 0] for layer in zip(*passes, strict=True)]
 
 
@@ -99,6 +104,7 @@ def test_rows_do_not_mix() -> None:
 def test_a_layer_counts_by_the_root_of_its_depth() -> None:
     first, second = scores(1, 1)
     pool = EvidencePool(1.0, 3, None)
+    begin(pool, first)
     pool.add(bank([0, 1, 2], "layers.0"), first[:, :, None])
     pooled = pool.add(bank([2, 0], "layers.8"), second[:, :, None])[:, :, 0]
     expected = (winners(first)[..., [2, 0]] + 3 * winners(second)) / 4
@@ -116,6 +122,8 @@ def test_layers_of_one_bank_pool_as_if_they_had_one_each(expert_ids: list[int]) 
     single = [bank(expert_ids, path) for path in shared.paths]
     first = torch.rand(2, 6, 1, 3, generator=generator)
     for part in (slice(0, 4), slice(4, 5), slice(5, 6)):  # prefill, then two tokens
+        for pool in (together, alone):
+            begin(pool, first[:, part])
         together.add(FIRST, first[:, part])
         alone.add(FIRST, first[:, part])
         found = together.add(shared, values[:, part])
@@ -127,7 +135,9 @@ def test_layers_of_one_bank_pool_as_if_they_had_one_each(expert_ids: list[int]) 
 
 def test_what_does_not_respond_says_nothing() -> None:
     pool = EvidencePool(1.0, 3, None)
+    pool.begin_pass(1, 1)
     assert pool.add(FIRST, torch.tensor([[[[-2.0, -9, -1]]]])).tolist() == [[[[0, 0, 0]]]]
+    pool.begin_pass(1, 1)
     assert pool.add(FIRST, torch.tensor([[[[2.0, -9, 1]]]])).tolist() == [[[[1, 0, 0]]]]
 
 
@@ -137,9 +147,9 @@ def test_a_second_reading_starts_from_what_all_layers_know_and_that_fades() -> N
     read(pool, prompt)
     before = pool.latest
     known = torch.tensor([[False, False, False, True, True]])
-    pool.read_again(known)
+    second_pool = EvidencePool(0.5, 3, known, pool.start())
     again = [torch.cat(parts, dim=1) for parts in zip(prompt, answer, strict=True)]
-    first, second = read(pool, (again[0], again[1]))
+    first, second = read(second_pool, (again[0], again[1]))
     for token in range(3):  # the prompt: the same in every layer
         torch.testing.assert_close(first[0, token], before[0])
         torch.testing.assert_close(second[0, token], before[0, [2, 0]])
@@ -158,8 +168,8 @@ def test_a_second_reading_is_the_same_in_prefill_and_in_decoding(cut: int) -> No
     def second_reading(*parts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         pool = EvidencePool(0.8, 3, None)
         read(pool, prompt)
-        pool.read_again(known[:, : max(5, cut)])  # what comes later counts without being told
-        return read(pool, *parts)
+        told = known[:, : max(5, cut)]  # what comes later counts without being told
+        return read(EvidencePool(0.8, 3, told, pool.start()), *parts)
 
     parts = [(text[0][:, :cut], text[1][:, :cut])]
     parts += [(text[0][:, t : t + 1], text[1][:, t : t + 1]) for t in range(cut, 9)]
@@ -179,14 +189,20 @@ def test_each_line_of_the_answer_starts_from_the_first_reading(num_first: int) -
     def pool() -> EvidencePool:
         pool = EvidencePool(decay, 3, None)
         read(pool, prompt)
-        pool.read_again(torch.zeros(2, 1, dtype=torch.bool))  # its first token is the prompt
-        return pool
+        is_evidence = torch.zeros(2, 1, dtype=torch.bool)  # its first token is the prompt
+        return EvidencePool(decay, 3, is_evidence, pool.start())
 
     def read_parts(*cuts: int) -> list[torch.Tensor]:
         second, found = pool(), []
         for start, stop in zip((0, *cuts), (*cuts, length), strict=True):
-            second.begin_lines(is_newline[:, start:stop])
-            found.append(read(second, (text[0][:, start:stop], text[1][:, start:stop])))
+            part = text[0][:, start:stop], text[1][:, start:stop]
+            second.begin_pass(2, stop - start, is_newline=is_newline[:, start:stop])
+            found.append(
+                [
+                    second.add(bank, p[:, :, None])[:, :, 0]
+                    for bank, p in zip((FIRST, SECOND), part, strict=True)
+                ]
+            )
         return [torch.cat(layer, dim=1) for layer in zip(*found, strict=True)]
 
     at_once = read_parts()
@@ -210,9 +226,9 @@ def test_a_newline_means_nothing_to_a_single_reading() -> None:
     text = scores(1, 5)
     plain = read(EvidencePool(0.9, 3, None), text)
     pool = EvidencePool(0.9, 3, None)
-    pool.begin_lines(torch.ones(1, 5, dtype=torch.bool))
-    for one, other in zip(plain, read(pool, text), strict=True):
-        assert torch.equal(one, other)
+    pool.begin_pass(1, 5, is_newline=torch.ones(1, 5, dtype=torch.bool))
+    for bank, part, expected in zip((FIRST, SECOND), text, plain, strict=True):
+        assert torch.equal(pool.add(bank, part[:, :, None])[:, :, 0], expected)
 
 
 def test_lines_have_the_same_say() -> None:
@@ -230,8 +246,13 @@ def test_lines_of_several_requests() -> None:
     pool = EvidencePool(0.9, 3, None)
     read(pool, prompts)
     lines = pool.latest
-    pool.read_again(torch.zeros(2, 1, dtype=torch.bool), num_lines=[2, 3])
+    start = pool.start(num_lines=[2, 3])
     text = scores(2, 1)
-    first, _ = read(pool, text)
+    first, _ = read(EvidencePool(0.9, 3, torch.zeros(2, 1, dtype=torch.bool), start), text)
     expected = torch.stack([of_lines(lines[:2], None), of_lines(lines[2:], None)])
     torch.testing.assert_close(first[:, 0], expected)
+
+
+def test_a_pass_must_have_begun() -> None:
+    with pytest.raises(ValueError, match="no pass has begun"):
+        EvidencePool(0.9, 3).add(FIRST, torch.zeros(1, 1, 1, 3))

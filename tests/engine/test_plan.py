@@ -1,0 +1,100 @@
+"""What a plan adds, against the method written out: `routing.spectr.delta`."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from spectr_demo.config import RouterConfig
+from spectr_demo.engine.layers import routed
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.routers import ROUTERS, parse_router
+from spectr_demo.routing.spectr import delta
+
+SCORED = [key for key, row in ROUTERS.items() if row.score and not row.preset.calibrated]
+CONFIGS: list[str | RouterConfig] = [
+    *SCORED,
+    RouterConfig(name="lag", prefilter=2, top_k=2, composition="parameters"),
+    RouterConfig(name="norm", top_k=2, weighting="softmax", temperature=0.5),
+]
+
+
+@pytest.mark.parametrize("is_copied", [False, True], ids=["all experts", "copies of the chosen"])
+@pytest.mark.parametrize("num_tokens", [1, 5], ids=["compiled", "torch"])
+@pytest.mark.parametrize("router", CONFIGS, ids=str)
+def test_every_path_gives_the_reference(
+    router: str | RouterConfig,
+    num_tokens: int,
+    is_copied: bool,
+    routed_model: SpectrModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = routed_model.library.names
+    config = parse_router(router, names)
+    score = ROUTERS[config.name].score
+    assert score is not None
+    monkeypatch.setattr(
+        ExpertBank, "copying_pays", lambda bank, num, _: is_copied and num < bank.num_experts
+    )
+    generator = torch.Generator().manual_seed(0)
+    plan = RoutingPlan([config] * 2, names)
+    for bank in routed_model.library.banks:
+        x = torch.randn(2, num_tokens, bank.A.shape[1], generator=generator)
+        plan.begin_pass(torch.zeros(2, num_tokens, dtype=torch.long))
+        for place, B in enumerate(bank.B):
+            y = torch.randn(2, num_tokens, B.shape[1], generator=generator)
+            rank = bank.singular_values.shape[-1]
+            experts = [bank.factors(e, place, rank) for e in range(bank.num_experts)]
+            A_star, B_star = (torch.stack(part) for part in zip(*experts, strict=True))
+            expected = y + delta(x, A_star, B_star, score, config)
+            assert_close(plan.add(y, bank, place, x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_begins_by_position_too(routed_model: SpectrModel) -> None:
+    """Token ids may come by position; a newline among them counts as well."""
+    router = parse_router("spectr-context", routed_model.library.names)
+    ids = [*routed_model.encode("hi"), *routed_model.tokenizer("a\nb")["input_ids"]]
+    passes = []
+    for is_named in (True, False):
+        plan = routed_model.plan([router], [ids], num_prompt=[len(ids) - 3])
+        seen: list[torch.Tensor] = []
+        begin = plan.begin_pass
+
+        def spy(input_ids: torch.Tensor, begin=begin, seen=seen) -> None:  # type: ignore[no-untyped-def]
+            seen.append(input_ids)
+            begin(input_ids)
+
+        plan.begin_pass = spy  # type: ignore[method-assign]
+        input_ids = torch.tensor([ids])
+        with torch.inference_mode(), routed(plan):
+            decoder = routed_model.model.get_decoder()
+            decoder(input_ids=input_ids) if is_named else decoder(input_ids)
+        assert [each.tolist() for each in seen] == [[ids]]
+        pool = plan.groups[0].pool
+        assert pool is not None and pool.current.is_newline is not None
+        passes.append(pool.latest)
+        assert pool.current.is_newline.any()
+    assert torch.equal(*passes)
+
+
+def test_embeddings_have_no_newline(routed_model: SpectrModel) -> None:
+    names = routed_model.library.names
+    plan = RoutingPlan([parse_router("spectr", names)], names)
+    embed = routed_model.model.get_input_embeddings()
+    ids = torch.tensor([routed_model.encode("hi\nthere")])
+    decoder = routed_model.model.get_decoder()
+    with torch.inference_mode(), routed(plan):
+        by_ids = decoder(input_ids=ids).last_hidden_state
+        by_embeddings = decoder(inputs_embeds=embed(ids)).last_hidden_state
+    assert_close(by_ids, by_embeddings)
+
+
+def test_experts_are_attached_once(routed_model: SpectrModel) -> None:
+    """A second time they would be wrapped twice, and every answer would change."""
+    layers = len(list(routed_model.model.modules()))
+    with pytest.raises(ValueError, match="experts attached already"):
+        SpectrModel(routed_model.base, routed_model.library)
+    assert len(list(routed_model.model.modules())) == layers
+    routed_model.detach()
+    SpectrModel(routed_model.base, routed_model.library).detach()
