@@ -196,7 +196,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     from spectr_demo.experts import inspection
     from spectr_demo.training.expert import check, expert_folder, expert_name, is_finished
     from spectr_demo.training.expert import train as train_expert
-    from spectr_demo.training.recipe import RECIPES
 
     if arguments.all == bool(arguments.names):
         raise ValueError("name at least one task, or pass --all and no name")
@@ -217,11 +216,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, folder in folders.items():  # all of them before the first is trained
         if not is_kept[name]:
             check(tasks[name], folder, arguments.overwrite)
-    given = {key: getattr(arguments, key) for key in ("steps", "batch_size", "seed")}
-    recipe = RECIPES[arguments.recipe]
-    if arguments.steps is not None:
-        recipe = replace(recipe, epochs=None)
-    recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
+    recipe = _recipe(arguments)
     for name, folder in folders.items():
         if is_kept[name]:
             print(f"{name}: {folder} is finished; --overwrite trains it again", file=sys.stderr)
@@ -252,6 +247,17 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         "scores": scores,
         **library,
     }
+
+
+def _recipe(arguments: argparse.Namespace) -> Any:
+    """The preset, with what the options change; a number of steps replaces its epochs."""
+    from spectr_demo.training.recipe import RECIPES
+
+    recipe = RECIPES[arguments.recipe]
+    if arguments.steps is not None:
+        recipe = replace(recipe, epochs=None)
+    given = {key: getattr(arguments, key) for key in ("steps", "batch_size", "seed")}
+    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
