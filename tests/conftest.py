@@ -4,6 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+if worker := os.environ.get(
+    "PYTEST_XDIST_WORKER"
+):  # gw0, gw1, ...: none takes another's ports or cores
+    os.environ["GRADIO_SERVER_PORT"] = str(7900 + 100 * int(worker.removeprefix("gw")))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +28,7 @@ from spectr_demo.experts.library import ExpertLibrary, load_experts
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.routers import ROUTERS
 
+SLOW_SECONDS = 1200  # of one slow test, before it counts as hanging
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -31,6 +37,16 @@ CHAT_TEMPLATE = (
 EXPERT_NAMES = ("red", "green", "blue")
 # Without a confidence: to random experts no prompt is nearer than the generic ones.
 IN_CONTEXT = replace(ROUTERS["spectr-context"].preset, confidence=None)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser's tests are slow, and slow tests have a timeout of their own."""
+    for item in items:
+        if item.get_closest_marker("browser"):
+            item.add_marker("slow")
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 @pytest.fixture(scope="session")

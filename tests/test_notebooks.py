@@ -25,11 +25,13 @@ from spectr_demo.base.checkpoint import embedded_checkpoint
 from spectr_demo.base.loading import load_base
 from spectr_demo.base.quantization import choose_compute_dtype
 from spectr_demo.config import cache_dir, shipped_experts
+from tests.conftest import SLOW_SECONDS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 PLOTLY = "application/vnd.plotly.v1+json"
+CELL_SECONDS = SLOW_SECONDS - 60  # so that a cell that hangs is named
 SETTING = re.compile(r"(\w+) = (.+?)  #@param [\[{]")
 
 # The quick mode: values of the settings cells in place of the defaults.
@@ -92,7 +94,7 @@ class NativeKernel(AsyncKernelManager):
 def execute(notebook: NotebookNode, folder: Path) -> None:
     NotebookClient(
         notebook,
-        timeout=280,
+        timeout=CELL_SECONDS,
         kernel_name="python3",
         kernel_manager_class=NativeKernel,
         resources={"metadata": {"path": str(folder)}},

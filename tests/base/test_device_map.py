@@ -12,11 +12,10 @@ import spectr_demo
 from spectr_demo.base import loading
 from spectr_demo.base.loading import load_base
 from spectr_demo.base.memory import execution_device
-from spectr_demo.config import shipped_experts
 from spectr_demo.engine.model import SpectrModel
 
 PROMPT = "Write the cron expression: At 02:30, only on Monday"
-COLUMNS = ["base", "single:cron", "spectr-paper", "spectr-context"]
+COLUMNS = ["base", "single:red", "spectr-paper", "spectr-context"]
 
 
 def split(num_layers: int) -> dict[str, str]:
@@ -29,7 +28,7 @@ def split(num_layers: int) -> dict[str, str]:
 
 
 def save_dense(model: SpectrModel, folder: Path) -> None:
-    """The embedded default with its NF4 values, as a base that nobody has quantized."""
+    """The model with its NF4 values, as a base that nobody has quantized."""
     model.detach()
     config = model.model.config
     if hasattr(config, "quantization_config"):
@@ -40,25 +39,23 @@ def save_dense(model: SpectrModel, folder: Path) -> None:
     model.tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.embedded
-@pytest.mark.slow
-def test_the_default_spread_over_cpu_and_disk_answers_and_routes_as_in_one_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_base_spread_over_cpu_and_disk_answers_and_routes_as_in_one_place(
+    base_folder: str, expert_folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "choose_compute_dtype", lambda device: torch.float32)
-    whole = spectr_demo.load(experts=shipped_experts())
+    whole = spectr_demo.load(base_folder, expert_folders)
     expected = whole.compare(PROMPT, COLUMNS, max_new_tokens=12)
     save_dense(whole, tmp_path)
     del whole
-    spread = spectr_demo.load(str(tmp_path), shipped_experts(), device_map=split(30))
+    spread = spectr_demo.load(str(tmp_path), expert_folders, device_map=split(2))
     assert spread.base.quantization == "unquantized, spread over cpu, disk"
     assert spread.base.bits == 32
-    layers = dict(spread.model.named_modules())
-    on_disk = layers["model.layers.29.mlp.down_proj"]
+    on_disk = spread.model.get_submodule("model.layers.1.mlp.down_proj")
     assert next(on_disk.parameters()).device.type == "meta"
     assert {bank.A.device.type for bank in spread.library.banks} == {"cpu"}
     result = spread.compare(PROMPT, COLUMNS, max_new_tokens=12)
     assert [c.text for c in result.columns] == [c.text for c in expected.columns]
+    assert len({c.text for c in result.columns}) > 1
     assert result.trace is not None
     assert expected.trace is not None
     for column in COLUMNS[2:]:
