@@ -259,7 +259,7 @@ def check(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.current:
         python = sys.executable
     else:
-        environment = options.environment or folder / "environment"
+        environment = folder / "environment"
         made_with = options.python or choose_python(wanted)
         say(f"installing with {made_with} ...")
         install(
@@ -300,9 +300,6 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--python", help="interpreter of the fresh environment (the front matter's)")
-    made.add_argument(
-        "--environment", type=Path, metavar="FOLDER", help="make the environment here and keep it"
-    )
     made.add_argument(
         "--current", action="store_true", help="install nothing: use the environment of this Python"
     )

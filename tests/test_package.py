@@ -48,6 +48,19 @@ def test_the_pins_are_versions_that_the_package_takes(file: str, extra: str | No
             assert taken[name].specifier == pin.specifier
 
 
+def test_without_a_gpu_the_same_packages_come_with_a_cpu_build_of_torch() -> None:
+    lines = (ROOT / "requirements-cpu.txt").read_text().splitlines()
+    assert "-r requirements.txt" in lines
+    (torch,) = pins("requirements-cpu.txt").values()
+    (specifier,) = torch.specifier
+    assert specifier.operator == "=="
+    assert specifier.version.endswith("+cpu")
+    assert pins("requirements.txt")["torch"].specifier.contains(specifier.version)
+    assert torch.marker is not None  # elsewhere PyPI's own build is for the CPU
+    platforms = ("linux", "darwin", "win32")
+    assert [torch.marker.evaluate({"sys_platform": name}) for name in platforms] == [1, 0, 0]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, and the wheel that was built from it."""
