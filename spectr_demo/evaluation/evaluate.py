@@ -46,10 +46,13 @@ CHAT_TOKENS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much is measured. num_examples: per domain, half of them with held-out wordings.
-    num_pairs: of compositional prompts. num_offdomain: of ordinary chat. stress_texts: per domain.
-    0 of these three leaves their tests out. retrained: NAME=FOLDER of experts trained again, see
-    `retrained`. labels: contenders."""
+    """How much is measured.
+
+    num_examples: prompts of each domain; half of them are in held-out wordings. num_pairs: texts
+    with two requests. num_offdomain: prompts of ordinary chat. stress_texts: of each domain, see
+    `stress`. A 0 in one of these three leaves its test out. labels: of the `CONTENDERS` that are
+    compared. retrained: experts that were trained again, as NAME=FOLDER, see `retrained`.
+    """
 
     num_examples: int = 16
     num_pairs: int = 12

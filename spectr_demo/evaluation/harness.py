@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from spectr_demo.config import RouterConfig
+from spectr_demo.config import DEFAULT_ROUTER, RouterConfig
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel, load
 from spectr_demo.routing.routers import parse_router
@@ -39,14 +39,14 @@ class SpectrLM(HFLM):
         self,
         base: str | SpectrModel | None = None,
         experts: str | None = None,
-        router: str | RouterConfig = "spectr",
+        router: str | RouterConfig = DEFAULT_ROUTER,
         device: str | None = None,
         **options: Any,
     ) -> None:
         """base: Hub id or folder, None as in `load`, or a loaded engine, which has its experts.
 
         experts: Hub ids or folders, separated by semicolons; None as in `load`.
-        router: as `parse_router` takes it, such as `spectr-context` or `single:sql`.
+        router: as `parse_router` takes it, such as `spectr` or `single:sql`.
         device: the harness always names one; the base stays where `load` puts it.
         options: those of `HFLM` that apply to a loaded model, such as batch_size and max_length.
         Raises ValueError for an unknown router, and what `load` raises.

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.__main__ import main
-from spectr_demo.config import RouterConfig
+from spectr_demo.config import DEFAULT_ROUTER, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.reading import Text, read
 from spectr_demo.routing.routers import parse_router
@@ -119,6 +119,11 @@ def test_generation_is_the_engines(
     own = [routed_model.generate(q, router, max_new_tokens=8) for q in QUESTIONS]
     assert [text.rstrip("�") for text in found] == own
     assert len(set(own)) > 1
+
+
+def test_the_default_router_is_that_of_all_front_ends(routed_model: SpectrModel) -> None:
+    default = parse_router(DEFAULT_ROUTER, routed_model.library.names)
+    assert SpectrLM(routed_model).router == default
 
 
 def test_beams_are_refused(routed_model: SpectrModel) -> None:

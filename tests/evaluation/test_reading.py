@@ -27,6 +27,15 @@ def texts(engine: SpectrModel) -> list[Text]:
     ]
 
 
+def test_a_text_from_chat_is_the_prompt_in_the_template_and_the_answer_with_its_end(
+    routed_model: SpectrModel,
+) -> None:
+    tokenizer = routed_model.tokenizer
+    text = Text.from_chat(routed_model, "Why?", "who knows")
+    assert text.prompt_ids == tuple(encode(tokenizer, "Why?"))
+    assert text.answer_ids == (*tokenizer("who knows")["input_ids"], tokenizer.eos_token_id)
+
+
 @pytest.mark.parametrize("spec", ROUTERS)
 def test_a_batch_reads_as_its_texts_alone(
     routed_model: SpectrModel, spec: str | RouterConfig

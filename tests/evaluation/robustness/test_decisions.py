@@ -20,12 +20,14 @@ from spectr_demo.routing.context import EvidencePool
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.routing.spectr import select, spectr_scores
 from tests.conftest import banks_by_path
-from tests.evaluation.robustness.samples import PROMPTS, inputs, run_stress, texts_for
+from tests.evaluation.robustness.samples import PROMPTS, inputs, texts_for
 
 
-def test_accuracy_is_that_of_the_routers(routed_model: SpectrModel) -> None:
+def test_accuracy_is_that_of_the_routers(
+    routed_model: SpectrModel, stressed: dict[str, Any]
+) -> None:
     """Against the routers' own code and `routing_accuracy`, on the same activations."""
-    result = run_stress(routed_model)["number"]["3"]["mean"]
+    result = stressed["number"]["3"]["mean"]
     keys = ("arrow", "spectr", "norm", "spectr-calibrated", "spectr-context")
     statistics = own_calibration(routed_model)
     for method, key in zip(METHODS, keys, strict=True):

@@ -1,15 +1,15 @@
 """Figures of an expert, and how they go with the accuracy."""
 
+from typing import Any
+
 import pytest
 
-from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.robustness.decisions import METHODS
 from spectr_demo.evaluation.robustness.stress import RANKS, SIGMAS
-from tests.evaluation.robustness.samples import run_stress
 
 
-def test_diagnostics(routed_model: SpectrModel) -> None:
-    result = run_stress(routed_model)["diagnostics"]
+def test_diagnostics(stressed: dict[str, Any]) -> None:
+    result = stressed["diagnostics"]
     assert len(result["variants"]) == 3 * (len(RANKS) + len(SIGMAS))
     row = next(r for r in result["variants"] if r["variant"] == "rank 1")
     assert row["effective_rank"] == pytest.approx(1)

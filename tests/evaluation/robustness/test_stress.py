@@ -1,6 +1,7 @@
 """Weak and alike experts, on the tiny model: what must hold for any experts."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -12,17 +13,17 @@ from tests.conftest import PROJECTIONS, BuildModel, SaveExpert
 from tests.evaluation.robustness.samples import PROMPTS, build, run_stress, texts_for
 
 
-def test_cutting_to_the_full_rank_changes_nothing(routed_model: SpectrModel) -> None:
-    result = run_stress(routed_model)
-    assert result["rank"]["8"] == result["rank"]["4"] == result["number"]["3"]["mean"]
-    assert result["rank"]["1"]["spectr"] == result["rank"]["1"]["arrow"]
+def test_cutting_to_the_full_rank_changes_nothing(stressed: dict[str, Any]) -> None:
+    rank = stressed["rank"]
+    assert rank["8"] == rank["4"] == stressed["number"]["3"]["mean"]
+    assert rank["1"]["spectr"] == rank["1"]["arrow"]
 
 
 def test_twins_without_noise_cannot_be_told_apart(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SIGMAS", (0.0, 1.0))
-    result = run_stress(routed_model)
+    result = run_stress(routed_model, num_experts=())
     same, noisy = result["alike"]["0.0"], result["alike"]["1.0"]
     assert same["overlap"] == pytest.approx(1, abs=1e-4)
     assert noisy["overlap"] < 0.9
@@ -35,8 +36,8 @@ def test_twins_without_noise_cannot_be_told_apart(
             )
 
 
-def test_more_distractors_never_help_raw_scores(routed_model: SpectrModel) -> None:
-    number = run_stress(routed_model)["number"]
+def test_more_distractors_never_help_raw_scores(stressed: dict[str, Any]) -> None:
+    number = stressed["number"]
     for method in ("arrow", "spectr", "norm"):
         for seed in ("0", "1", "2"):
             shares = [number[n]["seeds"][seed][method]["decisions"] for n in ("5", "9", "30")]
@@ -44,10 +45,12 @@ def test_more_distractors_never_help_raw_scores(routed_model: SpectrModel) -> No
             assert shares == sorted(shares, reverse=True)
 
 
-def test_results_are_json_and_depend_on_the_seed_alone(routed_model: SpectrModel) -> None:
-    once, again = run_stress(routed_model), run_stress(routed_model)
+def test_results_are_json_and_depend_on_the_seed_alone(
+    routed_model: SpectrModel, stressed: dict[str, Any]
+) -> None:
+    once, again = stressed, run_stress(routed_model)
     assert json.loads(json.dumps(once, allow_nan=False)) == once == again
-    other = run_stress(routed_model, seeds=(5,))
+    other = run_stress(routed_model, seeds=(5,), num_experts=(30,))
     assert list(other["number"]["30"]["seeds"]) == ["5"]
     assert other["undertrained"] != once["undertrained"]
     assert other["rank"] == once["rank"]
@@ -64,7 +67,7 @@ def test_experts_of_other_layers_and_ranks(
             save_expert("blue", seed=2, r=3, target_modules=["q_proj"], layers_to_transform=[1]),
         ]
     )
-    result = run_stress(engine)
+    result = run_stress(engine, seeds=(0, 1), num_experts=(5,))
     assert json.dumps(result, allow_nan=False)
     assert all(0 <= share["decisions"] <= 1 for share in result["rank"]["2"].values())
     variants = build(engine)
