@@ -22,12 +22,11 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from spectr_demo.base.loading import LoadedBase, load_base
-from spectr_demo.config import shipped_experts
-from spectr_demo.cpu.prompt_linear import cpu_capabilities
+from spectr_demo.config import library_versions, shipped_experts
+from spectr_demo.cpu.linear import cpu_capabilities
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.engine.tracing import library_versions
 from spectr_demo.experts.adapters import WEIGHTS_FILE
 from spectr_demo.experts.library import ExpertLibrary, load_experts
 from spectr_demo.routing.routers import parse_router

@@ -4,7 +4,7 @@
 
 Each case has read the same prompt and decodes token by token with a growing cache; the ratio is to
 the bare base as `load_base` gives it, with or without PEFT's adapters. `torch's layers` is that
-base with plain `nn.Linear` where the loader has made it faster (float32, `token_linear.py`).
+base with plain `nn.Linear` where the loader has made it faster (float32, `cpu/linear.py`).
 Experts beyond the shipped ones are random, of the same shapes and size.
 """
 
@@ -31,7 +31,7 @@ from benchmarks.common import (
     routed_decoding,
 )
 from spectr_demo.base.loading import LoadedBase, load_base
-from spectr_demo.cpu.token_linear import TokenLinear
+from spectr_demo.cpu.linear import TokenLinear
 from spectr_demo.engine.model import SpectrModel
 
 ROUTERS = ("base", "single", "uniform", "arrow", "spectr", "spectr-paper", "spectr-context", "lag")

@@ -56,11 +56,11 @@ def make_token_linear_(model: PreTrainedModel) -> None:
 def is_faster(weight: Tensor) -> bool:
     """Whether compiled code multiplies one token by this matrix in less time than torch."""
     token, product = torch.ones(1, weight.shape[1]), torch.empty(1, weight.shape[0])
-    products = (
+    ways = (
         lambda: products.multiply_in_threads(product, token, weight),
         lambda: linear(token, weight),
     )
-    timers = [Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for f in products]
+    timers = [Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for f in ways]
     ours, of_torch = (min(timer.timeit(1).median for _ in range(3)) for timer in timers)
     return ours < of_torch
 

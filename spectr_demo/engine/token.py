@@ -122,7 +122,9 @@ class TokenPath:
         self._recorder = recorder
         self._tokens: dict[ExpertBank, MixedToken | None] = {}
         self._pools = [
-            group.pool and PoolArrays(group.pool, is_lead=group.router.confidence is not None)
+            PoolArrays(group.pool, is_lead=group.router.confidence is not None)
+            if group.pool
+            else None
             for group in groups
         ]
         if recorder is not None:

@@ -8,25 +8,34 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spectr_demo.trace.column import ROUTED_ARRAYS, TOKEN_ARRAYS, ColumnTrace, distinct
-from spectr_demo.trace.record import RoutingTrace
 
 FORMAT_NAME = "spectr-routing-trace"
 FORMAT_VERSION = 1
 
 Arrays = dict[str, NDArray[Any]]
+Trace = TypeVar("Trace")
 
 
-def save(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
-    """Write a trace to one .npz file, whatever the suffix of `path`."""
+def save(
+    path: str | os.PathLike[str],
+    *,
+    expert_names: Sequence[str],
+    projections: Sequence[str],
+    num_layers: int,
+    columns: Sequence[ColumnTrace],
+    meta: dict[str, Any],
+) -> None:
+    """Write the fields of a `RoutingTrace` to one .npz file, whatever the suffix of `path`."""
     arrays: Arrays = {}
-    for index, column in enumerate(trace.columns):
+    for index, column in enumerate(columns):
         for name in ("spans", *TOKEN_ARRAYS):
             arrays[f"{index}.{name}"] = getattr(column, name)
         for name in ROUTED_ARRAYS:
@@ -35,11 +44,11 @@ def save(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
-        "expert_names": list(trace.expert_names),
-        "projections": list(trace.projections),
-        "num_layers": trace.num_layers,
-        "columns": [_column_header(column) for column in trace.columns],
-        "meta": trace.meta,
+        "expert_names": list(expert_names),
+        "projections": list(projections),
+        "num_layers": num_layers,
+        "columns": [_column_header(column) for column in columns],
+        "meta": meta,
     }
     # ASCII JSON: a lone surrogate in a token piece survives as its escape.
     encoded = np.frombuffer(json.dumps(header, allow_nan=False).encode("ascii"), np.uint8)
@@ -48,8 +57,8 @@ def save(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
         np.savez_compressed(file, allow_pickle=False, header=encoded, **arrays)
 
 
-def load(path: str | os.PathLike[str]) -> RoutingTrace:
-    """Read a trace that `save` wrote.
+def load(path: str | os.PathLike[str], make: Callable[..., Trace]) -> Trace:
+    """Read a file that `save` wrote. make: `RoutingTrace`, called with its fields by name.
 
     ValueError when the file is not a trace, is damaged, or has a newer format version.
     """
@@ -60,7 +69,7 @@ def load(path: str | os.PathLike[str]) -> RoutingTrace:
         columns = tuple(
             _read_column(index, column, arrays) for index, column in enumerate(header["columns"])
         )
-        return RoutingTrace(
+        return make(
             expert_names=tuple(header["expert_names"]),
             projections=tuple(header["projections"]),
             num_layers=header["num_layers"],

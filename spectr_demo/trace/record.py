@@ -7,14 +7,14 @@ statistics that the charts draw; they are computed in `statistics`. Axes: `T` to
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spectr_demo.config import unknown_name
-from spectr_demo.trace import statistics
+from spectr_demo.trace import file, statistics
 from spectr_demo.trace.column import ColumnTrace, Part, distinct, is_json
 from spectr_demo.trace.statistics import DominantExperts
 
@@ -130,13 +130,11 @@ class RoutingTrace:
         index = None if projection is None else self.projection_index(projection)
         return statistics.dominant_cells(self.column(label), self.num_experts, index)
 
-    # The file, a .npz. `file` makes traces, so it imports this module and not the reverse.
+    # The file, a .npz.
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace to one .npz file, whatever the suffix of `path`."""
-        from spectr_demo.trace import file
-
-        file.save(self, path)
+        file.save(path, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RoutingTrace":
@@ -144,9 +142,7 @@ class RoutingTrace:
 
         ValueError when the file is not a trace, is damaged, or has a newer format version.
         """
-        from spectr_demo.trace import file
-
-        return file.load(path)
+        return file.load(path, cls)
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

@@ -11,8 +11,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 
 from spectr_demo.cpu import products, threads
-from spectr_demo.cpu.prompt_linear import PromptLinear4bit, make_prompt_linear_
-from spectr_demo.engine.layers import _forward_of
+from spectr_demo.cpu.linear import PromptLinear4bit, forward_of, make_prompt_linear_
 
 needs_kernel = pytest.mark.skipif(
     not has_avx512bf16(), reason="bitsandbytes multiplies by packed weights with AVX512-BF16 only"
@@ -67,7 +66,7 @@ def test_a_prompt_is_a_product_with_them(shape: tuple[int, ...], bias: bool) -> 
     x = torch.randn(*shape, LARGE[1]).bfloat16()
     expected = linear(x, values, layer.bias.bfloat16() if bias else None)
     assert torch.equal(layer(x), expected)
-    assert torch.equal(_forward_of(layer)(x), expected)
+    assert torch.equal(forward_of(layer)(x), expected)
 
 
 @needs_kernel
@@ -77,7 +76,7 @@ def test_a_prompt_reads_as_its_tokens_do() -> None:
     x = torch.randn(1, 32, LARGE[1]).bfloat16()
     tokens = torch.cat([layer(x[:, t : t + 1]) for t in range(32)], dim=1)
     assert_close(layer(x), tokens, atol=0.2, rtol=2**-7)  # of outputs around 18
-    alone = _forward_of(layer)
+    alone = forward_of(layer)
     assert torch.equal(torch.cat([alone(x[:, t : t + 1]) for t in range(32)], dim=1), tokens)
 
 
@@ -88,7 +87,7 @@ def test_a_prompt_reads_as_its_tokens_do() -> None:
 def test_few_tokens_are_the_kernels(shape: tuple[int, ...]) -> None:
     layer, values = packed_layer(*LARGE)
     x = torch.randn(*shape, LARGE[1]).bfloat16()
-    for product in (layer, _forward_of(layer)):
+    for product in (layer, forward_of(layer)):
         assert_close(product(x), linear(x, values), atol=0.2, rtol=2**-7)
 
 

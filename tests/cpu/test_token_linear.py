@@ -10,8 +10,9 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
-from spectr_demo.cpu import products, threads, token_linear
-from spectr_demo.cpu.token_linear import TokenLinear, is_faster, make_token_linear_
+from spectr_demo.cpu import linear as cpu_linear
+from spectr_demo.cpu import products, threads
+from spectr_demo.cpu.linear import TokenLinear, is_faster, make_token_linear_
 
 LARGE = (500, 300)  # more than one thread's share
 
@@ -124,7 +125,7 @@ def test_a_model_is_changed_where_that_is_faster(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, faster: bool
 ) -> None:
     measured: list[Tensor] = []
-    monkeypatch.setattr(token_linear, "is_faster", lambda w: measured.append(w) or faster)
+    monkeypatch.setattr(cpu_linear, "is_faster", lambda w: measured.append(w) or faster)
     llama.lm_head.weight = llama.model.embed_tokens.weight
     tokens = torch.tensor([[3], [4]])
     with torch.no_grad():
@@ -143,5 +144,5 @@ def test_what_is_faster_is_measured(monkeypatch: pytest.MonkeyPatch, slow: str) 
     if slow == "ours":
         monkeypatch.setattr(products, "multiply_in_threads", wait)
     else:
-        monkeypatch.setattr(token_linear, "linear", wait)
+        monkeypatch.setattr(cpu_linear, "linear", wait)
     assert is_faster(torch.ones(8, 8)) == (slow != "ours")
