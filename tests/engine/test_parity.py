@@ -52,9 +52,10 @@ class Pair:
         assert_close(ours, theirs, atol=TOLERANCE * float(theirs.abs().max()), rtol=0)
 
 
-@pytest.fixture(
-    scope="module", params=["tiny", pytest.param("default", marks=[pytest.mark.embedded])]
-)
+ON_THE_DEFAULT = [pytest.mark.embedded, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("default", marks=ON_THE_DEFAULT)])
 def pair(
     request: pytest.FixtureRequest, build_model: BuildModel, expert_folders: list[str]
 ) -> Pair:
@@ -90,6 +91,7 @@ def test_single_and_uniform_equal_peft(pair: Pair) -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.slow
 def test_packed_weights_round_no_more_than_in_peft() -> None:
     """Where the base stays packed in 4 bits it computes in bfloat16, and logits are off by some
     percent; ours are as close as PEFT's to those of float32."""
