@@ -14,6 +14,7 @@ from tests.conftest import BuildModel
 from tests.evaluation.conftest import SETTINGS
 
 
+@pytest.mark.slow
 def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> None:
     results = Evaluation(build_engine(), replace(SETTINGS, stress_texts=1)).run()
     json.dumps(results, allow_nan=False)
