@@ -23,6 +23,7 @@ from tests.conftest import banks_by_path
 from tests.evaluation.robustness.samples import PROMPTS, inputs, texts_for
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_routers(
     routed_model: SpectrModel, stressed: dict[str, Any]
 ) -> None:

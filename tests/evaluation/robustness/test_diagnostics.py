@@ -8,6 +8,7 @@ from spectr_demo.evaluation.robustness.decisions import METHODS
 from spectr_demo.evaluation.robustness.stress import RANKS, SIGMAS
 
 
+@pytest.mark.slow
 def test_diagnostics(stressed: dict[str, Any]) -> None:
     result = stressed["diagnostics"]
     assert len(result["variants"]) == 3 * (len(RANKS) + len(SIGMAS))

@@ -10,6 +10,7 @@ from tests.conftest import BuildModel, SaveExpert
 from tests.evaluation.conftest import SETTINGS
 
 
+@pytest.mark.slow
 def test_retrained_experts_are_put_in_place_and_beside(
     build_engine: BuildModel, save_expert: SaveExpert
 ) -> None:

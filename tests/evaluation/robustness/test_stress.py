@@ -13,12 +13,14 @@ from tests.conftest import PROJECTIONS, BuildModel, SaveExpert
 from tests.evaluation.robustness.samples import PROMPTS, build, run_stress, texts_for
 
 
+@pytest.mark.slow
 def test_cutting_to_the_full_rank_changes_nothing(stressed: dict[str, Any]) -> None:
     rank = stressed["rank"]
     assert rank["8"] == rank["4"] == stressed["number"]["3"]["mean"]
     assert rank["1"]["spectr"] == rank["1"]["arrow"]
 
 
+@pytest.mark.slow
 def test_twins_without_noise_cannot_be_told_apart(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,6 +38,7 @@ def test_twins_without_noise_cannot_be_told_apart(
             )
 
 
+@pytest.mark.slow
 def test_more_distractors_never_help_raw_scores(stressed: dict[str, Any]) -> None:
     number = stressed["number"]
     for method in ("arrow", "spectr", "norm"):
@@ -45,6 +48,7 @@ def test_more_distractors_never_help_raw_scores(stressed: dict[str, Any]) -> Non
             assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.slow
 def test_results_are_json_and_depend_on_the_seed_alone(
     routed_model: SpectrModel, stressed: dict[str, Any]
 ) -> None:
@@ -56,6 +60,7 @@ def test_results_are_json_and_depend_on_the_seed_alone(
     assert other["rank"] == once["rank"]
 
 
+@pytest.mark.slow
 def test_experts_of_other_layers_and_ranks(
     build_model: BuildModel, save_expert: SaveExpert
 ) -> None:
