@@ -172,7 +172,9 @@ def cpu() -> str:
 
 def conditions(command: str, base: LoadedBase | None) -> dict[str, Any]:
     """What was run, on what."""
-    device = base.device if base else "cpu"
+    device = str(base.device if base else "cpu")
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     return {
         "command": command,
         **({"base": base.source, "quantization": base.quantization} if base else {}),

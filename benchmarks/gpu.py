@@ -3,15 +3,17 @@
     python benchmarks/gpu.py [--quick] [--json FILE]
 
 Weights and experts are random, so nothing is downloaded. Each case decodes greedily with a growing
-cache after a prompt of 64 tokens; the ratio is to the bare base with as many rows. `kernels` are
-the CUDA kernels of one token. --quick: a tiny shape, on any device, to see that the script works.
+cache after a prompt of 64 tokens. The ratio is to the bare base with as many rows. `kernels` are
+the CUDA kernels of one token. The file is written anew after each part, so a run that is cut keeps
+what it had. --quick: a tiny shape, on any device, to see that the script works.
 """
 
 import gc
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
 from benchmarks.common import arguments, report, rows, seconds
-from spectr_demo.engine.layers import attach_, detach_, routed
+from spectr_demo.engine.layers import attach_, detach_, follow, routed
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.experts.adapters import WEIGHTS_FILE, Adapter
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.experts.shared_inputs import shared_inputs
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.routers import parse_router
+from spectr_demo.routing.calibration import Calibration
+from spectr_demo.routing.routers import ROUTERS, parse_router
+from spectr_demo.routing.spectr import spectr_scores
 from spectr_demo.training.recipe import TARGET_MODULES
 
 RANK = 8
@@ -161,13 +165,41 @@ class Decoder:
                 self.token = output.logits[:, -1:].argmax(-1)
 
 
-def kernels(run: Callable[[], None], num_tokens: int) -> int:
-    """CUDA kernels a token."""
+def kernels(decoder: Decoder) -> int:
+    """CUDA kernels of one token."""
+    decoder.num_tokens = 1
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
+        decoder()
         torch.cuda.synchronize()
     events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len(events) // num_tokens
+    return len(events)
+
+
+def in_context(library: ExpertLibrary, num_rows: int) -> RoutingPlan:
+    """The default router, without its reading of the prompt; random experts need no scale."""
+    names = library.names
+    preset = replace(ROUTERS["spectr-context"].preset, reads_first=False, confidence=None)
+    statistics = {}
+    for bank in library.banks:
+        shape = bank.singular_values.shape[:2]
+        ones = torch.ones(shape, device=bank.A.device)
+        statistics[bank, spectr_scores] = torch.zeros_like(ones), ones
+    routers = [parse_router(preset, names)] * num_rows
+    return RoutingPlan(routers, names, calibration=Calibration(statistics))
+
+
+def decoders(
+    model: Any, library: ExpertLibrary, routers: Sequence[str], num_rows: int, num_tokens: int
+) -> dict[str, Decoder]:
+    """The bare base and each router, in a batch of so many rows."""
+    names, cases = library.names, {"bare base": Decoder(model, num_rows, num_tokens)}
+    for router in routers:
+        if router == "spectr-context":
+            plan = in_context(library, num_rows)
+        else:
+            plan = RoutingPlan([parse_router(router, names)] * num_rows, names)
+        cases[router] = Decoder(model, num_rows, num_tokens, plan)
+    return cases
 
 
 def main() -> None:
@@ -176,8 +208,13 @@ def main() -> None:
         sys.exit("benchmarks/gpu.py: no CUDA device was found; it needs one, or --quick")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = {"tiny": TINY} if options.quick else SHAPES
-    num_tokens, num_rounds = (4, 2) if options.quick else (32, 5)
-    results = []
+    num_tokens, num_rounds = (4, 2) if options.quick else (8, 2)
+    results: list[dict[str, Any]] = []
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        results.extend(found)
+        report("python benchmarks/gpu.py", results, options.json)
+
     for shape, config in shapes.items():
         model = random_base(config, device)
         few, many = (random_library(model, n) for n in (8, 1000))
@@ -185,29 +222,29 @@ def main() -> None:
             theirs = arrow_model(config, device, 8, Path(folder))
         for num_rows in (1, 4):
             for library, routers in (
-                (few, ("base", "single:e0", "spectr", "spectr-paper", "arrow")),
-                (many, ("base", "lag")),
+                (few, ("base", "single:e0", "spectr", "spectr-paper", "arrow", "spectr-context")),
+                (many, ("lag",)),
             ):
                 attach_(model, library)
-                cases = {}
-                for router in routers:
-                    parsed = parse_router(router, library.names)
-                    plan = RoutingPlan([parsed] * num_rows, library.names)
-                    cases[router] = Decoder(model, num_rows, num_tokens, plan)
+                hooks = follow(model)
+                cases = decoders(model, library, routers, num_rows, num_tokens)
                 if library is few:
                     cases["PEFT Arrow"] = Decoder(theirs, num_rows, num_tokens)
                 times = seconds(cases, num_rounds)
-                found = rows(times, "base", shape=shape, experts=len(library.names), rows=num_rows)
+                facts = {"shape": shape, "experts": len(library.names), "rows": num_rows}
+                found = rows(times, "bare base", **facts)
                 for row in found:
                     row["tokens_per_second"] = num_tokens / row["seconds"]
                     if device.type == "cuda":
-                        row["kernels"] = kernels(cases[row["case"]], num_tokens)
-                results += found
+                        row["kernels"] = kernels(cases[row["case"]])
+                        row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                keep(found)
+                for hook in hooks:
+                    hook.remove()
                 detach_(model)
-        del model, few, many, theirs
+        del model, few, many, theirs, cases
         gc.collect()
         torch.cuda.empty_cache()
-    report("python benchmarks/gpu.py", results, options.json)
     if device.type == "cuda":
         print(json.dumps({"gpu": torch.cuda.get_device_name(device)}))
 

@@ -17,9 +17,9 @@ from spectr_demo.routing.spectr import Aligned
 
 Zeros = Callable[..., Tensor]
 _TOKENS_AT_ONCE = 32
-# Of a CPU: copying an expert's factor for a token, and multiplying by the copy, takes as long as
-# multiplying one token by this many experts, and its calls as long as this many more. With more
-# tokens a product is up to so many times as fast for each (docs/log.md).
+# Measured on CPUs. Copying an expert's factor for a token, and multiplying by the copy, takes as
+# long as multiplying one token by this many experts. Its calls take as long as this many more. With
+# more tokens a product is up to so many times as fast for each (docs/log.md).
 _COPY, _CALLS, _REUSE = 2, 16, 16
 
 
@@ -173,7 +173,13 @@ class ExpertBank:
         return torch.cat(z).view(*experts.shape, r)
 
     def copying_pays(self, num_chosen: int, num_tokens: int) -> bool:
-        """Whether copies of what each token chose are faster than a product with all experts."""
+        """Whether copies of what each token chose are faster than a product with all experts.
+
+        On a GPU they are not: a product with 4,096 experts takes no longer there than the calls
+        that copy (`benchmarks/copies.py`).
+        """
+        if self.A.device.type != "cpu":
+            return False
         copies = _COPY * num_chosen * num_tokens + _CALLS
         return copies < self.num_experts * max(1, num_tokens / _REUSE)
 

@@ -270,10 +270,10 @@ def test_sampling_follows_the_seed_and_temperature(routed_model: SpectrModel) ->
 
 def test_sampling_draws_from_the_models_distribution() -> None:
     """The exponential race against the probabilities it should follow, 4,000 draws."""
-    from spectr_demo.engine.sampling import _SharedNoise
+    from spectr_demo.engine.sampling import SharedNoise
 
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    noise = _SharedNoise(seed=0)
+    noise = SharedNoise(seed=0)
     drawn = torch.stack(
         [noise(torch.empty(1, 1), probs.log()[None])[0].argmax() for _ in range(4000)]
     )
@@ -582,8 +582,8 @@ def test_a_longer_memory_changes_its_mind_less(routed_model: SpectrModel) -> Non
 
 def test_the_base_answers_alone_where_no_expert_leads(routed_model: SpectrModel) -> None:
     unsure = parse_router(replace(IN_CONTEXT, confidence=0.5), routed_model.library.names)
-    for least, label in ((np.inf, "base"), (-np.inf, "spectr-context")):
-        routed_model.reader._leads[unsure.name, unsure.decay] = torch.tensor([float(least)])
+    for least, label in ((1e9, "base"), (-1e9, "spectr-context")):
+        routed_model.reader._leads[unsure.name, unsure.decay] = torch.tensor([least])
         step = run(routed_model, ["base", IN_CONTEXT, unsure])
         expected = {"base": 0, "spectr-context": 1}[label]
         assert texts(step)[2] == texts(step)[expected]
