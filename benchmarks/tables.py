@@ -83,7 +83,7 @@ def rows_of(benchmark: str, machine: str) -> list[Row]:
     return rows
 
 
-def find(rows: Iterable[Row], **facts: object) -> Row | None:
+def find(rows: Iterable[Row], /, **facts: object) -> Row | None:
     """The row with these facts, or None."""
     matching = (row for row in rows if all(row.get(k) == value for k, value in facts.items()))
     return next(matching, None)
@@ -170,7 +170,7 @@ def speed_table(machine: str) -> str:
     return markdown(["setting", "bare base", *CASES], [_speed_line(*line) for line in lines])
 
 
-def _those(rows: Iterable[Row], **facts: object) -> list[Row]:
+def _those(rows: Iterable[Row], /, **facts: object) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in facts.items())]
 
 
@@ -229,13 +229,51 @@ def _alignment_lines(machine: str) -> list[list[str]]:
     return lines
 
 
+# --- a GPU ------------------------------------------------------------------------------------
+
+GPU_CASES = (
+    *("bare base", "base", "single:e0", "spectr", "spectr-paper", "arrow", "spectr-context", "lag"),
+    "PEFT Arrow",
+)
+
+
+def _gpu_rows(benchmark: str) -> list[Row]:
+    rows: list[Row] = json.loads((RESULTS / f"{benchmark}.json").read_text("utf-8"))["results"]
+    return rows
+
+
+def gpu_table() -> str:
+    """Tokens a second of each row, one line for each batch."""
+    rows, lines = _gpu_rows("gpu"), []
+    for shape, num_experts, num_rows in dict.fromkeys(
+        (row["shape"], row["experts"], row["rows"]) for row in rows
+    ):
+        of_batch = _those(rows, shape=shape, experts=num_experts, rows=num_rows)
+        found = [find(of_batch, case=case) for case in GPU_CASES]
+        speeds = [f"{row['tokens_per_second']:.1f}" if row else "" for row in found]
+        lines.append([shape, f"{num_experts:,}", str(num_rows), *speeds])
+    return markdown(["shape", "experts", "rows", *GPU_CASES], lines)
+
+
+def copies_table() -> str:
+    """Microseconds of one layer for one row: a product with all experts / copies of the chosen."""
+    rows = _those(_gpu_rows("copies"), rows=1)
+    numbers = list(dict.fromkeys(row["experts"] for row in rows))
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = [_row(rows, case=case, experts=n) for n in numbers]
+        times = [f"{row['all_us']:.0f} / {row['copies_us']:.0f}" for row in found]
+        lines.append([f"`{case}`", *times])
+    return markdown(["router", *(f"{n:,} experts" for n in numbers)], lines)
+
+
 # --- the aims ---------------------------------------------------------------------------------
 
 # Each: what is measured, the aim, whether more is better, and the values on one machine.
 Values = Callable[[str], list[float]]
 
 
-def _row(rows: Iterable[Row], **facts: object) -> Row:
+def _row(rows: Iterable[Row], /, **facts: object) -> Row:
     row = find(rows, **facts)
     if row is None:
         raise KeyError(f"no row with {facts}")
@@ -333,6 +371,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "experts": experts_table,
     "aims": aims_table,
+    "gpu": gpu_table,
+    "copies": copies_table,
     **{f"speed {machine}": partial(speed_table, machine) for machine in MACHINES},
     **{f"costs {machine}": partial(costs_table, machine) for machine in MACHINES},
 }

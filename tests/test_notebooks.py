@@ -152,7 +152,7 @@ def test_badge_and_clone_name_the_projects_repository(path: Path) -> None:
     badge = f"https://colab.research.google.com/github/{project}/blob/main/notebooks/{path.name}"
     assert f"]({badge})" in notebook.cells[0].source
     assert f'"{REPOSITORY}"' in code(notebook)[0]
-    assert badge in (ROOT / "README.md").read_text()
+    assert badge in (ROOT / "notebooks" / "README.md").read_text()
 
 
 @each
