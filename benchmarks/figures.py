@@ -9,9 +9,9 @@ kaleido` and a Chrome or Chromium.
 from typing import Any
 
 import plotly.graph_objects as go
-from tables import ROOT, rows_of
+from speed_tables import RESULTS, rows_of
 
-FIGURES = ROOT / "docs" / "figures"
+FIGURES = RESULTS.parent.parent / "docs" / "figures"
 LAYOUT = {
     "template": "plotly_white",
     "font": {"family": "sans-serif", "size": 14},

@@ -12,6 +12,7 @@ from spectr_demo.evaluation.report import load_results, to_markdown
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += [ROOT / "notebooks" / "README.md", ROOT / "benchmarks" / "second_edition" / "README.md"]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)|<img src=\"([^\"]+)\"")
 CODE_PATH = re.compile(
     r"`((?:spectr_demo|tests|benchmarks|docs|scripts|notebooks|assets)/[\w./*-]+)`"
