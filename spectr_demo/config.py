@@ -25,10 +25,11 @@ WORKPLACE = Path() if IS_INSTALLED else _PACKAGE.parent
 
 # What answers where no router is named: the engine, the command line and the harness.
 DEFAULT_ROUTER = "spectr-context"
-# What is compared where no columns are named, on the page and on the command line: no expert, all
-# experts merged, SpectR as published, and the default. `single` is not among them: it needs the
-# name of an expert, and there is no expert that suits every prompt.
+# What is compared where no columns are named: no expert, all experts merged, SpectR as published,
+# and the default. The page has an expert chosen, which the command line has not: it shows that
+# one in the base's place.
 DEFAULT_COLUMNS = ("base", "uniform", "spectr-paper", DEFAULT_ROUTER)
+PAGE_COLUMNS = ("single", *DEFAULT_COLUMNS[1:])
 
 _LIBRARIES = ("spectr-demo", "torch", "transformers", "peft", "bitsandbytes")
 

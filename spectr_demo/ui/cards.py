@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from spectr_demo.charts import expert_colors, trace_colors
-from spectr_demo.config import DEFAULT_COLUMNS, RouterConfig
+from spectr_demo.config import PAGE_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.experts import inspection
@@ -25,6 +25,7 @@ _WEAKEST, _STRONGEST, _STEP = 14, 44, 6
 # The columns that are ticked when the page opens, in a few words each.
 _IN_SHORT = {
     "base": "no expert",
+    "single": "always the same one",
     "uniform": "all experts at once",
     "spectr-paper": "each token its own",
     "spectr-context": "each token its own, by the text so far",
@@ -74,10 +75,10 @@ def placeholder() -> str:
         f'<article class="answer is-ghost"><header><h3>{ROUTERS[name].display_name}</h3>'
         f"<p>{_IN_SHORT[name]}</p></header>"
         '<div class="line"></div><div class="line"></div><div class="line"></div></article>'
-        for name in DEFAULT_COLUMNS
+        for name in PAGE_COLUMNS
     )
     return (
-        f'<div class="answers" style="--n:{len(DEFAULT_COLUMNS)}">{ghosts}</div>'
+        f'<div class="answers" style="--n:{len(PAGE_COLUMNS)}">{ghosts}</div>'
         '<p class="hint">The answers will be written here, side by side, each token on the colour '
         "of the expert that served it. Charts of the routing follow below.</p>"
     )

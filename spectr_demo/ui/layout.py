@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from spectr_demo.config import DEFAULT_COLUMNS
+from spectr_demo.config import PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.report import conditions, load_results, overview_table
 from spectr_demo.routing.routers import ROUTERS
@@ -82,7 +82,7 @@ def _columns(names: tuple[str, ...]) -> dict[str, Any]:
         columns = gr.CheckboxGroup(
             label=f"Columns ({MIN_COLUMNS} to {MAX_COLUMNS})",
             choices=[(row.display_name, row.key) for row in ROUTERS.values()],
-            value=list(DEFAULT_COLUMNS),
+            value=list(PAGE_COLUMNS),
             scale=4,
             elem_id="columns",
         )

@@ -101,10 +101,9 @@ def test_an_example_runs_and_its_charts_follow_the_column(
     expect(page.locator(".answer.is-ghost")).to_have_count(4)
     expect(page.locator("#charts")).to_be_hidden()
 
-    page.locator("#columns").get_by_label("Single expert").check()
     page.locator("#examples button").first.click()
     expect(page.locator("#prompt textarea")).not_to_have_value("")
-    expect(page.locator(".answer.is-finished")).to_have_count(5)
+    expect(page.locator(".answer.is-finished")).to_have_count(4)
     charts_are_drawn(page)
     expect(page.locator("#run")).to_be_enabled()
     expect(page.locator("#stop")).to_be_disabled()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spectr_demo.charts import expert_colors
-from spectr_demo.config import DEFAULT_COLUMNS, RouterConfig
+from spectr_demo.config import PAGE_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.routing.routers import ROUTERS, parse_router
@@ -132,4 +132,4 @@ def test_the_header_says_what_is_loaded(routed_model: SpectrModel) -> None:
 
 def test_the_first_page_shows_the_columns_that_are_ticked() -> None:
     titles = re.findall(r"<h3>(.*?)</h3>", cards.placeholder())
-    assert titles == [ROUTERS[name].display_name for name in DEFAULT_COLUMNS]
+    assert titles == [ROUTERS[name].display_name for name in PAGE_COLUMNS]

@@ -11,7 +11,7 @@ from gradio_client.exceptions import AppError
 import app
 import spectr_demo
 from spectr_demo import ui
-from spectr_demo.config import DEFAULT_COLUMNS, DEFAULT_ROUTER
+from spectr_demo.config import DEFAULT_ROUTER, PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.ui.page import Session, _Runner
 
@@ -114,7 +114,7 @@ def test_an_error_changes_nothing_but_the_message(
 def test_the_page_opens_on_the_defaults(routed_model: SpectrModel) -> None:
     runner = runner_of(ui.build(routed_model))
     at = runner.layout
-    assert at.form["columns"].value == list(DEFAULT_COLUMNS)
+    assert at.form["columns"].value == list(PAGE_COLUMNS)
     columns = [DEFAULT_ROUTER, "spectr", "base"]
     last = list(runner.run(None, "light 88", **choices(columns=columns)))[-1]
     assert last[at.column]["value"] == DEFAULT_ROUTER
