@@ -1,4 +1,4 @@
-"""Command line: generate, compare, inspect, train, evaluate, lm-eval.
+"""Command line: generate, compare, inspect, demo, train, evaluate, lm-eval.
 
 Results go to stdout, progress to stderr.
 """

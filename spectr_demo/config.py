@@ -103,7 +103,7 @@ def _require(is_valid: bool, what: str, value: object, needed: str) -> None:
 class RouterConfig:
     """How one column weighs the experts.
 
-    name: a key of `routing.ROUTERS`.
+    name: a key of `routing.routers.ROUTERS`.
     expert: the one expert of `single`; None for every other router.
     top_k: experts per token and layer. None means the preset's number, or all experts if there
         are fewer; a number given here is taken literally, and must not exceed the experts loaded.

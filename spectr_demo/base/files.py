@@ -1,6 +1,7 @@
 """Files that are whole or not there: verified downloads, a lock, scratch folders, publishing.
 
-Everything that is kept for a later start is written in a scratch folder on the same disk. It is
+Everything that is kept for a later start is written in a scratch folder on the same disk, but for
+the marker of a verified file, half of which counts as none. It is
 then renamed into place. So no process ever reads half of a file, and a process that is killed
 leaves only scratch behind.
 """
@@ -13,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 SCRATCH_PREFIX = ".unfinished-"
+LEFTOVER_SECONDS = 24 * 3600
 
 
 def file_sha256(path: Path) -> str:
@@ -84,7 +87,14 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def scratch_dir(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder`, so on its disk; gone at the end, with all that is still in it."""
+    """A folder inside `folder`, so on its disk; gone at the end, with all that is still in it.
+
+    What a killed process left in `folder` is deleted when it is a day old.
+    """
+    for leftover in folder.glob(f"{SCRATCH_PREFIX}*"):
+        with suppress(OSError):  # its own process, or another one, has just deleted it
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(
         prefix=SCRATCH_PREFIX, dir=folder, ignore_cleanup_errors=True
     ) as name:

@@ -1,4 +1,4 @@
-"""From what a person writes to token ids, and which of those ids every prompt opens with."""
+"""Chat template and tokenizing: from messages to token ids; the parts that all prompts share."""
 
 import json
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The chart along the text: each expert's share, and beneath it the KL from the base model.
 
 KL(routed || base) is how far the routed model's next-token distribution is from the base model's,
-in nats. A run measures it (`engine`), and its trace holds it.
+in nats. A run measures it (`engine/tracing.py`), and its trace holds it.
 """
 
 import numpy as np

@@ -17,9 +17,9 @@ LENGTH, FIRST, OUTPUT = 0, 1, 2  # what a score measures: z, its first entry, S 
 class Rule(NamedTuple):
     """How a router scores and chooses at a bank.
 
-    measure: LENGTH, FIRST or OUTPUT. num_kept: of the experts with the longest first entry; the
-    others have no score. mean, std (P, E): by which scores are standardised. temperature (of a
-    softmax; 0 is 1/K each) and least (the best score must exceed it): see `routing.spectr.select`.
+    measure: LENGTH, FIRST or OUTPUT. num_kept: so many experts are scored, those with the longest
+    first entry; the others get -inf. mean, std (P, E): by which scores are standardised.
+    temperature: of the softmax; 0 is 1/K each. least: what the best score must exceed.
     """
 
     measure: int

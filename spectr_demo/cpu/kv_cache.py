@@ -36,8 +36,8 @@ def grow_in_place_(cache: Cache) -> None:
 
 
 def _join(old: Tensor | None, new: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-    """old, empty at first, and new; and the memory in which they are: the given one, if old is its
-    beginning still and there is room."""
+    """Append `new` to `old`, which is None or empty at first. Gives both together, a view, and the
+    memory that it lies in. The given memory is used again if it begins with `old` and has room."""
     if old is None or old.numel() == 0:
         old = new[:, :, :0]
     num_old, num = old.shape[2], old.shape[2] + new.shape[2]

@@ -28,6 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
+    """By numba, when it is first called; without Python's lock, and cached on disk if it can be."""
     dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
     with suppress(RuntimeError):  # no folder can be written: compiled anew at each start
         dispatcher.enable_caching()
@@ -117,5 +118,6 @@ def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]
 
 @compiled
 def ask_for(address: int, num_bytes: int) -> None:
+    """Ask memory for so many bytes, without waiting for them."""
     for line in range(0, num_bytes, _LINE_BYTES):
         _prefetch(address + line)  # type: ignore[call-arg]

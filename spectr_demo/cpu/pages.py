@@ -1,4 +1,4 @@
-"""Memory that is cheap to have: kept when freed, in large pages, or mapped from a file."""
+"""Memory on a CPU: kept when it is freed, in large pages, or mapped from a file."""
 
 import ctypes
 import mmap

@@ -81,8 +81,8 @@ def multiply(values: Floats, x: Floats, A: Floats, start: int, stop: int) -> Non
 
 @compiled
 def multiply_bfloat16(values: Floats, x: Floats, A: Stored, start: int, stop: int) -> None:
-    """The same with A (N, D) in bfloat16. What takes the time is to make floats of it, so four
-    tokens are served at once, past the end the last one again."""
+    """`multiply` with A (N, D) in bfloat16. Making floats of A takes the time, so four tokens share
+    it. Past the last token, that one is computed again."""
     (R, D), ahead = x.shape, _BYTES_AHEAD // (2 * A.shape[1]) + 1
     for n in range(start, stop):
         factors = A[n]
@@ -205,7 +205,7 @@ _PACKED_ROWS = 32
 
 
 def _expand_parts(task: Any) -> None:
-    """The same for `expand_in_threads`, whose task has nine int64."""
+    """What each thread does for `expand_in_threads`, as `_take_parts`. task: of nine int64."""
     numbers: Any = numba.carray(task, 9, np.int64)
     _, num_parts, values, A, scales, code, N, D, num_scales = numbers
     num_blocks = N // _PACKED_ROWS
@@ -291,7 +291,7 @@ def share_dots(values: Floats, A: Stored, rows: Ids, token: Floats, team: Team) 
 
 @compiled
 def _multiply_at(values: int, x: int, A: int, R: int, N: int, D: int, team: Team) -> None:
-    """The same in float32 with the addresses of all."""
+    """`share` in float32, of what is at these addresses."""
     products = numba.carray(pointer(values), (R, N), np.float32)
     tokens = numba.carray(pointer(x), (R, D), np.float32)
     share(products, tokens, A, 4, 0, N, team)
@@ -316,7 +316,7 @@ def _expand_at(
         _expand_all_parts(pointer(task.ctypes.data))
     else:
         _start(team.start, team.work, task.ctypes.data, team.size)
-    task[0] = 0  # as above
+    task[0] = 0  # an array lives until it is last named, whoever has its address
 
 
 def expand_in_threads(values: Tensor, packed: Tensor, scales: Tensor, code: Tensor) -> None:

@@ -1,9 +1,11 @@
 """Routing of one token: a compiled loop where torch would make a chain of calls.
 
-One token needs little arithmetic. Between the base's products each call of torch costs 10 to 40 us,
-whatever it computes (docs/performance.md). These functions do for one token what `routing` does in
-torch for any number, to rounding, and both ways are tested against each other. Axes: R rows, P
-projections of a bank, E experts, K selected, F kept by a filter, G rows of one router, r rank.
+One token needs little arithmetic. Between the base's products each call of torch costs some
+microseconds whatever it computes (docs/log.md). These functions do for one token what
+`engine/plan.py` does in torch for any number, to rounding. Both ways are tested against each other.
+
+Axes: R rows, P projections of a bank, E experts, K selected, F kept by a filter, G rows of one
+router, r rank.
 """
 
 from collections.abc import Sequence

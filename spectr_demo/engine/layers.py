@@ -84,8 +84,8 @@ def detach_(model: nn.Module) -> None:
 
 
 def follow(model: PreTrainedModel) -> list[Any]:
-    """Hooks that tell a run's plan when the decoder begins a pass and when it has ended; and, for
-    speed, one that lets the cache grow in place, and one of the output embedding."""
+    """Three hooks. One begins a pass of the run's plan, and has its cache grow in place on a CPU.
+    One ends the pass. One hands the output embedding a contiguous input, for speed."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plan = _plan.get()

@@ -1,8 +1,4 @@
-"""The routed model: one engine for every front end.
-
-A side-by-side run is one batch: each column is a row with its own router, all rows share one
-forward pass per token, one KV cache and the same sampling noise.
-"""
+"""`SpectrModel`: a base with experts attached, and what every front end calls on it."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -54,9 +50,9 @@ class SpectrModel:
         self.library = library
         self.model = base.model
         self.tokenizer = base.tokenizer
-        attach_(self.model, library)
         self.reader = Reader(base, library)
         self.template = self.reader.template
+        attach_(self.model, library)
         self._hooks = follow(self.model)
 
     def detach(self) -> None:

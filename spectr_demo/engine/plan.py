@@ -82,6 +82,7 @@ class RoutingPlan:
         ]
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         self._is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
+        self._merged_rows = torch.tensor(self._is_merged)[:, None, None, None, None]
         self.constant = ConstantRows(routers, expert_names, self._is_merged)
         self._newline_ids = newline_ids
         self._token_path = TokenPath(
@@ -178,10 +179,8 @@ class RoutingPlan:
 
     def _compose(self, weights: Tensor, z: Tensor) -> Tensor:
         """(R, T, P, K, r) from weights (R, T, P, K) and z (R, T, P, K, r), each row in its way."""
-        if not any(self._is_merged):
-            return compose(weights, z, "outputs")
-        merged = compose(weights, z, "parameters")
         if all(self._is_merged):
-            return merged
-        is_merged = torch.tensor(self._is_merged, device=z.device)[:, None, None, None, None]
-        return torch.where(is_merged, merged, compose(weights, z, "outputs"))
+            return compose(weights, z, "parameters")
+        if any(self._is_merged):  # the same as `compose` for some rows, with one product less
+            z = torch.where(self._merged_rows.to(z.device), weights.unsqueeze(-2) @ z, z)
+        return compose(weights, z, "outputs")

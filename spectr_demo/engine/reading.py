@@ -127,7 +127,7 @@ class Reader:
         self._library = library
         self.template = Template.of(base.tokenizer)
         self._calibration: Calibration | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # By what decides them: the router's score, and how fast votes fade.
         self._leads: dict[tuple[str, float | None], Tensor] = {}
 
@@ -197,12 +197,13 @@ class Reader:
         """The lead that the best expert has at most, in this share of the generic prompts."""
         assert router.confidence is not None
         key = router.name, router.decay
-        if key not in self._leads:
-            leads = []
-            for texts in _parts(self._generic_texts()):
-                reading = self.read_first([router] * len(texts), texts)
-                leads.append(lead(reading.pool(router).latest).amax(-1))
-            self._leads[key] = torch.cat(leads)
+        with self._lock:
+            if key not in self._leads:
+                leads = []
+                for texts in _parts(self._generic_texts()):
+                    reading = self.read_first([router] * len(texts), texts)
+                    leads.append(lead(reading.pool(router).latest).amax(-1))
+                self._leads[key] = torch.cat(leads)
         return float(self._leads[key].quantile(router.confidence))
 
 

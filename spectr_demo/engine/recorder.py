@@ -1,10 +1,10 @@
-"""What the layers chose during one run, kept as what they computed until the run ends.
+"""Keeps what each layer chose while a run goes on, as tensors; `tracing` makes a trace of it.
 
 Axes: R rows, T tokens, L layers, P projections, K selected experts.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,22 @@ from spectr_demo.trace import NOT_ROUTED
 Choice = tuple[Tensor, Tensor, Tensor]  # expert places in the bank, weights, scores: (T, P, K) each
 
 
+class Late(Protocol):
+    """Who has choices that are not handed over yet. It must not know the recorder: a circle would
+    keep a run's tensors until Python looks for circles."""
+
+    def hand_over(self, recorder: "Recorder", bank: ExpertBank) -> None:
+        """Add them, in the order of reading."""
+
+
 class Recorder:
     """Collects choices and hidden states; nothing is moved or copied while the model runs.
 
-    before_reading: called with a bank before its choices are read, by whoever has some of it left.
+    late: of each bank, who is asked before its choices are read.
     """
 
     def __init__(self) -> None:
-        self.before_reading: list[Callable[[ExpertBank], None]] = []
+        self.late: dict[ExpertBank, list[Late]] = defaultdict(list)
         self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
         self._hidden: list[Tensor] = []
 
@@ -44,8 +52,8 @@ class Recorder:
 
     def choices(self, bank: ExpertBank, row: int) -> Choice:
         """Those of one row over all tokens read so far."""
-        for hand_over in self.before_reading:
-            hand_over(bank)
+        for late in self.late[bank]:
+            late.hand_over(self, bank)
         passes = self._choices[row, bank]
         experts, weights, scores = map(torch.cat, zip(*passes, strict=True))
         self._choices[row, bank] = [(experts, weights, scores)]  # need not be joined again

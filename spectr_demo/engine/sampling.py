@@ -46,6 +46,8 @@ class TokenStreamer(BaseStreamer):
 
 
 class Cancelled(StoppingCriteria):
+    """Ends all rows once the run is cancelled."""
+
     def __init__(self, is_cancelled: threading.Event) -> None:
         self.is_cancelled = is_cancelled
 

@@ -1,7 +1,8 @@
-"""One token in compiled code: the one place where a plan meets code that is faster than torch.
+"""One token in compiled code, on a CPU: the one place where a plan meets code faster than torch.
 
 A plan asks `TokenPath` first, at each bank. It answers with `None` where torch must do it: several
-tokens, many rows, a GPU, or a router whose row names no compiled measure. Everything that compiled
+tokens, many rows, a GPU, another dtype than float32 and bfloat16, or a router whose row names no
+compiled measure. Everything that compiled
 code needs is bound here, from the groups of rows, their pools and the recorder. The loops
 themselves are in `cpu/token.py`, and know arrays alone.
 
@@ -54,19 +55,26 @@ def arrows_of(bank: ExpertBank) -> Arrows:
 class MixedToken:
     """What one token adds at the layers of a bank; the same memory serves all tokens of a run."""
 
-    def __init__(self, factors: Factors, records: Sequence[Record], arrays: tuple[Any, ...]):
-        """records: one for each router that looks at tokens; where there is none, one without a
-        rule. arrays: what they point to, kept as long."""
+    def __init__(
+        self,
+        factors: Factors,
+        arrows: Arrows | None,
+        record: Record,
+        choices: Sequence["_Written"],
+        arrays: tuple[Any, ...],
+    ) -> None:
+        """arrows: where LAG's filter keeps some experts. record: of what the layers add. choices:
+        of each router that looks at tokens. arrays: what the records point to, kept as long."""
         self.factors = factors
-        self.records = records
-        self.choices: list[_Written] = []
-        self.arrows: Arrows | None = None
+        self.arrows = arrows
+        self.record = record
+        self.choices = choices
         self._arrays = arrays
 
     def add_(self, y: Tensor, place: int) -> Tensor:
         """y (R, 1, D_out) with it, in place."""
         B = self.factors.B[place]
-        compiled.add_at(self.records[0], y.data_ptr(), y.dtype == torch.bfloat16, B, place)
+        compiled.add_at(self.record, y.data_ptr(), y.dtype == torch.bfloat16, B, place)
         return y
 
 
@@ -74,16 +82,30 @@ class MixedToken:
 class _Written:
     """Memory that compiled code fills with the choices of one router, token after token."""
 
-    group: RouterRows
+    rows: list[int]
+    record: Record
     choices: Choices
     num_recorded: int = 0
+
+    def hand_over(self, recorder: Recorder, bank: ExpertBank) -> None:
+        """What was chosen since the last time; memory that is full is replaced."""
+        places, weights, scores, num = self.choices
+        new = slice(self.num_recorded, int(num[0]))
+        for i, row in enumerate(self.rows if new.start < new.stop else ()):
+            chosen = [torch.from_numpy(part[new, i]) for part in (places, weights, scores)]
+            recorder.add_choice(bank, row, (chosen[0], chosen[1], chosen[2]))
+        self.num_recorded = new.stop
+        if self.choices.is_full:
+            self.choices, self.num_recorded = Choices.empty(*places.shape), 0
+            compiled.bind_choices(self.record, self.choices)
 
 
 class PoolArrays:
     """An `EvidencePool` as compiled code reads and changes it: the same memory."""
 
     def __init__(self, pool: EvidencePool, *, is_lead: bool) -> None:
-        """is_lead: whether evidence is given as its lead, see `routing.context.lead`."""
+        """is_lead: whether compiled code gives each expert's lead (`routing.context.lead`) instead
+        of its evidence."""
         self._pool = pool
         self._is_lead = is_lead
         self._total: Tensor | None = None
@@ -127,30 +149,32 @@ class TokenPath:
             else None
             for group in groups
         ]
-        if recorder is not None:
-            recorder.before_reading.append(self._record)
 
     def mix_and_add_(self, y: Tensor, bank: ExpertBank, x: Tensor) -> MixedToken | None:
         """What the bank's layers add, that of the first one added to its y: y (R, 1, D_out) and x
         (R, 1, D_in). None, and nothing is done, where torch must do it."""
+        if not compiled.can_route(x, y):
+            self._record(bank)  # before what torch records next
+            return None
         if bank not in self._tokens:
             self._tokens[bank] = self._bind(bank)
         token = self._tokens[bank]
-        if token is None or not compiled.can_route(x, y):
-            self._record(bank)  # before what torch records next
+        if token is None:
             return None
         places = y.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16
         A, B = token.factors.A, token.factors.B[0]
         if not self._groups:
-            compiled.project_and_add_at(token.records[0], *places, A, B)
+            compiled.project_and_add_at(token.record, *places, A, B)
             return token
         last = len(self._groups) - 1
-        for i, record in enumerate(token.records):
-            if self._recorder is not None and token.choices[i].choices.is_full:
+        for i, written in enumerate(token.choices):
+            if self._recorder is not None and written.choices.is_full:
                 self._record(bank)
             arrays = self._pools[i]
             pool = None if arrays is None else arrays.of(bank)
-            compiled.route_and_add_at(record, *places, A, token.arrows, B, pool, i == 0, i == last)
+            compiled.route_and_add_at(
+                written.record, *places, A, token.arrows, B, pool, i == 0, i == last
+            )
         return token
 
     def _bind(self, bank: ExpertBank) -> MixedToken | None:
@@ -172,43 +196,39 @@ class TokenPath:
             weights = self._constant.of(bank)[:, 0].numpy().copy()
         arrays = np.empty((*shape, r), np.float32), weights, self._is_merged, kept
         bind = partial(compiled.bind, *arrays, factors.singular_values)
-        rules = [_rule(group, bank) for group in self._groups]
-        rows = [np.array(group.rows) for group in self._groups]
-        records = [bind(rule, some) for rule, some in zip(rules, rows, strict=True)] or [bind()]
-        token = MixedToken(factors, records, (*arrays, *rules, *rows))
-        token.arrows = None if kept is None else arrows_of(bank)
-        for group, record in zip(self._groups, records if self._groups else [], strict=True):
+        choices, kept_too = [], []
+        for group in self._groups:
+            rule, rows = _rule(group, bank), np.array(group.rows)
             K = min(group.router.top_k or E, E)
             num_tokens = 1 if self._recorder is None else RECORDED_AT_ONCE
-            choices = Choices.empty(num_tokens, len(group.rows), P, K)
-            compiled.bind_choices(record, choices)
-            token.choices.append(_Written(group, choices))
-        return token
+            written = _Written(
+                group.rows, bind(rule, rows), Choices.empty(num_tokens, len(rows), P, K)
+            )
+            compiled.bind_choices(written.record, written.choices)
+            choices.append(written)
+            kept_too += [rule, rows]
+        if self._recorder is not None:
+            self._recorder.late[bank] += choices
+        # All records have the same z and weights; without a router, one has nothing else.
+        record = choices[0].record if choices else bind()
+        arrows = None if kept is None else arrows_of(bank)
+        return MixedToken(factors, arrows, record, choices, (*arrays, *kept_too))
 
     def _record(self, bank: ExpertBank) -> None:
-        """Hand the recorder what was chosen since the last time; full memory is replaced."""
+        """Hand the recorder what was chosen since the last time."""
         token = self._tokens.get(bank)
-        if token is None or self._recorder is None:
-            return
-        for written, record in zip(token.choices, token.records, strict=False):
-            places, weights, scores, num = written.choices
-            new = slice(written.num_recorded, int(num[0]))
-            for i, row in enumerate(written.group.rows if new.start < new.stop else ()):
-                chosen = [torch.from_numpy(part[new, i]) for part in (places, weights, scores)]
-                self._recorder.add_choice(bank, row, (chosen[0], chosen[1], chosen[2]))
-            written.num_recorded = new.stop
-            if written.choices.is_full:
-                written.choices, written.num_recorded = Choices.empty(*places.shape), 0
-                compiled.bind_choices(record, written.choices)
+        if token is not None and self._recorder is not None:
+            for written in token.choices:
+                written.hand_over(self._recorder, bank)
 
 
 def _of_pass(pool: EvidencePool) -> tuple[Any, ...]:
     """The first five fields of a `Pool`, for a pass of one token."""
     now = pool.current
-    keeps = torch.full((len(now.total),), pool.decay)
+    keeps = torch.full((len(now.total),), pool.decay, dtype=torch.float32)
     if now.is_newline is not None:
         keeps = keeps.where(~now.is_newline[:, 0], 0)
-    counts = torch.ones(len(now.total)) if now.counts is None else now.counts[:, 0, 0]
+    counts = torch.ones_like(now.total[:, 0, 0]) if now.counts is None else now.counts[:, 0, 0]
     first_weight = torch.zeros_like(now.total) if now.first_weight is None else now.first_weight
     return (
         keeps.numpy(),
@@ -222,7 +242,7 @@ def _of_pass(pool: EvidencePool) -> tuple[Any, ...]:
 def _rule(group: RouterRows, bank: ExpertBank) -> Rule:
     """How a group scores and chooses at a bank."""
     shape = bank.singular_values.shape[:2]
-    mean, std = torch.zeros(shape), torch.ones(shape)
+    mean, std = (f(shape, dtype=torch.float32) for f in (torch.zeros, torch.ones))
     if group.calibration is not None:
         mean, std = group.calibration.of(bank, group.score)
     config = group.router

@@ -1,1 +1,3 @@
-"""What an expert is worth: tasks with held-out examples and scorers that need no judge."""
+"""How well routing works: tasks with held-out examples, scores without a judge, the comparison of
+routers, and its report.
+"""

@@ -1,8 +1,8 @@
 """Routing accuracy: how many decisions of a reading went to the right expert.
 
-A decision is one token in one linear layer (layer and projection). Those that made the answer are
-the ones at the prompt's last token and at every answer token but the last; those of the prompt
-leave out the chat template's opening, which says nothing. Deciding for no expert is not right.
+A decision is one token in one linear layer (layer and projection). Decisions of the answer are at
+the prompt's last token and at all answer tokens but the last. Decisions of the prompt leave out the
+chat template's opening. Choosing no expert counts as wrong.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The routed model in EleutherAI's lm-evaluation-harness, under the name `spectr`.
 
-The harness pads prompts on the left where it generates, and on the right where it reads likelihoods
-(without a mask: under causal attention, and in evidence pooled over the text so far, nothing that
-follows a token changes it). It does not hand the model what in a text is the context; a router that
-reads the prompt first must not see the continuation, so the contexts' lengths are kept here.
+The harness pads on the left to generate, and on the right, without a mask, to read likelihoods.
+Padding on the right changes nothing: no token sees what follows it. A router that reads the prompt
+first must not see the continuation. The harness does not mark where that begins, so the contexts'
+lengths are kept here.
 """
 
 from __future__ import annotations

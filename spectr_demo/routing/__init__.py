@@ -1,1 +1,3 @@
-"""The method: align, score, select, compose; the table of routers; what they compute with."""
+"""The method: align, score, select, compose. Also the table of routers, the stacked factors,
+calibration, and evidence over a text.
+"""

@@ -17,9 +17,9 @@ from spectr_demo.routing.spectr import Aligned
 
 Zeros = Callable[..., Tensor]
 _TOKENS_AT_ONCE = 32
-# Measured on CPUs. Copying an expert's factor for a token, and multiplying by the copy, takes as
-# long as multiplying one token by this many experts. Its calls take as long as this many more. With
-# more tokens a product is up to so many times as fast for each (docs/log.md).
+# Measured on CPUs (docs/log.md). Copying an expert's factor for a token, and multiplying by the
+# copy, takes as long as multiplying the token by 2 experts. The calls around the copies take as
+# long as 16 more. A product with many tokens is up to 16 times as fast for each.
 _COPY, _CALLS, _REUSE = 2, 16, 16
 
 

@@ -34,6 +34,7 @@ class Calibration:
         return (values - mean) / std
 
     def of(self, bank: ExpertBank, score: Score) -> Statistics:
+        """Mean and standard deviation of a score at a bank."""
         return self._statistics[bank, score]
 
 
@@ -46,7 +47,7 @@ class Measurement:
         self._num_tokens: dict[ExpertBank, Tensor] = {}
 
     def add(self, bank: ExpertBank, z: Tensor, counts: Tensor) -> None:
-        """z: (R, T, P, E, r) at a bank. counts: (R, T) bool, False for tokens that do not."""
+        """z: (R, T, P, E, r) at a bank. counts: (R, T) bool, False for tokens that are left out."""
         config = RouterConfig(name="spectr")  # no calibrated score reads its settings
         scores = torch.stack([f(z, bank.singular_values, config) for f in self._scores])
         scores = torch.where(counts[..., None, None], scores, 0).double()  # (S, R, T, P, E)

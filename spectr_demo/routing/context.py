@@ -11,6 +11,7 @@ Axes: R rows, T tokens of this pass, P projections of a bank, E experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,14 @@ class Pass:
     counts: (R, T, 1), 1 for a token that votes and 0 for one that does not; None is 1 for all.
     is_newline: (R, T) bool, tokens at which a line ends; None is none. token_weight: (R, T, 1)
     decayed number of the tokens that voted. num_counted: (R, T, 1) how many of them there are in
-    this line. first_weight: (R, T, E) what the first reading still weighs; None without one.
+    this line; first_weight: (R, T, E) what the first reading still weighs; both None without one.
     total: (R, T, E) weighted votes of the first reading and of the layers so far.
     """
 
     counts: Tensor | None
     is_newline: Tensor | None
     token_weight: Tensor
-    num_counted: Tensor
+    num_counted: Tensor | None
     first_weight: Tensor | None
     total: Tensor
 
@@ -104,7 +105,7 @@ class EvidencePool:
         self._pass: Pass | None = None
         self._sums: dict[ExpertBank, Tensor] = {}  # (R, 1, P, E) votes up to the last token read
         self._depths: dict[ExpertBank, tuple[Tensor, Tensor]] = {}  # see `depth_weights`
-        self._depth_weight = torch.zeros(num_experts)  # (E,) of all layers seen
+        self._depth_weight = torch.zeros(num_experts, dtype=torch.float32)  # (E,) of layers seen
 
     def begin_pass(
         self,
@@ -119,17 +120,18 @@ class EvidencePool:
         device: where the first layers are; the evidence stays there."""
         before, is_newline = self._pass, None if self._start is None else is_newline
         counts = self._counts(num_rows, num_tokens, is_newline, device)
-        ones = torch.ones(num_rows, num_tokens, 1, device=device) if counts is None else counts
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        ones = torch.ones(num_rows, num_tokens, 1, **float32) if counts is None else counts
         token_weight = running_sums(
             ones, None if before is None else before.token_weight[:, -1:], self.decay, is_newline
         )
-        num_counted, first_weight = ones, None
+        num_counted = first_weight = None
         if self._start is None:
-            total = torch.zeros(num_rows, num_tokens, self._num_experts, device=device)
+            total = torch.zeros(num_rows, num_tokens, self._num_experts, **float32)
         else:
-            num_counted = running_sums(
-                ones, None if before is None else before.num_counted[:, -1:], 1.0, is_newline
-            )
+            known = None if before is None else before.num_counted
+            known = None if known is None else known[:, -1:]
+            num_counted = running_sums(ones, known, 1.0, is_newline)
             faded = self.decay**num_counted
             total, first_weight = faded * self._start.votes, faded * self._start.weights
         self._num_read += num_tokens
@@ -151,7 +153,7 @@ class EvidencePool:
     ) -> Tensor | None:
         counts = None
         if self._is_evidence is not None and self._num_read < self._is_evidence.shape[1]:
-            counts = torch.ones(num_rows, num_tokens, 1, device=device)
+            counts = torch.ones(num_rows, num_tokens, 1, dtype=torch.float32, device=device)
             known = self._is_evidence[:, self._num_read : self._num_read + num_tokens, None]
             counts[:, : known.shape[1]] = known.to(counts)
         if is_newline is None:
@@ -222,7 +224,8 @@ class EvidencePool:
         them in place; zeros, kept, where there was none yet."""
         if bank not in self._sums:
             _, layers = self.depth_weights(bank)
-            self._sums[bank] = torch.zeros(len(self.current.total), 1, *layers.shape)
+            num_rows = len(self.current.total)
+            self._sums[bank] = torch.zeros(num_rows, 1, *layers.shape, dtype=torch.float32)
         return self._sums[bank]
 
     def depth_weights(self, bank: ExpertBank) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The table of routers. A new router is one function in `routing/spectr.py` and one row here.
 
 A router that looks at tokens has a `score`. One that does not has `constant` weights. The page, the
-command line, the engine, the evaluation and compiled code all follow the row.
+command line, the engine and compiled code all follow the row; what is measured is listed in
+`evaluation/contenders.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,6 +54,13 @@ class Router:
     is_filtered: bool = False
     measure: Measure | None = None
     default_top_k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.is_filtered and self.measure == "output":
+            raise ValueError(
+                f"router {self.key!r} is filtered and measured by its output; compiled code has no "
+                "singular values of the experts that a filter keeps: leave its measure out"
+            )
 
 
 _ROWS = (
@@ -191,9 +199,10 @@ def parse_router(
     if row.score is None:
         return config
     if config.calibrated and row.is_filtered:
+        others = [key for key, other in ROUTERS.items() if other.score and not other.is_filtered]
         raise ValueError(
             f"router {row.key!r} cannot be calibrated: it scores only some experts for a token; "
-            "calibrate 'spectr', 'arrow' or 'norm'"
+            f"there is {', '.join(map(repr, others))}"
         )
     return replace(config, top_k=_checked_top_k(config, row, expert_names))
 

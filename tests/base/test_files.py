@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,15 @@ def test_a_full_disk_is_an_error_before_the_work(
     check_space(tmp_path, 1000)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         check_space(tmp_path, 1001)
+
+
+def test_old_leftovers_are_deleted_and_new_ones_stay(tmp_path: Path) -> None:
+    """A new one may belong to a process that is at work."""
+    old, new = (tmp_path / f"{files.SCRATCH_PREFIX}{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "half").touch()
+    long_ago = time.time() - 2 * files.LEFTOVER_SECONDS
+    os.utime(old, (long_ago, long_ago))
+    with files.scratch_dir(tmp_path):
+        assert not old.exists() and new.exists()

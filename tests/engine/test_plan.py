@@ -1,8 +1,13 @@
 """What a plan adds, against the method written out: `routing.spectr.delta`."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from jinja2 import TemplateError
 from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.layers import routed
@@ -20,8 +25,11 @@ CONFIGS: list[str | RouterConfig] = [
 ]
 
 
-@pytest.mark.parametrize("is_copied", [False, True], ids=["all experts", "copies of the chosen"])
-@pytest.mark.parametrize("num_tokens", [1, 5], ids=["compiled", "torch"])
+@pytest.mark.parametrize(
+    ("num_tokens", "is_copied"),
+    [(1, False), (5, False), (5, True)],
+    ids=["compiled", "torch", "torch, copies of the chosen"],
+)
 @pytest.mark.parametrize("router", CONFIGS, ids=str)
 def test_every_path_gives_the_reference(
     router: str | RouterConfig,
@@ -97,4 +105,16 @@ def test_experts_are_attached_once(routed_model: SpectrModel) -> None:
         SpectrModel(routed_model.base, routed_model.library)
     assert len(list(routed_model.model.modules())) == layers
     routed_model.detach()
+    SpectrModel(routed_model.base, routed_model.library).detach()
+
+
+def test_a_base_whose_template_fails_is_left_as_it_was(
+    routed_model: SpectrModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The experts are not attached, so it can be tried again."""
+    routed_model.detach()
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(TemplateError):
+        SpectrModel(replace(routed_model.base, tokenizer=broken), routed_model.library)
     SpectrModel(routed_model.base, routed_model.library).detach()

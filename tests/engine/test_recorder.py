@@ -33,12 +33,13 @@ def test_choices_are_kept_in_the_order_of_reading(bank: ExpertBank) -> None:
     parts = [choice(5, 0), choice(1, 1), choice(4, 2)]
     recorder, late = Recorder(), [parts[1]]
 
-    def hand_over(asked: ExpertBank) -> None:
-        assert asked is bank
-        while late:
-            recorder.add_choice(bank, 3, late.pop())
+    class HandOver:
+        def hand_over(self, asking: Recorder, asked: ExpertBank) -> None:
+            assert asking is recorder and asked is bank
+            while late:
+                recorder.add_choice(bank, 3, late.pop())
 
-    recorder.before_reading.append(hand_over)
+    recorder.late[bank].append(HandOver())
     recorder.add_choice(bank, 3, parts[0])
     recorder.add_choice(bank, 1, choice(5, 9))  # another row
     assert [len(part) for part in recorder.choices(bank, 3)] == [6, 6, 6]
@@ -61,11 +62,13 @@ def test_an_evaluation_asks_for_what_is_late_too(routed_model: SpectrModel) -> N
         for row in (0, 1):
             expected.add_choice(bank, row, choices[bank][row])
 
-    def hand_over(bank: ExpertBank) -> None:
-        for row, late in enumerate(choices[bank]):
-            read.add_choice(bank, row, late)
+    class HandOver:
+        def hand_over(self, recorder: Recorder, bank: ExpertBank) -> None:
+            for row, late in enumerate(choices[bank]):
+                recorder.add_choice(bank, row, late)
 
-    read.before_reading.append(hand_over)
+    for bank in library.banks:
+        read.late[bank].append(HandOver())
     assert (expected.experts() >= 0).any()
     assert (expected.experts()[0, ..., 1] == NOT_ROUTED).all()
     np.testing.assert_array_equal(read.experts(), expected.experts())

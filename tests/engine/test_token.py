@@ -1,5 +1,7 @@
 """The seam: a run in compiled code against the same run in torch."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ from spectr_demo.config import RouterConfig
 from spectr_demo.cpu import token as compiled
 from spectr_demo.cpu.choice import pooled
 from spectr_demo.engine import token as seam
+from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.recorder import Recorder
@@ -154,3 +157,21 @@ def twice_spectr(
     z: torch.Tensor, singular_values: torch.Tensor, config: RouterConfig
 ) -> torch.Tensor:
     return 2 * spectr_scores(z, singular_values, config)
+
+
+def test_a_run_leaves_nothing_behind(routed_model: SpectrModel) -> None:
+    """Its tensors are freed with it, not when Python looks for circles."""
+    names = routed_model.library.names
+    recorder = Recorder()
+    plan = RoutingPlan([parse_router("spectr", names)], names, recorder)
+    with torch.inference_mode(), routed(plan):
+        for ids in ([[5, 6, 7]], [[8]]):
+            routed_model.model(torch.tensor(ids))
+    assert len(recorder.choices(routed_model.library.banks[0], 0)[0]) == 4
+    gone = weakref.ref(recorder)
+    gc.disable()
+    try:
+        del plan, recorder
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -181,3 +181,9 @@ def test_the_table_is_whole() -> None:
         assert row.display_name
         assert row.equation
         assert row.paper
+
+
+def test_a_filtered_router_cannot_be_measured_by_its_output() -> None:
+    """Compiled code would read the singular values of other experts."""
+    with pytest.raises(ValueError, match="leave its measure out"):
+        dataclasses.replace(ROUTERS["lag"], measure="output")

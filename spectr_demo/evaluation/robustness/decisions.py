@@ -1,4 +1,5 @@
-"""What each method decides on one text, in every library at once, at the right activations.
+"""Which expert each router chooses for one text, in every changed library, on the activations of
+the text's own expert.
 
 Axes: R rows, T tokens, C columns of a layer, V candidates (see `variants`).
 """

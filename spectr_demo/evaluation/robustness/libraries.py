@@ -1,4 +1,4 @@
-"""The libraries in which a text is tested: which candidates are right, and which stand against it.
+"""The changed libraries of the stress tests: which candidates are right, and which compete.
 
 A library's key is the test, then what was changed: `("rank", "4")`, `("own", "0.3")`,
 `("number", "100", "0")`; `("number",)` is the library as it is.
