@@ -1,12 +1,12 @@
 """A tiny random Llama with a byte-like tokenizer, and random PEFT experts for it; no network."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-if worker := os.environ.get(
-    "PYTEST_XDIST_WORKER"
-):  # gw0, gw1, ...: none takes another's ports or cores
+# Where tests run side by side, as gw0, gw1, ..., none takes another's ports or cores.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["GRADIO_SERVER_PORT"] = str(7900 + 100 * int(worker.removeprefix("gw")))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -181,3 +181,18 @@ def cache_folder(
         return cache_dir()
     monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def paper_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MRPC of the paper's tasks: eight training rows and four held-out ones."""
+    folder = tmp_path / "data" / "mrpc"
+    folder.mkdir(parents=True)
+    rows = [
+        {"sentence1": f"It is {i}.", "sentence2": f"So it is {i % 3}.", "label": i % 2, "idx": i}
+        for i in range(12)
+    ]
+    for split, part in {"train": rows[:8], "validation": rows[8:]}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    monkeypatch.setenv("SPECTR_PAPER_DATA", str(folder.parent))

@@ -1,28 +1,12 @@
 """Scores on the paper's tasks, by router and task."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.paper_scores import paper_scores
 from tests.conftest import BuildModel, SaveExpert
 
-
-@pytest.fixture(autouse=True)
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MRPC: eight training rows and four held-out ones."""
-    folder = tmp_path / "data" / "mrpc"
-    folder.mkdir(parents=True)
-    rows = [
-        {"sentence1": f"It is {i}.", "sentence2": f"So it is {i % 3}.", "label": i % 2, "idx": i}
-        for i in range(12)
-    ]
-    for split, part in {"train": rows[:8], "validation": rows[8:]}.items():
-        lines = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    monkeypatch.setenv("SPECTR_PAPER_DATA", str(folder.parent))
+pytestmark = pytest.mark.usefixtures("paper_data")
 
 
 def test_scores_are_by_router_and_task(save_expert: SaveExpert, build_model: BuildModel) -> None:

@@ -14,20 +14,7 @@ from spectr_demo.training.recipe import Recipe
 from spectr_demo.training.trainer import AnswerTrainer
 from tests.conftest import tiny_llama
 
-
-@pytest.fixture(autouse=True)
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MRPC: eight training rows and four held-out ones."""
-    folder = tmp_path / "data" / "mrpc"
-    folder.mkdir(parents=True)
-    rows = [
-        {"sentence1": f"It is {i}.", "sentence2": f"So it is {i % 3}.", "label": i % 2, "idx": i}
-        for i in range(12)
-    ]
-    for split, part in {"train": rows[:8], "validation": rows[8:]}.items():
-        lines = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    monkeypatch.setenv("SPECTR_PAPER_DATA", str(folder.parent))
+pytestmark = pytest.mark.usefixtures("paper_data")
 
 
 def test_a_command_gives_its_recipe_again() -> None:
