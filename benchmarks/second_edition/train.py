@@ -23,6 +23,7 @@ import math
 import re
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -183,34 +184,31 @@ class Bank:
         for p in self.parameters():
             p.data = p.data.half().float()
 
-    def peft(self, e: int) -> dict[str, Tensor]:
-        """The adapter's tensors under PEFT's names, float16."""
-        out = {}
+    def _views(self, e: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of one expert, layer by layer: PEFT's name, A (D_in, r) and B (r, D_out), both views."""
         for block, (_, outputs) in BLOCKS.items():
             column = 0
             for i, (module, width) in enumerate(zip(MODULES[block], outputs, strict=True)):
                 ranks = slice(i * RANK, (i + 1) * RANK)
                 for layer in range(L):
                     key = f"base_model.model.model.layers.{layer}.{module}"
-                    a = self.a[block][e, layer, :, ranks].T
-                    b = self.b[block][e, layer, ranks, column : column + width].T
-                    out[f"{key}.lora_A.weight"] = a.half().contiguous().cpu()
-                    out[f"{key}.lora_B.weight"] = b.half().contiguous().cpu()
+                    b = self.b[block][e, layer, ranks, column : column + width]
+                    yield key, self.a[block][e, layer, :, ranks], b
                 column += width
+
+    def peft(self, e: int) -> dict[str, Tensor]:
+        """The adapter's tensors under PEFT's names, float16."""
+        out = {}
+        for key, a, b in self._views(e):
+            out[f"{key}.lora_A.weight"] = a.T.half().contiguous().cpu()
+            out[f"{key}.lora_B.weight"] = b.T.half().contiguous().cpu()
         return out
 
     def load_peft_(self, e: int, tensors: dict[str, Tensor]) -> None:
         """The inverse of `peft`."""
-        for block, (_, outputs) in BLOCKS.items():
-            column = 0
-            for i, (module, width) in enumerate(zip(MODULES[block], outputs, strict=True)):
-                ranks = slice(i * RANK, (i + 1) * RANK)
-                for layer in range(L):
-                    key = f"base_model.model.model.layers.{layer}.{module}"
-                    self.a[block][e, layer, :, ranks] = tensors[f"{key}.lora_A.weight"].T.float()
-                    b = tensors[f"{key}.lora_B.weight"].T.float()
-                    self.b[block][e, layer, ranks, column : column + width] = b
-                column += width
+        for key, a, b in self._views(e):
+            a.copy_(tensors[f"{key}.lora_A.weight"].T)
+            b.copy_(tensors[f"{key}.lora_B.weight"].T)
 
 
 class Slots:

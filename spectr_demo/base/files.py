@@ -1,9 +1,8 @@
 """Files that are whole or not there: verified downloads, a lock, scratch folders, publishing.
 
-Everything that is kept for a later start is written in a scratch folder on the same disk, but for
-the marker of a verified file, half of which counts as none. It is
-then renamed into place. So no process ever reads half of a file, and a process that is killed
-leaves only scratch behind.
+Everything that is kept for a later start is written in a scratch folder on the same disk, and then
+renamed into place. So no process ever reads half of a file, and a process that is killed leaves
+only scratch behind. The marker of a verified file is the exception: half of one counts as none.
 """
 
 import errno

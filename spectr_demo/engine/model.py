@@ -143,7 +143,9 @@ class SpectrModel:
             each are its prompt; None says all.
         """
         num_prompt = num_prompt or [len(ids) for ids in texts]
-        least_leads = {r: self.reader.least_lead(r) for r in routers if r.confidence is not None}
+        least_leads = {
+            r: self.reader.least_lead(r) for r in set(routers) if r.confidence is not None
+        }
         readers = [row for row, router in enumerate(routers) if router.reads_first]
         evidence_starts = [
             num if router.reads_first else shared_length(self.template.opening, ids)

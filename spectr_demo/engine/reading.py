@@ -146,12 +146,9 @@ class Reader:
             width = max(map(len, texts))
             # Padding on the right needs no mask of attention: nothing looks ahead.
             input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts])
-            counts = torch.tensor(
-                [
-                    [shared_length(opening, ids) <= t < len(ids) for t in range(width)]
-                    for ids in texts
-                ]
-            )
+            starts = torch.tensor([[shared_length(opening, ids)] for ids in texts])
+            ends = torch.tensor([[len(ids)] for ids in texts])
+            counts = (torch.arange(width) >= starts) & (torch.arange(width) < ends)
             with routed(_Statistics(measurement, counts.to(self._base.device))):
                 decoder = self._base.model.get_decoder()
                 decoder(input_ids=input_ids.to(self._base.device), use_cache=False)
@@ -172,7 +169,7 @@ class Reader:
         if not routers:
             return {}
         reading = self.read_first(routers, prompts)
-        return {router: reading.start(router, least_leads.get(router, 0.0)) for router in routers}
+        return {r: reading.start(r, least_leads.get(r, 0.0)) for r in set(routers)}
 
     @torch.inference_mode()
     def read_first(

@@ -50,10 +50,14 @@ class Recorder:
         self._hidden = [torch.cat(self._hidden, dim=1)]
         return self._hidden[0]
 
-    def choices(self, bank: ExpertBank, row: int) -> Choice:
-        """Those of one row over all tokens read so far."""
+    def collect(self, bank: ExpertBank) -> None:
+        """Have what is late handed over."""
         for late in self.late[bank]:
             late.hand_over(self, bank)
+
+    def choices(self, bank: ExpertBank, row: int) -> Choice:
+        """Those of one row over all tokens read so far."""
+        self.collect(bank)
         passes = self._choices[row, bank]
         experts, weights, scores = map(torch.cat, zip(*passes, strict=True))
         self._choices[row, bank] = [(experts, weights, scores)]  # need not be joined again

@@ -2,9 +2,8 @@
 
 A plan asks `TokenPath` first, at each bank. It answers with `None` where torch must do it: several
 tokens, many rows, a GPU, another dtype than float32 and bfloat16, or a router whose row names no
-compiled measure. Everything that compiled
-code needs is bound here, from the groups of rows, their pools and the recorder. The loops
-themselves are in `cpu/token.py`, and know arrays alone.
+compiled measure. Everything that compiled code needs is bound here, from the groups of rows, their
+pools and the recorder. The loops themselves are in `cpu/token.py`, and know arrays alone.
 
 Axes: R rows, P projections of a bank, E experts, K selected, F kept by LAG's filter, r rank.
 """

@@ -81,8 +81,7 @@ class _Choices(Recorder):
     def experts(self) -> NDArray[np.int16]:
         """(R, T, L, P, K) ids of the library's experts."""
         for bank in self._library.banks:
-            for late in self.late[bank]:
-                late.hand_over(self, bank)
+            self.collect(bank)
         return self._experts
 
     def add_choice(self, bank: ExpertBank, row: int, choice: Choice) -> None:

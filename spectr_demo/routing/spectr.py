@@ -1,4 +1,4 @@
-"""SpectR on plain tensors: the whole method. Faster paths of routers like it are tested against it.
+"""SpectR on plain tensors: the whole method. Faster paths are tested against it.
 
 SpectR (Fleshman & Van Durme, COLM 2025, arXiv 2504.03454) routes each token, in each linear layer
 `y = W x`, to LoRA experts by their own weights. Nothing is trained and no data is read.

@@ -24,7 +24,6 @@ MAX_CHECKED = 100  # experts whose pairs are compared when the page is made: a s
 _WEAKEST, _STRONGEST, _STEP = 14, 44, 6
 # The columns that are ticked when the page opens, in a few words each.
 _IN_SHORT = {
-    "base": "no expert",
     "single": "always the same one",
     "uniform": "all experts at once",
     "spectr-paper": "each token its own",
