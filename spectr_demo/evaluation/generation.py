@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from spectr_demo.base.prompts import encode, pad_left
@@ -62,21 +63,32 @@ def continue_texts(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             rows = [list(texts[i]) for i in numbers]
-            padded, mask = pad_left(rows, pad)
-            generate: Any = model.generate
             with around(rows):
-                output = generate(
-                    padded.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=pad,
-                )
-            decoded = tokenizer.batch_decode(output[:, padded.shape[1] :], skip_special_tokens=True)
+                output = continue_rows(model, rows, pad, max_new_tokens=max_new_tokens)
+            decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
             for i, answer in zip(numbers, decoded, strict=True):
                 answers[i] = answer.strip()
             bar.update(len(rows))
     return answers
+
+
+def continue_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], pad: int, **settings: Any
+) -> Tensor:
+    """What follows token ids greedily, (R, T): `pad` after the end of a row.
+
+    settings: of transformers' `generate`.
+    """
+    padded, mask = pad_left(rows, pad)
+    generate: Any = model.generate
+    output: Tensor = generate(
+        padded.to(model.device),
+        attention_mask=mask.to(model.device),
+        do_sample=False,
+        pad_token_id=pad,
+        **settings,
+    )
+    return output[:, padded.shape[1] :]
 
 
 def routed_answers(
@@ -86,9 +98,10 @@ def routed_answers(
     *,
     max_new_tokens: int,
     num_prompt: Sequence[int] | None = None,
+    batch_size: int = 32,
     description: str = "generating",
 ) -> list[str]:
-    """Continue token ids greedily with one router.
+    """Continue token ids greedily with one router, in batches of similar length.
 
     num_prompt: how many tokens of each text are its prompt, where the answer has begun; None: all.
     """
@@ -105,5 +118,6 @@ def routed_answers(
         texts,
         max_new_tokens=max_new_tokens,
         around=around,
+        batch_size=batch_size,
         description=description,
     )
