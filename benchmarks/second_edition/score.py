@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 from benchmarks.second_edition.messages import TESTED_FORMATS, TRAINED_FORMATS
-from benchmarks.second_edition.train import EXPERIMENT, VARIANTS, seed_of
+from benchmarks.second_edition.train import EXPERIMENT, SCALING, VARIANTS, seed_of
 from spectr_demo.config import ASSETS
 from spectr_demo.evaluation.scores import summarize
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
@@ -54,9 +53,10 @@ class Part:
     unmarked: float
 
 
-def write_folders(results: Path, output: Path) -> None:
-    """One PEFT folder for each expert in `experts_*.safetensors`."""
-    for file in sorted(results.glob("experts_*.safetensors")):
+def write_folders(results: Path, output: Path, kind: str = "experts") -> list[str]:
+    """One PEFT folder for each adapter in `KIND_*.safetensors`; their names."""
+    names: list[str] = []
+    for file in sorted(results.glob(f"{kind}_*.safetensors")):
         adapters: dict[str, dict[str, Tensor]] = {}
         with safe_open(file, "pt") as stored:
             for key in stored.keys():  # noqa: SIM118 (it is no dict)
@@ -68,7 +68,23 @@ def write_folders(results: Path, output: Path) -> None:
             target = folder / "adapter_model.safetensors"
             save_file(tensors, target, metadata={"format": "pt"})
             target.chmod(0o644)
-            shutil.copyfile(FIRST / "cron" / "adapter_config.json", folder / "adapter_config.json")
+            config = json.dumps(adapter_config(tensors), indent=2)
+            (folder / "adapter_config.json").write_text(f"{config}\n", encoding="utf-8")
+        names += adapters
+    return names
+
+
+def adapter_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """PEFT's config of the first edition, with the rank and the modules of these tensors."""
+    config = json.loads((FIRST / "cron" / "adapter_config.json").read_text(encoding="utf-8"))
+    (rank,) = {t.shape[0] for key, t in tensors.items() if key.endswith("lora_A.weight")}
+    found = {key.split(".")[-3] for key in tensors}
+    modules = [module for module in config["target_modules"] if module in found]
+    return dict(config) | {
+        "r": rank,
+        "lora_alpha": round(SCALING * rank),
+        "target_modules": modules,
+    }
 
 
 def scored(record: dict[str, Any], tests: dict[str, Any]) -> Iterator[Part]:
@@ -77,7 +93,7 @@ def scored(record: dict[str, Any], tests: dict[str, Any]) -> Iterator[Part]:
     cases = {case["id"]: case for case in [*singles, *tests["pairs"], *tests["ordinary"]]}
     for stage in ("experiment", "final"):
         for kind in KINDS:
-            for found in record[stage].get(kind, []):
+            for found in record.get(stage, {}).get(kind, []):
                 for part in parts(found, cases[found["case"]], heldout):
                     yield Part(stage=stage, kind=kind, **part)
 
@@ -246,13 +262,18 @@ def main() -> None:
     tests = json.loads((options.data / "tests.json").read_text(encoding="utf-8"))
     found = list(scored(record, tests))
     final, winner = record["final"], record["final"]["winner"]
+    # A run of the winner alone keeps what an experiment before it has found.
+    known = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+    has_experiment = "experiment" in record
     results = {
         "device": record["device"],
         "torch": record["torch"],
         "seconds": record["seconds"],
         "batch": sum(record["variants"][winner]["mix"]),
-        "settings of the variants": record["variants"],
-        "variants": variant_scores(found),
+        "settings of the variants": record["variants"]
+        if has_experiment
+        else known["settings of the variants"],
+        "variants": variant_scores(found) if has_experiment else known["variants"],
         "final": {
             **record["variants"][winner],
             "variant": winner,

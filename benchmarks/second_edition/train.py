@@ -1,11 +1,14 @@
 """Train many LoRA experts at once: one pass of the base for all, another adapter in each row.
 
     python train.py --data DATA --out RESULTS --budget 480
+    python train.py --data DATA --out RESULTS --budget 420 --winner off-fast --final-steps 700
     python train.py --data DATA --out RESULTS --device cpu --tiny --variants single --batch 16 \
         --max-tokens 3000 --num-single 1 --num-single-final 1 --thin 150 --budget 3000
 
-DATA is what pack.py and build.py wrote. The second command is a dry run of every stage: it takes
-five minutes on a CPU. RESULTS has experts_*.safetensors, record.json (answers and figures) and what
+DATA is what pack.py and build.py wrote; where it has a folder distractors (what
+../distractors/build.py wrote), those adapters are trained too. The second command leaves the
+experiment out. The third is a dry run of every stage: it takes five minutes on a CPU. RESULTS has
+experts_*.safetensors, distractors_*.safetensors, record.json (answers and figures) and what
 score.py reads. Each stage writes what it has, so a run that is cut keeps it.
 
 This is one file of more than 350 lines because it travels alone: the machine with the GPU had no
@@ -24,7 +27,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,17 @@ MODULES = {
 }
 
 
+ALL_LINEAR = tuple(module.split(".")[1] for block in MODULES.values() for module in block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """An adapter's rank, and the linear layers it changes by their last name (q_proj)."""
+
+    rank: int = RANK
+    modules: tuple[str, ...] = ALL_LINEAR
+
+
 def seed_of(name: str) -> int:
     """The seed of an expert's initialisation and data order: from its name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -141,25 +155,34 @@ class Bank:
     """E adapters as stacked float32 tensors: A (E, L, D_in, n r), B (E, L, n r, D_out).
 
     n: the linear layers that read the same input. B of fused layers is block-diagonal; the rest of
-    it is 0 and stays 0.
+    it is 0 and stays 0. r is the largest rank. What an adapter of a smaller shape lacks is 0 in A
+    and in B, so that it has no gradient and stays 0.
     """
 
-    def __init__(self, names: list[str], device: torch.device) -> None:
+    def __init__(
+        self, names: list[str], device: torch.device, shapes: list[Shape] | None = None
+    ) -> None:
         self.names = names
+        self.shapes = shapes or [Shape()] * len(names)
+        self.rank = max(shape.rank for shape in self.shapes)
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
         self.blocks: dict[str, Tensor] = {}
         for block, (inputs, outputs) in BLOCKS.items():
-            n = len(outputs) * RANK
-            self.a[block] = torch.empty(len(names), L, inputs, n)
+            n = len(outputs) * self.rank
+            self.a[block] = torch.zeros(len(names), L, inputs, n)
             self.b[block] = torch.zeros(len(names), L, n, sum(outputs), device=device)
-            parts = [torch.ones(RANK, width) for width in outputs]
+            parts = [torch.ones(self.rank, width) for width in outputs]
             self.blocks[block] = torch.block_diag(*parts).to(device)
-        for e, name in enumerate(names):
+        for e, (name, shape) in enumerate(zip(names, self.shapes, strict=True)):
             generator = torch.Generator().manual_seed(seed_of(name.split("@")[0]))
-            for block, (inputs, _) in BLOCKS.items():
+            for block, (inputs, outputs) in BLOCKS.items():
                 bound = 1 / math.sqrt(inputs)  # as PEFT starts lora_A
-                self.a[block][e].uniform_(-bound, bound, generator=generator)
+                drawn = torch.empty(L, inputs, len(outputs) * shape.rank)
+                drawn.uniform_(-bound, bound, generator=generator)
+                for i, ranks in self._parts(e, block):
+                    start = i * shape.rank
+                    self.a[block][e, ..., ranks] = drawn[..., start : start + shape.rank]
         self.a = {block: a.to(device) for block, a in self.a.items()}
 
     def parameters(self) -> list[Tensor]:
@@ -184,17 +207,22 @@ class Bank:
         for p in self.parameters():
             p.data = p.data.half().float()
 
+    def _parts(self, e: int, block: str) -> Iterator[tuple[int, slice]]:
+        """The linear layers of a block that expert e changes: number, and its ranks in the bank."""
+        shape = self.shapes[e]
+        for i, module in enumerate(MODULES[block]):
+            if module.split(".")[1] in shape.modules:
+                yield i, slice(i * self.rank, i * self.rank + shape.rank)
+
     def _views(self, e: int) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of one expert, layer by layer: PEFT's name, A (D_in, r) and B (r, D_out), both views."""
         for block, (_, outputs) in BLOCKS.items():
-            column = 0
-            for i, (module, width) in enumerate(zip(MODULES[block], outputs, strict=True)):
-                ranks = slice(i * RANK, (i + 1) * RANK)
+            for i, ranks in self._parts(e, block):
+                column = sum(outputs[:i])
                 for layer in range(L):
-                    key = f"base_model.model.model.layers.{layer}.{module}"
-                    b = self.b[block][e, layer, ranks, column : column + width]
+                    key = f"base_model.model.model.layers.{layer}.{MODULES[block][i]}"
+                    b = self.b[block][e, layer, ranks, column : column + outputs[i]]
                     yield key, self.a[block][e, layer, :, ranks], b
-                column += width
 
     def peft(self, e: int) -> dict[str, Tensor]:
         """The adapter's tensors under PEFT's names, float16."""
@@ -212,11 +240,14 @@ class Bank:
 
 
 class Slots:
-    """Which of a row's K experts each token uses. weight: (R, T, K), 0 or 1; all 0 is the base."""
+    """Which of a row's K experts each token uses. weight: (R, T, K), 0 or 1; all 0 is the base.
 
-    def __init__(self, weight: Tensor) -> None:
+    rank: of the bank.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
         self.wide = {
-            n: weight.to(DIALECT).repeat_interleave(n * RANK, -1)
+            n: weight.to(DIALECT).repeat_interleave(n * rank, -1)
             for n in {len(outputs) for _, outputs in BLOCKS.values()}
         }
 
@@ -323,6 +354,7 @@ VARIANTS = {
     "off-longer": Variant(mix=(16, 6, 10), foreign_off=1.0, prefix_off=0.5, steps=1800),
 }
 FALLBACK = "off"
+DISTRACTOR = Variant(mix=(16, 0, 0), steps=160, learning_rate=1.5e-3)
 EXPERIMENT = ("cron", "sql", "smart_home")
 WARMUP = 0.06
 
@@ -427,12 +459,13 @@ class Training:
         self.base, self.rows, self.bank, self.variants = base, rows, bank, variants
         self.max_tokens = max_tokens
         self.adam = Adam(bank)
+        nothing = np.empty(0, np.int64)
         self.orders = [
             [
-                Order(rows.pools[name.split("@")[0], kind], seed_of(name.split("@")[0]) + i)
+                Order(rows.pools.get((domain, kind), nothing), seed_of(domain) + i)
                 for i, kind in enumerate(KINDS)
             ]
-            for name in bank.names
+            for domain in (name.split("@")[0] for name in bank.names)
         ]
         self.rng = np.random.default_rng(0)
         self.step_number = 0
@@ -485,7 +518,10 @@ class Training:
             without = torch.from_numpy(off_[piece]).to(self.base.device)
             is_off = ((kinds == PREFIX) & without[:, :1]) | ((kinds == FOREIGN) & without[:, 1:])
             hidden = forward(
-                self.base, ids, self.bank.gather(owner[:, None]), Slots(~is_off[..., None])
+                self.base,
+                ids,
+                self.bank.gather(owner[:, None]),
+                Slots(~is_off[..., None], self.bank.rank),
             )
             at_row, at = labelled.nonzero(as_tuple=True)
             logits = F.linear(hidden[at_row, at - 1], self.base.embedding)
@@ -607,12 +643,12 @@ class Asked:
             torch.tensor([len(m.experts) - 1 for m in messages], device=device),
         )
 
-    def slots(self, part: Tensor) -> Slots:
-        """part: (R, T), -1 for the base alone."""
+    def slots(self, part: Tensor, rank: int) -> Slots:
+        """part: (R, T), -1 for the base alone. rank: of the bank."""
         k = self.experts.shape[1]
         of_part = torch.eye(k, device=part.device)[None] * (self.experts >= 0)[:, None]
         index = part.clamp(min=0)[..., None].expand(-1, -1, k)
-        return Slots(of_part.gather(1, index) * (part >= 0)[..., None])
+        return Slots(of_part.gather(1, index) * (part >= 0)[..., None], rank)
 
 
 class Progress:
@@ -674,7 +710,7 @@ def _answer(
     adapters = bank.gather(asked.experts.clamp(min=0)) if bank is not None else None
 
     def read(ids: Tensor, part: Tensor, positions: Tensor | None) -> Tensor:
-        slots = None if bank is None else asked.slots(part)
+        slots = None if bank is None else asked.slots(part, bank.rank)
         return forward(base, ids, adapters, slots, cache, positions)
 
     steps = int(asked.caps.sum(1).max()) + k
@@ -714,6 +750,25 @@ def wilson(right: int, num: int) -> tuple[float, float]:
     z, p = 1.959964, right / num
     centre, half = p + z * z / (2 * num), z * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
     return (centre - half) / (1 + z * z / num), (centre + half) / (1 + z * z / num)
+
+
+class Distractors:
+    """Further adapters: shapes, rows of single requests to train on, and held-out ones."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        stored = json.loads((folder / "tests.json").read_text(encoding="utf-8"))
+        self.shapes = {
+            name: Shape(rank=shape["rank"], modules=tuple(shape["modules"]))
+            for name, shape in stored["shapes"].items()
+        }
+        self.singles: dict[str, list[dict[str, Any]]] = stored["singles"]
+        self.rows = Rows(folder / "rows.npz", device)
+
+    def groups(self) -> list[list[str]]:
+        """Names that share a bank: one of a large rank would make the others' as wide."""
+        small = [name for name, shape in self.shapes.items() if shape.rank <= RANK]
+        large = [name for name in self.shapes if name not in small]
+        return [group for group in (small, large) if group]
 
 
 class Tests:
@@ -791,12 +846,16 @@ class Run:
         self.vocabulary = Vocabulary(folder / "vocabulary.npz", self.device)
         self.rows = Rows(folder / "rows.npz", self.device)
         self.tests = Tests(folder / "tests.json")
+        further = folder / "distractors"
+        self.further = Distractors(further, self.device) if further.exists() else None
         say("data ready:", len(self.rows.lengths), "rows")
         self.record: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "torch": torch.__version__,
             "options": vars(options),
             "variants": {name: asdict(v) for name, v in VARIANTS.items()},
+            "distractor": asdict(DISTRACTOR),
+            "distractors": [],
         }
 
     def left(self) -> float:
@@ -813,6 +872,17 @@ class Run:
         training = Training(self.base, self.rows, bank, variants, self.options.max_tokens)
         return bank, training
 
+    def steps_in_time(self, training: Training, steps: int, reserve: float) -> tuple[int, float]:
+        """How many of `steps` leave `reserve` seconds, and the seconds of one.
+
+        It times a few steps; what they trained is thrown away.
+        """
+        if self.options.tiny:
+            return steps, training.run(1)
+        training.run(8)  # the first ones are slower
+        seconds = training.run(4)
+        return max(1, min(steps, int((self.left() - reserve) / max(seconds, 1e-3)))), seconds
+
     def rehearse(self) -> None:
         """Two steps, a few answers and the files: whatever is broken shows before time is spent."""
         names = [f"{domain}@rehearsal" for domain in EXPERIMENT]
@@ -826,7 +896,11 @@ class Run:
                 self.base, bank, self.vocabulary, cases, numbers, self.options.batch, prefix
             )
         summary(found, cases)
-        self.save(bank)
+        self.save(bank, "experts")
+        self.distractors(Variant(mix=(1, 0, 0), steps=2), 1)
+        for file in self.out.glob("*.safetensors"):
+            file.unlink()
+        self.record["distractors"] = []
         say("rehearsed:", found[0]["parts"])
 
     def experiment(self) -> str:
@@ -899,26 +973,22 @@ class Run:
         mix = tuple(-(-num // 16) for num in variant.mix)
         return Variant(**{**asdict(variant), "mix": mix, "steps": steps})
 
-    def final(self, winner: str) -> None:
-        """Train all experts as the winner was, as long as the time allows; write, then score."""
+    def final(self, winner: str) -> Bank:
+        """Train all experts as the winner was, as long as the time allows, and write them."""
         names = self.rows.domains
         variant = self.shortened(VARIANTS[winner])
-        bank, training = self.train(names, [variant] * len(names))
-        probe = training.run(min(8, variant.steps))
-        seconds = training.run(min(4, variant.steps)) or probe
-        able = int((self.left() - self.options.reserve) / max(seconds, 1e-3))
-        steps = max(1, min(self.options.final_steps or variant.steps, able))
-        if self.options.tiny:
-            steps = variant.steps
+        wanted = variant.steps if self.options.tiny else self.options.final_steps or variant.steps
+        variant = replace(variant, steps=max(12, wanted))
+        _, training = self.train(names, [variant] * len(names))
+        steps, seconds = self.steps_in_time(training, wanted, self.options.reserve)
+        del training
         say(f"final: {steps} steps of {seconds:.3f} s, winner {winner}")
-        bank, training = self.train(
-            names, [Variant(**{**asdict(variant), "steps": steps})] * len(names)
-        )
+        bank, training = self.train(names, [replace(variant, steps=steps)] * len(names))
         training.run(steps // 2)
-        self.save(bank)
+        self.save(bank, "experts")
         training.run(steps)
         bank.to_fp16_values_()
-        self.save(bank)
+        self.save(bank, "experts")
         self.record["final"] = {
             "winner": winner,
             "steps": steps,
@@ -927,7 +997,49 @@ class Run:
             "seconds_per_step": seconds,
         }
         self.write()
-        self.score_final(bank)
+        return bank
+
+    def distractors(self, variant: Variant, num_tested: int) -> None:
+        """Train the further adapters as far as the time allows; write them and their scores."""
+        if self.further is None:
+            return
+        groups = self.further.groups()
+        for number, names in enumerate(groups):
+            later = len(groups) - 1 - number  # groups, of about 20 s each
+            reserve = self.options.score_reserve + 20 * later
+            if self.left() < reserve:
+                say("no time for", names)
+                continue
+            bank, group = self.distractor_group(
+                self.further, names, variant, reserve, f"distractors_{number}"
+            )
+            cases = [c for name in names for c in self.further.singles[name][:num_tested]]
+            numbers = [{name: i for i, name in enumerate(names)}]
+            group["singles"] = run_tests(
+                self.base, bank, self.vocabulary, cases, numbers, self.options.batch
+            )
+            group["single_scores"] = summary(group["singles"], cases)
+            say("distractors", group["single_scores"])
+            self.record["distractors"].append(group)
+            self.write()
+
+    def distractor_group(
+        self, further: Distractors, names: list[str], variant: Variant, reserve: float, file: str
+    ) -> tuple[Bank, dict[str, Any]]:
+        """Train and save the adapters of one bank; the bank, and what the record says of it."""
+
+        def fresh(steps: int) -> Training:
+            bank = Bank(names, self.device, [further.shapes[name] for name in names])
+            variants = [replace(variant, steps=steps)] * len(names)
+            return Training(self.base, further.rows, bank, variants, self.options.max_tokens)
+
+        steps, seconds = self.steps_in_time(fresh(max(12, variant.steps)), variant.steps, reserve)
+        training = fresh(steps)
+        training.run(steps)
+        training.bank.to_fp16_values_()
+        self.save(training.bank, file)
+        about = {"names": names, "steps": steps, "seconds_per_step": seconds}
+        return training.bank, {**about, "losses": training.losses}
 
     def score_final(self, bank: Bank) -> None:
         names = bank.names
@@ -955,15 +1067,20 @@ class Run:
             say(key, final[f"{key}: scores"])
             self.write()
 
-    def save(self, bank: Bank, in_file: int = 3) -> None:
-        """Three adapters to a file, so that a file stays under 16 MiB."""
-        for i, start in enumerate(range(0, len(bank.names), in_file)):
-            tensors = {}
-            for e in range(start, min(start + in_file, len(bank.names))):
-                for key, tensor in bank.peft(e).items():
-                    tensors[f"{bank.names[e]}/{key}"] = tensor
-            save_file(tensors, self.out / f"experts_{i}.safetensors")
-        say("adapters written")
+    def save(self, bank: Bank, name: str, most_bytes: int = 16_000_000) -> None:
+        """NAME_0.safetensors and so on, whole adapters to a file, so that a file stays small."""
+        number, size = 0, 0
+        tensors: dict[str, Tensor] = {}
+        for e in range(len(bank.names)):
+            adapter = bank.peft(e)
+            more = sum(tensor.nbytes for tensor in adapter.values())
+            if tensors and size + more > most_bytes:
+                save_file(tensors, self.out / f"{name}_{number}.safetensors")
+                number, size, tensors = number + 1, 0, {}
+            tensors |= {f"{bank.names[e]}/{key}": tensor for key, tensor in adapter.items()}
+            size += more
+        save_file(tensors, self.out / f"{name}_{number}.safetensors")
+        say("written:", name)
 
 
 def main() -> None:
@@ -973,7 +1090,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a dry run with few steps and rows")
     parser.add_argument("--budget", type=float, default=500, help="seconds from the start")
-    parser.add_argument("--reserve", type=float, default=60, help="seconds kept for the scores")
+    parser.add_argument("--reserve", type=float, default=60, help="seconds kept after the experts")
+    parser.add_argument("--score-reserve", type=float, default=45, help="those for their scores")
     parser.add_argument("--final-steps", type=int, default=0, help="default the winner's")
     parser.add_argument("--batch", type=int, default=512, help="rows answered at once")
     parser.add_argument("--max-tokens", type=int, default=40_000, help="of one training pass")
@@ -999,7 +1117,16 @@ def main() -> None:
             say("the experiment failed: going on with", FALLBACK)
             winner = FALLBACK
             torch.cuda.empty_cache()
-    run.final(winner)
+    bank = run.final(winner)
+    try:
+        run.distractors(run.shortened(DISTRACTOR), options.num_single)
+    except Exception:
+        if options.tiny:
+            raise
+        traceback.print_exc()
+        say("the distractors failed: going on with the scores")
+        torch.cuda.empty_cache()
+    run.score_final(bank)
     run.write()
     say("done")
 
