@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from spectr_demo.config import RouterConfig
+from spectr_demo.config import DEFAULT_ROUTER, RouterConfig
 from spectr_demo.routing.routers import ROUTERS, parse_router
 
 MERGE_SEEDS = (0, 1, 2)
@@ -56,3 +56,8 @@ CONTENDERS = (
     Contender(label="spectr-context", router="spectr-context"),
 )
 QUICK = ("base", "oracle", "arrow", "spectr", "spectr-context")
+# Those that answer messages with several requests, beside the bounds of `composition.py`.
+COMPOSED = (
+    *("base", "uniform (outputs)", "TIES", "arrow", "lag", "spectr-paper", "spectr"),
+    DEFAULT_ROUTER,
+)

@@ -20,8 +20,21 @@ from spectr_demo.config import RouterConfig, unknown_name
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
-from spectr_demo.evaluation.compositional import LAYOUTS, Layout, compositional_scores, make_pairs
-from spectr_demo.evaluation.contenders import CONTENDERS, MERGE_SEEDS, QUICK, Contender
+from spectr_demo.evaluation.composition import (
+    SEGMENTS,
+    SINGLE,
+    Message,
+    Routing,
+    Scores,
+    make_messages,
+    routed_parts,
+    score_parts,
+    segment_parts,
+    segment_routing,
+    single_parts,
+)
+from spectr_demo.evaluation.composition_figures import composition_figures
+from spectr_demo.evaluation.contenders import COMPOSED, CONTENDERS, MERGE_SEEDS, QUICK, Contender
 from spectr_demo.evaluation.generation import continue_texts, routed_answers
 from spectr_demo.evaluation.merging import dare_merge, ties_merge
 from spectr_demo.evaluation.parts import Parts
@@ -44,18 +57,23 @@ EXAMPLES_AT_ONCE = 16  # a part of the results; more examples than before are ne
 CHAT_TOKENS = 40
 
 
+Answer = Callable[[SpectrModel, Sequence[Message], int], list[list[str]]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How much is measured.
 
-    num_examples: prompts of each domain; half of them are in held-out wordings. num_pairs: texts
-    with two requests. num_offdomain: prompts of ordinary chat. stress_texts: of each domain, see
-    `stress`. A 0 in one of these three leaves its test out. labels: of the `CONTENDERS` that are
-    compared. retrained: experts that were trained again, as NAME=FOLDER, see `retrained`.
+    num_examples: prompts of each domain; half of them are in held-out wordings. num_pairs,
+    num_triples: messages with two and with three requests, see `make_messages`. num_offdomain:
+    prompts of ordinary chat. stress_texts: of each domain, see `stress`. A 0 leaves a test out, and
+    two of them that of messages. labels: of the `CONTENDERS` that are compared. retrained: experts
+    that were trained again, as NAME=FOLDER, see `retrained`.
     """
 
     num_examples: int = 16
-    num_pairs: int = 12
+    num_pairs: int = 90
+    num_triples: int = 60
     num_offdomain: int = 16
     labels: tuple[str, ...] = tuple(contender.label for contender in CONTENDERS)
     stress_texts: int = 2
@@ -71,7 +89,14 @@ class Settings:
     @classmethod
     def quick(cls) -> Settings:
         """What two cores do in about five minutes."""
-        return cls(num_examples=3, num_pairs=2, num_offdomain=4, labels=QUICK, stress_texts=0)
+        return cls(
+            num_examples=3,
+            num_pairs=5,
+            num_triples=0,
+            num_offdomain=4,
+            labels=QUICK,
+            stress_texts=0,
+        )
 
 
 class Evaluation:
@@ -95,13 +120,14 @@ class Evaluation:
         self.retrained = [read_retrained(source, self.names) for source in settings.retrained]
         held = {name: TASKS[name].build(SPLIT_SEED).heldout for name in self.names}
         self.examples = {name: list(held[name][: settings.num_examples]) for name in self.names}
-        self.pairs = make_pairs(held, settings.num_pairs)
+        self.messages = make_messages(held, settings.num_pairs, settings.num_triples)
         chosen = [c for c in CONTENDERS if c.label in settings.labels]
         self.contenders = [c for c in chosen if not c.is_merge]
         self.merges = [c for c in chosen if c.is_merge]
         generic = json.loads(GENERIC_TEXT.read_text(encoding="utf-8"))
         self.offdomain: list[str] = generic["offdomain"][: settings.num_offdomain]
         self.parts = Parts(engine)
+        self.rows_at_once = 256 if engine.base.device.type == "cuda" else 32
 
     def run(self) -> dict[str, Any]:
         """Measure everything; the content of the results' JSON file.
@@ -114,12 +140,13 @@ class Evaluation:
         with tqdm(total=self._num_parts(len(beyond)), unit="part") as self._bar:
             domains = {c.label: self._domains(c) for c in self.contenders}
             chat = {c.label: self._chat_shift(c) for c in beyond if self.settings.num_offdomain}
-            compositional = {c.label: self._layouts(c) for c in beyond}
+            composed, bounds = self._composed_rows(self.contenders), self._bounds()
             stressed = self._stress() if self.settings.stress_texts else None
             retrained = [self._retrained(name, adapter) for name, adapter in self.retrained]
             if self.merges:
                 self.engine = self._merged()
             domains |= {c.label: self._domains(c) for c in self.merges}
+            composed |= self._composed_rows(self.merges)
         readings = {label: row for label, (_, row) in domains.items()}
         return {
             "meta": meta,
@@ -127,17 +154,41 @@ class Evaluation:
             "likelihood": likelihoods(readings),
             "accuracy": accuracies(readings),
             "offdomain": chat,
-            "compositional": compositional,
+            "composition": self._composition(composed, bounds),
             "stress": stressed,
             "retrained": retrained,
         }
 
+    def with_composition(self, results: dict[str, Any] | None) -> dict[str, Any]:
+        """Measure the messages with several requests alone, and put them into other results.
+
+        results: what `run` returned, or None. As after `run`, the engine is not to be used
+        afterwards.
+        """
+        if not self.messages:
+            raise ValueError(
+                f"num_pairs is {self.settings.num_pairs} and num_triples "
+                f"{self.settings.num_triples}, which leave no message for the experts "
+                f"{', '.join(self.names)}; one was needed; ask for some"
+            )
+        contenders, merges = (
+            [c for c in some if c.label in COMPOSED] for some in (self.contenders, self.merges)
+        )
+        meta = conditions(self.engine, asdict(self.settings), [*contenders, *merges])
+        with tqdm(total=self._num_composed_parts, unit="part") as self._bar:
+            composed, bounds = self._composed_rows(contenders), self._bounds()
+            if merges:
+                self.engine = self._merged()
+            composed |= self._composed_rows(merges)
+        composition = {"meta": meta, **(self._composition(composed, bounds) or {})}
+        return {**(results or {"meta": meta}), "composition": composition}
+
     def _num_parts(self, num_beyond: int) -> int:
         settings = self.settings
         num_domains = (len(self.contenders) + len(self.merges)) * len(self.names)
-        tests = (settings.num_offdomain > 0) + len(self._used_layouts)
+        chat = num_beyond * (settings.num_offdomain > 0)
         others = (settings.stress_texts > 0) + len(self.retrained)
-        return 2 * num_domains * len(self._spans) + num_beyond * tests + others
+        return 2 * num_domains * len(self._spans) + chat + self._num_composed_parts + others
 
     def _part(
         self,
@@ -243,22 +294,60 @@ class Evaluation:
         return list(zip(self.offdomain, texts, strict=True))
 
     @property
-    def _used_layouts(self) -> tuple[Layout, ...]:
-        return LAYOUTS if self.settings.num_pairs else ()
+    def _num_composed_parts(self) -> int:
+        """Two of each row, by what it answers and whom it chooses; and one of each bound."""
+        num = sum(c.label in COMPOSED for c in [*self.contenders, *self.merges])
+        return 2 * (num + 1) if self.messages else 0
 
-    def _layouts(self, contender: Contender) -> dict[str, Any]:
-        """Scores of two requests in one text, by how they stand in it."""
+    def _message_part(
+        self, kind: str, config: RouterConfig, compute: Callable[[RouterConfig], Any]
+    ) -> Any:
+        return self._part(kind, config, compute, self.settings.num_pairs, self.settings.num_triples)
+
+    def _composed_rows(
+        self, contenders: Sequence[Contender]
+    ) -> dict[str, tuple[Scores, Routing | None]]:
+        """Of those that answer messages, by label."""
+        composed = [c for c in contenders if self.messages and c.label in COMPOSED]
+        return {contender.label: self._composed(contender) for contender in composed}
+
+    def _composed(self, contender: Contender) -> tuple[Scores, Routing | None]:
+        """Scores of a row's answers to the messages, and whom it chose for their parts."""
         config = contender.config("", self.engine.library.names)
-        num = self.settings.num_pairs
+        return (
+            self._message_part("messages", config, self._message_scores),
+            self._message_part("messages, routing", config, self._message_routing),
+        )
+
+    def _message_scores(self, config: RouterConfig) -> Scores:
+        answers = routed_parts(self.engine, config, self.messages, self.rows_at_once)
+        return score_parts(self.messages, answers)
+
+    def _message_routing(self, config: RouterConfig) -> Routing | None:
+        return segment_routing(self.engine, config, self.messages, self.rows_at_once // 2)
+
+    def _bounds(self) -> dict[str, Scores]:
+        """Scores of what a router can reach at best: see `composition.py`."""
+        if not self.messages:
+            return {}
+        base = RouterConfig(name="base")
+        answers = {SEGMENTS: segment_parts, SINGLE: single_parts}
         return {
-            layout: self._part(
-                f"compositional, {layout}", config, partial(self._pairs, layout=layout), num
-            )
-            for layout in self._used_layouts
+            label: self._message_part(label, base, partial(self._bound_scores, answer=answer))
+            for label, answer in answers.items()
         }
 
-    def _pairs(self, config: RouterConfig, layout: Layout) -> dict[str, Any]:
-        return compositional_scores(self.engine, config, self.pairs, layout)
+    def _bound_scores(self, config: RouterConfig, answer: Answer) -> Scores:
+        return score_parts(self.messages, answer(self.engine, self.messages, self.rows_at_once))
+
+    def _composition(
+        self, composed: dict[str, tuple[Scores, Routing | None]], bounds: dict[str, Scores]
+    ) -> dict[str, Any] | None:
+        if not self.messages:
+            return None
+        scores = {label: scores for label, (scores, _) in composed.items()} | bounds
+        routing = {label: routing for label, (_, routing) in composed.items()}
+        return composition_figures(self.messages, scores, routing)
 
     def _stress(self) -> dict[str, Any]:
         num = self.settings.stress_texts

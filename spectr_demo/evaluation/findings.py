@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from spectr_demo.evaluation.composition import SEGMENTS
+from spectr_demo.evaluation.composition_figures import PLACES, TARGETS
+
 HEAD = """# Results
 
 {findings}
@@ -19,6 +22,8 @@ How to read the tables:
 | --- | --- |
 | `base` | No expert. |
 | `oracle` | Each prompt is answered with its own domain's expert. A router can reach this. |
+| `segment oracle` | Each part of a message, asked and answered, by its own domain's expert. |
+| `single-request oracle` | Each request of a message alone, by its own domain's expert. |
 | `uniform (...)` | The mean of all experts, merged as outputs or as parameters. |
 | `TIES`, `DARE` | Static merges, made once with PEFT's functions. |
 | `spectr`, `spectr-paper` | SpectR with K = 1, and with the paper's K = 4. |
@@ -35,7 +40,6 @@ Intervals are 95%.
 # The router whose results are put into words, and those it is compared with where they were run.
 SUBJECT = "spectr-context"
 OTHERS = {"spectr": "SpectR with K = 1", "base": "the base without experts"}
-LAYOUTS = {"one turn": "Two requests in one message", "two turns": "Two requests in two messages"}
 
 
 def in_words(results: Mapping[str, Any]) -> str:
@@ -43,10 +47,11 @@ def in_words(results: Mapping[str, Any]) -> str:
 
     results: what `Evaluation.run` returns. A test that was left out gets no bullet.
     """
-    if "of_oracle" not in results["scores"].get(SUBJECT, {}):
+    if "of_oracle" not in results.get("scores", {}).get(SUBJECT, {}):
         return ""
     helps = [_one_request(results), *_decisions(results)]
-    fails = [_weakest_domain(results), *_ordinary_chat(results), *_two_requests(results)]
+    fails = [_weakest_domain(results), *_ordinary_chat(results)]
+    (helps if _composes(results) else fails).extend(_several_requests(results))
     parts = {"What routing helps with:": helps, "Where it falls short:": fails}
     return "\n".join(
         f"{title}\n\n" + "".join(f"- {text}\n" for text in texts) for title, texts in parts.items()
@@ -109,21 +114,27 @@ def _ordinary_chat(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _two_requests(results: Mapping[str, Any]) -> list[str]:
-    rows = results["compositional"]
-    bullets = []
-    for layout, title in LAYOUTS.items():
-        parts = {label: row[layout] for label, row in rows.items() if layout in row}
-        if SUBJECT not in parts:
-            continue
-        first, second = (parts[SUBJECT][part] for part in ("first", "second"))
-        scores = {
-            label: f"{part['first']['score']:.2f} and {part['second']['score']:.2f}"
-            for label, part in parts.items()
-        }
-        bullets.append(
-            f"**{title}.** `{SUBJECT}` finds the right expert in {first['accuracy']:.0%} of the "
-            f"decisions of the first answer and {second['accuracy']:.0%} of the second. The two "
-            f"answers score {scores[SUBJECT]}.{_compared(scores)}"
-        )
-    return bullets
+def _composes(results: Mapping[str, Any]) -> bool:
+    """Whether messages with several requests are answered as well as was aimed at."""
+    row = (results.get("composition") or {"rows": {}})["rows"].get(SUBJECT, {})
+    return "of_segments" in row and row["of_segments"]["mean"] >= TARGETS["subject"]
+
+
+def _several_requests(results: Mapping[str, Any]) -> list[str]:
+    rows = (results.get("composition") or {"rows": {}})["rows"]
+    shares = {
+        label: {group: f"{share['mean']:.2f}" for group, share in row["of_single"].items()}
+        for label, row in rows.items()
+        if "all" in row["of_single"]
+    }
+    if not {SUBJECT, SEGMENTS} <= shares.keys():
+        return []
+    own = shares[SUBJECT]
+    of_places = ", ".join(f"{own[place]} in the {place} place" for place in PLACES if place in own)
+    everywhere = {label: row["all"] for label, row in shares.items()}
+    return [
+        f"**Messages with two and three requests.** `{SUBJECT}` reaches {own['all']} of the score "
+        f"that each request's own expert reaches alone: {of_places}. With each part read and "
+        f"answered by its own expert, by hand, it is {everywhere[SEGMENTS]}."
+        f"{_compared(everywhere)}"
+    ]

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from spectr_demo.config import ASSETS
-from spectr_demo.evaluation.findings import HEAD, in_words
+from spectr_demo.evaluation.composition import SEGMENTS, SINGLE
+from spectr_demo.evaluation.composition_figures import ENOUGH, PLACES, SIZES, TARGETS
+from spectr_demo.evaluation.findings import HEAD, SUBJECT, in_words
+from spectr_demo.evaluation.messages import FORMATS
 
 RESULTS = ASSETS / "results" / "evaluation.json"
 
@@ -27,18 +30,20 @@ def load_results(path: Path = RESULTS) -> dict[str, Any] | None:
 
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The whole report, headings included."""
-    sections = [
-        HEAD.format(findings=in_words(results), conditions=conditions(results["meta"])),
-        "## Overview\n\n" + overview_table(results),
-        "## Task scores\n\n" + scores_table(results),
-        "## Likelihood of the reference answers\n\n" + likelihood_table(results),
-        "## Routing accuracy\n\n" + accuracy_table(results),
-        "## Where in the model\n\n" + depth_table(results),
-    ]
-    if results["offdomain"]:
+    sections = [HEAD.format(findings=in_words(results), conditions=conditions(results["meta"]))]
+    if "scores" in results:  # else the messages were measured alone
+        sections += [
+            "## Overview\n\n" + overview_table(results),
+            "## Task scores\n\n" + scores_table(results),
+            "## Likelihood of the reference answers\n\n" + likelihood_table(results),
+            "## Routing accuracy\n\n" + accuracy_table(results),
+            "## Where in the model\n\n" + depth_table(results),
+        ]
+    if results.get("offdomain"):
         sections.append("## Ordinary chat, where no expert fits\n\n" + offdomain_table(results))
-    if any(results["compositional"].values()):
-        sections.append("## Two requests in one text\n\n" + compositional_table(results))
+    if composition := results.get("composition"):
+        title = "## Messages with two and three requests\n\n"
+        sections.append(title + composition_tables(composition))
     if results.get("stress"):
         sections.append(
             "## Weak and alike experts, and many of them\n\n" + stress_tables(results["stress"])
@@ -191,26 +196,114 @@ def offdomain_table(results: Mapping[str, Any]) -> str:
     )
 
 
-def compositional_table(results: Mapping[str, Any]) -> str:
-    """Each part of a text with two requests."""
-    header, rows = ["router"], []
-    layouts = list(next(iter(results["compositional"].values())))
-    for layout in layouts:
-        for part in ("first", "second"):
-            header += [f"{layout}, {part}: {what}" for what in ("score", "NLL", "routing")]
-    for label, by_layout in results["compositional"].items():
-        cells = []
-        for layout in layouts:
-            for part in ("first", "second"):
-                values = by_layout[layout][part]
-                routing = f"{values['accuracy']:.1%}" if "accuracy" in values else "-"
-                cells += [f"{values['score']:.2f}", f"{values['nll']:.2f}", routing]
-        rows.append([label, *cells])
-    return _table(header, rows) + (
-        "\nThe second answer is generated after the first one's reference answer. Each domain's "
-        "metric scores its part. `routing`: share of a part's answer's decisions for its own "
-        "expert.\n"
+def composition_tables(composition: Mapping[str, Any]) -> str:
+    """Messages with several requests: targets, scores by place and format, choices by segment."""
+    num, rows = composition["num"], composition["rows"]
+    measured = f" {conditions(composition['meta'])}" if "meta" in composition else ""
+    return "\n".join(
+        (
+            f"{num['two']} messages with two held-out requests of different domains and "
+            f"{num['three']} with three, in five formats (`bulleted` was never trained). A router "
+            "answers a message as a whole. Line i of the answer is part i, and its domain's own "
+            f"metric scores it. A list mark before it costs nothing.{measured}\n",
+            targets_table(rows),
+            "Share of the score that each request's own expert reaches when it is asked alone "
+            "(`single-request oracle`). The `segment oracle` has each part read and answered by "
+            "its own expert, by hand. A message is right if each part reaches "
+            f"{ENOUGH:.0%} of what its own expert scores alone, or full marks where that scores "
+            "nothing:\n",
+            places_table(rows),
+            "The same share by format:\n",
+            _shares_table(rows, FORMATS),
+            "Mean score of a domain's parts:\n",
+            _table(
+                ["router", *next(iter(rows.values()))["domains"]],
+                (
+                    [label, *(f"{score:.2f}" for score in row["domains"].values())]
+                    for label, row in rows.items()
+                ),
+            ),
+            "Routing accuracy, as a router reads a message and its reference answer: share of the "
+            "decisions in a part's request, and in its answer, for the part's own expert. `tokens "
+            "until the switch`: in a second or third answer, before most decisions of a token are "
+            "for its own expert. `switched`: share of these answers where that happens:\n",
+            segments_table(rows),
+        )
     )
+
+
+def targets_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was aimed at, and what was measured."""
+    subject, segments = rows.get(SUBJECT, {}), rows[SEGMENTS]["of_single"].get("all")
+    lines = [
+        ("the segment oracle's share of the single-request oracle", ">=", "segments", segments),
+        (f"`{SUBJECT}`: share of the segment oracle", ">=", "subject", subject.get("of_segments")),
+        (f"`{SUBJECT}`: first place less second", "<=", "gap", subject.get("gap")),
+    ]
+    cells = []
+    for what, sign, key, value in lines:
+        target = TARGETS[key]
+        met = "-"
+        if value is not None:
+            reached = value["mean"] >= target if sign == ">=" else value["mean"] <= target
+            met = "yes" if reached else "no"
+        cells.append([what, f"{sign} {target:.2f}", _interval_or_dash(value), met])
+    return _table(["what", "target", "measured", "met"], cells)
+
+
+def places_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each router: share of the single-request oracle by place, whole messages."""
+    header = ["router", "all parts", "of the segment oracle", *PLACES, "first less second"]
+    sizes = list(SIZES.values())
+    return _table(
+        [*header, *(f"messages of {size} right" for size in sizes)],
+        (
+            [
+                label,
+                _interval_or_dash(row["of_single"].get("all")),
+                _interval_or_dash(row.get("of_segments")),
+                *_shares(row, PLACES),
+                _interval_or_dash(row.get("gap")),
+                *(_interval_or_dash(row["whole"].get(size)) for size in sizes),
+            ]
+            for label, row in rows.items()
+        ),
+    )
+
+
+def segments_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each router; `-` for one that does not choose, or answers the parts apart."""
+    header = [f"{segment}, {place}" for segment in ("request", "answer") for place in PLACES]
+    lines = []
+    for label, row in rows.items():
+        if label in (SEGMENTS, SINGLE):
+            continue
+        routing = row["routing"] or {}
+        shares = [
+            routing.get(key, {}).get(place) for key in ("prompt", "answer") for place in PLACES
+        ]
+        switch = f"{routing['switch']:.1f}" if "switch" in routing else "-"
+        cells = [*map(_percent, shares), switch, _percent(routing.get("switched"))]
+        lines.append([label, *cells])
+    return _table(["router", *header, "tokens until the switch", "switched"], lines)
+
+
+def _shares_table(rows: Mapping[str, Mapping[str, Any]], groups: Sequence[str]) -> str:
+    lines = ([label, *_shares(row, groups)] for label, row in rows.items())
+    return _table(["router", *groups], lines)
+
+
+def _shares(row: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
+    means = [row["of_single"].get(group) for group in groups]
+    return ["-" if mean is None else f"{mean['mean']:.2f}" for mean in means]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _interval_or_dash(value: Mapping[str, float] | None) -> str:
+    return "-" if value is None else _interval(value)
 
 
 def stress_tables(stress: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def task_scores(answers: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[st
     for label, row in answers.items():
         result[label] = {
             "domains": {name: summarize(row[name]).to_dict() for name in names},
-            "macro": _interval(means[label].mean(), resampled[label].mean(0)),
+            "macro": interval(means[label].mean(), resampled[label].mean(0)),
         }
         scores = means["oracle"] > 0 if "oracle" in answers else np.zeros(len(names), np.bool_)
         if scores.any():
@@ -99,14 +99,15 @@ def task_scores(answers: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[st
             ratios = np.divide(
                 resampled[label], oracle, out=np.full_like(oracle, np.nan), where=oracle > 0
             )
-            result[label]["of_oracle"] = _interval(
+            result[label]["of_oracle"] = interval(
                 (means[label][scores] / means["oracle"][scores]).mean(),
                 np.nanmean(ratios[scores], axis=0),
             )
     return result
 
 
-def _interval(mean: float, resampled: NDArray[np.float64]) -> dict[str, float]:
+def interval(mean: float, resampled: NDArray[np.float64]) -> dict[str, float]:
+    """A mean with the 95% interval of what resampling gave (N,)."""
     low, high = np.quantile(resampled, (0.025, 0.975))
     return {
         "mean": round(float(mean), 4),

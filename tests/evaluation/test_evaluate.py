@@ -7,7 +7,8 @@ import pytest
 
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation import evaluate
-from spectr_demo.evaluation.compositional import LAYOUTS
+from spectr_demo.evaluation.composition import SEGMENTS, SINGLE
+from spectr_demo.evaluation.contenders import COMPOSED
 from spectr_demo.evaluation.evaluate import CONTENDERS, QUICK, Evaluation, Settings
 from spectr_demo.evaluation.report import to_markdown
 from tests.conftest import BuildModel
@@ -21,13 +22,16 @@ def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> Non
     labels = {contender.label for contender in CONTENDERS}
     assert results["scores"].keys() == results["likelihood"].keys() == labels
     constant = {"base", "oracle", "uniform (outputs)", "uniform (parameters)"}
-    routing = labels - constant - {c.label for c in CONTENDERS if c.is_merge}
+    merges = {c.label for c in CONTENDERS if c.is_merge}
+    routing = labels - constant - merges
     assert results["accuracy"].keys() == routing
-    assert results["offdomain"].keys() == results["compositional"].keys()
+    assert results["offdomain"].keys() == labels - {"oracle"} - merges
     assert results["offdomain"]["base"]["kl"] == pytest.approx(0, abs=1e-6)
     assert results["offdomain"]["base"]["agreement"] == 1.0
     assert results["offdomain"]["spectr"]["kl"] > 0
-    assert set(results["compositional"]["spectr"]) == set(LAYOUTS)
+    rows = results["composition"]["rows"]
+    assert rows.keys() == {*COMPOSED, SEGMENTS, SINGLE} and rows["TIES"]["routing"] is None
+    assert rows["spectr"]["routing"]["answer"].keys() == {"first", "second"}
     assert results["likelihood"]["base"]["way"] == 0
     assert results["likelihood"]["oracle"]["way"] == 1
     assert set(results["meta"]["experts"]) == {"sql", "chords", "other"}
@@ -40,14 +44,32 @@ def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> Non
 
 
 def test_tests_of_no_prompts_are_left_out(build_engine: BuildModel) -> None:
-    settings = replace(SETTINGS, num_pairs=0, num_offdomain=0, labels=QUICK)
+    settings = replace(SETTINGS, num_pairs=0, num_triples=5, num_offdomain=0, labels=QUICK)
     results = Evaluation(build_engine(), settings).run()
     assert results["offdomain"] == {}
-    assert not any(results["compositional"].values())
+    assert results["composition"] is None, "two tasks make no triples"
     report = to_markdown(results)
     assert "## Routing accuracy" in report
     assert "## Ordinary chat" not in report
-    assert "## Two requests" not in report
+    assert "## Messages" not in report
+
+
+def test_messages_can_be_measured_alone(build_engine: BuildModel) -> None:
+    settings = replace(SETTINGS, labels=("base", "spectr", "TIES", "oracle"))
+    alone = Evaluation(build_engine(), settings).with_composition(None)
+    labels = {"base", "spectr", "TIES", SEGMENTS, SINGLE}
+    assert set(alone) == {"meta", "composition"}
+    assert alone["composition"]["rows"].keys() == labels
+    assert alone["composition"]["meta"]["settings"]["num_pairs"] == 2
+    assert "| segment oracle |" in to_markdown(alone)
+    whole = Evaluation(build_engine(), settings).run()
+    assert whole["composition"]["rows"] == alone["composition"]["rows"]
+    both = Evaluation(build_engine(), settings).with_composition({**whole, "composition": None})
+    assert both["composition"]["rows"] == alone["composition"]["rows"]
+    assert both["scores"] == whole["scores"]
+    none = replace(settings, num_pairs=0)
+    with pytest.raises(ValueError, match="num_pairs is 0 and num_triples 60"):
+        Evaluation(build_engine(), none).with_composition(None)
 
 
 def test_an_interrupted_evaluation_goes_on(

@@ -8,9 +8,8 @@ import pytest
 from spectr_demo.evaluation.findings import in_words
 
 
-def answered(accuracy: float | None, first: float, second: float) -> dict[str, Any]:
-    routing = {} if accuracy is None else {"accuracy": accuracy}
-    return {"first": {"score": first, **routing}, "second": {"score": second, **routing}}
+def shared(**shares: float) -> dict[str, Any]:
+    return {"of_single": {group: {"mean": share} for group, share in shares.items()}}
 
 
 @pytest.fixture
@@ -35,9 +34,12 @@ def results() -> dict[str, Any]:
             "spectr": {"kl": 2.5},
             "spectr-context": {"kl": 0.25, "unrouted": 0.75},
         },
-        "compositional": {
-            "base": {"one turn": answered(None, 0.0, 0.05)},
-            "spectr-context": {"one turn": answered(0.6, 0.35, 0.15)},
+        "composition": {
+            "rows": {
+                "base": shared(all=0.05),
+                "spectr-context": shared(all=0.5, first=0.65, second=0.35),
+                "segment oracle": shared(all=0.95),
+            }
         },
     }
 
@@ -52,17 +54,17 @@ def test_each_finding_has_its_figures(results: dict[str, Any]) -> None:
     assert "and 0.80 with its own expert alone" in text
     assert "by 0.25 nats a token (KL). It uses no expert in 75%" in text
     assert "(`spectr`): 2.50." in text
-    assert "60% of the decisions of the first answer" in text
-    assert "score 0.35 and 0.15. The base without experts (`base`): 0.00 and 0.05." in text
-    assert "two messages" not in text
+    assert "reaches 0.50 of the score that each request's own expert reaches alone" in text
+    assert "0.65 in the first place, 0.35 in the second place." in text
+    assert "by hand, it is 0.95. The base without experts (`base`): 0.05." in text
 
 
 def test_what_was_not_measured_is_not_mentioned(results: dict[str, Any]) -> None:
     few = copy.deepcopy(results)
-    few |= {"accuracy": {}, "offdomain": {}, "compositional": {}}
+    few |= {"accuracy": {}, "offdomain": {}, "composition": None}
     text = in_words(few)
     assert "right expert" not in text
     assert "chat" not in text
-    assert "Two requests" not in text
+    assert "three requests" not in text
     del few["scores"]["spectr-context"]
     assert in_words(few) == ""
