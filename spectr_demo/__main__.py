@@ -263,19 +263,29 @@ def _recipe(arguments: argparse.Namespace) -> Any:
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every router on held-out prompts of every domain; writes a JSON file and its report."""
     from spectr_demo.evaluation.evaluate import Evaluation, Settings
-    from spectr_demo.evaluation.report import overview_table, to_markdown
+    from spectr_demo.evaluation.report import (
+        load_results,
+        overview_table,
+        places_table,
+        to_markdown,
+    )
 
     settings = Settings.quick() if arguments.quick else Settings()
-    if arguments.num_examples is not None:
-        settings = replace(settings, num_examples=arguments.num_examples)
+    for name in ("num_examples", "num_pairs", "num_triples"):
+        if (num := getattr(arguments, name)) is not None:
+            settings = replace(settings, **{name: num})
     if arguments.routers:
         settings = replace(settings, labels=tuple(arguments.routers))
     if arguments.retrained:
         settings = replace(settings, retrained=tuple(arguments.retrained))
-    results = Evaluation(_load(arguments), settings).run()
+    evaluation = Evaluation(_load(arguments), settings)
     # The shipped results are the full run's; a quick one leaves them alone.
     shipped = WORKPLACE / "assets" / "results" / "evaluation.json"
     output = arguments.output or (Path("quick.json") if arguments.quick else shipped)
+    if arguments.only:
+        results = evaluation.with_composition(load_results(output))
+    else:
+        results = evaluation.run()
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     report = output.with_suffix(".md")
@@ -283,7 +293,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         report = WORKPLACE / "docs" / "results.md"
     report.write_text(to_markdown(results), encoding="utf-8")
     if not arguments.json:
-        _out.print(Markdown(overview_table(results)))
+        composed = arguments.only and places_table(results["composition"]["rows"])
+        _out.print(Markdown(composed or overview_table(results)))
         _out.print(f"Wrote {output} and {report}", highlight=False)
     return results
 

@@ -82,7 +82,14 @@ def _run() -> argparse.ArgumentParser:
 
 def _evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quick", action="store_true", help="about five minutes on two cores")
+    command.add_argument(
+        "--only",
+        choices=["composition"],
+        help="messages with several requests alone, put into the JSON file that is there",
+    )
     command.add_argument("--num-examples", type=int, help="held-out prompts a domain (default: 16)")
+    command.add_argument("--num-pairs", type=int, help="messages of two requests (default: 90)")
+    command.add_argument("--num-triples", type=int, help="messages of three (default: 60)")
     command.add_argument("--routers", nargs="+", metavar="ROW", help="rows of the tables, by label")
     command.add_argument(
         "--retrained",
