@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from spectr_demo import __main__
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation import evaluate
 from spectr_demo.evaluation.composition import SEGMENTS, SINGLE
@@ -70,6 +72,23 @@ def test_messages_can_be_measured_alone(build_engine: BuildModel) -> None:
     none = replace(settings, num_pairs=0)
     with pytest.raises(ValueError, match="num_pairs is 0 and num_triples 60"):
         Evaluation(build_engine(), none).with_composition(None)
+
+
+def test_the_command_puts_messages_into_the_results_that_are_there(
+    build_engine: BuildModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(__main__, "_load", lambda arguments: build_engine())
+    output = tmp_path / "results.json"
+    few = ["--num-pairs", "3", "--num-triples", "0", "--routers", "base", "spectr"]
+    command = ["evaluate", "--output", str(output), "--num-examples", "2", *few]
+    settings = replace(SETTINGS, num_pairs=0, labels=("base", "oracle"))
+    before = Evaluation(build_engine(), settings).run()
+    output.write_text(json.dumps(before))
+    assert __main__.main([*command, "--only", "composition"]) == 0
+    after = json.loads(output.read_text())
+    assert after["composition"]["num"] == {"two": 3, "three": 0}
+    assert {**after, "composition": None} == json.loads(json.dumps(before))
+    assert "3 messages with two held-out requests" in output.with_suffix(".md").read_text()
 
 
 def test_an_interrupted_evaluation_goes_on(
