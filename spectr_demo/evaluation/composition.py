@@ -163,7 +163,7 @@ def routed_parts(
 def segment_parts(
     engine: SpectrModel, messages: Sequence[Message], batch_size: int = 32
 ) -> list[list[str]]:
-    """What the segment oracle answers to each part."""
+    """What the segment oracle answers to each part: the first line of it, as of other answers."""
     encode = PromptEncoder(engine.tokenizer)
     asked = []
     for message in messages:
@@ -172,7 +172,8 @@ def segment_parts(
         asked.append(
             Segments(ids=tuple(ids), owners=tuple(owners), experts=experts, caps=_caps(message))
         )
-    return segment_answers(engine, asked, batch_size=batch_size)
+    answers = segment_answers(engine, asked, batch_size=batch_size)
+    return [[split_answer(part, 1)[0] for part in parts] for parts in answers]
 
 
 def single_parts(

@@ -158,6 +158,14 @@ def test_every_way_to_answer_gives_each_part_of_each_message(
     assert segment_parts(engine, messages, 1) == segment_parts(engine, messages, 2)
 
 
+def test_the_segment_oracles_parts_are_lines_too(
+    engine: SpectrModel, messages: list[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [["C E", "SELECT 1;\nand more"], ["", "C"]]
+    monkeypatch.setattr(composition, "segment_answers", lambda *a, **k: said)
+    assert segment_parts(engine, messages) == [["C E", "SELECT 1;"], ["", "C"]]
+
+
 def test_message_and_reference_are_read_as_a_router_would_see_them(
     engine: SpectrModel, messages: list[Message], monkeypatch: pytest.MonkeyPatch
 ) -> None:
