@@ -115,7 +115,9 @@ def _train(command: argparse.ArgumentParser) -> None:
         help="paper: SpectR's, one epoch at a learning rate of 1e-4",
     )
     command.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
-    command.add_argument("--batch-size", type=int, help="examples per step (default: 8)")
-    command.add_argument("--seed", type=int, help="of initialisation and order; the split stays")
+    command.add_argument("--batch-size", type=int, help="rows of a step (default: the recipe's)")
+    command.add_argument(
+        "--seed", type=int, help="of initialisation and order (default: from NAME)"
+    )
     command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")
     command.add_argument("--overwrite", action="store_true", help="replace a finished expert")

@@ -47,6 +47,7 @@ def estimate_training(
     rank: int,
     tokens_per_step: int,
     answer_tokens_per_step: int,
+    tokens_at_once: int,
     num_steps: int,
     device: torch.device,
 ) -> TrainingCost:
@@ -54,6 +55,7 @@ def estimate_training(
 
     tokens_per_step: tokens of a batch, padding included.
     answer_tokens_per_step: those of them with logits.
+    tokens_at_once: of a pass, at most; a batch may take several. Memory is for one.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -69,9 +71,11 @@ def estimate_training(
         NF4_BYTES * num_linear + 2 * (num_parameters - num_linear) if on_gpu else 4 * num_parameters
     )
     mlp_size = getattr(text, "intermediate_size", 4 * text.hidden_size)
-    values = tokens_per_step * text.num_hidden_layers
+    share_at_once = min(1.0, tokens_at_once / tokens_per_step)
+    values = share_at_once * tokens_per_step * text.num_hidden_layers
     values *= HIDDEN_VALUES * text.hidden_size + MLP_VALUES * mlp_size
-    logits = 3 * 4 * answer_tokens_per_step * text.vocab_size  # with softmax and gradient
+    # With softmax and gradient.
+    logits = share_at_once * 3 * 4 * answer_tokens_per_step * text.vocab_size
     # Forward and the gradient by inputs, 2 operations a weight each; weights get no gradient.
     operations = 4.0 * tokens_per_step * num_linear
     operations += 4.0 * answer_tokens_per_step * text.vocab_size * text.hidden_size

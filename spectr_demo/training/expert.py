@@ -10,6 +10,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,23 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from spectr_demo.base.embedded import EMBEDDED_ID
 from spectr_demo.base.files import publish, scratch_dir
 from spectr_demo.base.loading import LoadedBase, load_base, read_base_config
-from spectr_demo.config import WORKPLACE, base_from_environment, cache_dir, library_versions
+from spectr_demo.config import WORKPLACE, base_from_environment, cache_dir
 from spectr_demo.evaluation.generation import generate_answers
 from spectr_demo.evaluation.scores import Score, score_answers
 from spectr_demo.evaluation.tasks import SPLIT_SEED, Split, Task, find_task
 from spectr_demo.evaluation.tasks.user_file import is_file
-from spectr_demo.training.card import model_card
+from spectr_demo.training.card import expert_record, write_card
 from spectr_demo.training.cost import estimate_training
+from spectr_demo.training.foreign import foreign_requests
+from spectr_demo.training.messages import MISSING, PATTERNS, fits_a_message, own_request
 from spectr_demo.training.recipe import RECIPES, TARGET_MODULES, Recipe
-from spectr_demo.training.trainer import fit
+from spectr_demo.training.trainer import PIECE_TOKENS, fit
 
 ADAPTER_FILE = "adapter_model.safetensors"
 # For the estimate of a run only.
 CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS = 3.0, 30
+OWN_REQUESTS = 7 / 3  # of a message without foreign lines, on average
+FOREIGN_TOKENS, FOREIGN_ANSWER_TOKENS = 18, 15  # of a foreign line
 
 
 def train(
@@ -53,10 +58,10 @@ def train(
     is there and `overwrite` is false), ModuleNotFoundError (the task's packages) or OSError
     (unwritable folder), all before any training.
     """
-    recipe = recipe or Recipe()
     output_dir = output_dir or expert_folder(name, base)
     task = check(name, output_dir, overwrite)
     split = task.build(SPLIT_SEED)
+    recipe = _feasible((recipe or Recipe()).for_expert(task.name), split)
     base = base or base_from_environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if base is not None:  # said before gigabytes are fetched
@@ -66,9 +71,13 @@ def train(
     if base is None:
         _say_cost(loaded.model.config, split, recipe, device)
 
+    foreign = foreign_requests(loaded) if recipe.num_foreign else []
+    if recipe.num_foreign and not foreign:  # the base answers nothing
+        own_share = recipe.own_share + recipe.foreign_share
+        recipe = replace(recipe, own_share=own_share, foreign_share=0.0)
     model = _with_lora(loaded, recipe)
     checkpoint_dir = _checkpoint_dir(task, loaded, recipe, split)
-    train_seconds = fit(model, loaded.tokenizer, split.train, recipe, checkpoint_dir)
+    train_seconds = fit(model, loaded.tokenizer, split.train, foreign, recipe, checkpoint_dir)
 
     # What is scored is what is shipped: the weights after rounding to 16 bits.
     lora = [p for p in model.parameters() if p.requires_grad]
@@ -78,14 +87,29 @@ def train(
     for parameter in lora:
         parameter.data = parameter.data.half()
     base_id = str(loaded.model.name_or_path)
-    command = " ".join(
-        ["python -m spectr_demo train", shlex.quote(name), *_options(base_id, recipe)]
+    options = _options(base_id, task.name, recipe)
+    record = expert_record(
+        task,
+        split,
+        recipe,
+        base=base_id,
+        fingerprint=loaded.fingerprint,
+        command=" ".join(["python -m spectr_demo train", shlex.quote(name), *options]),
+        num_foreign=len(foreign),
+        device=_device_name(device),
+        train_seconds=train_seconds,
+        scores=scores,
     )
-    device_name = _device_name(device)
-    record = _record(task, command, base_id, split, recipe, scores, train_seconds, device_name)
-    _save(model, record, model_card(task, record), output_dir)
+    _save(model, task, record, output_dir)
     shutil.rmtree(checkpoint_dir)
     return output_dir
+
+
+def _feasible(recipe: Recipe, split: Split) -> Recipe:
+    """The recipe, without messages if no example fits one."""
+    if any(fits_a_message(own_request(example)) for example in split.train):
+        return recipe
+    return replace(recipe, own_share=0.0, foreign_share=0.0)
 
 
 def _with_lora(loaded: LoadedBase, recipe: Recipe) -> Any:
@@ -93,7 +117,7 @@ def _with_lora(loaded: LoadedBase, recipe: Recipe) -> Any:
     # peft takes seconds to import, and nothing before this needs it.
     from peft import LoraConfig, get_peft_model
 
-    set_seed(recipe.seed)
+    set_seed(recipe.seed or 0)
     return get_peft_model(
         loaded.model,
         LoraConfig(
@@ -135,16 +159,21 @@ def is_finished(folder: Path) -> bool:
 
 def _say_cost(config: PreTrainedConfig, split: Split, recipe: Recipe, device: torch.device) -> None:
     """Print what the run will take; tokens are counted as text, before any tokenizer is there."""
-    prompts = [
-        len(example.prompt) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS for example in split.train
-    ]
-    answers = [len(example.answer) / CHARACTERS_PER_TOKEN + 1 for example in split.train]
     num = len(split.train)
+    prompt = sum(len(e.prompt) for e in split.train) / num / CHARACTERS_PER_TOKEN
+    answer = sum(len(e.answer) for e in split.train) / num / CHARACTERS_PER_TOKEN + 1
+    mixed = "".join(PATTERNS)
+    num_own = recipe.num_single + OWN_REQUESTS * recipe.num_own
+    num_own += recipe.num_foreign * mixed.count("O") / len(PATTERNS)
+    num_foreign = recipe.num_foreign * mixed.count("F") / len(PATTERNS)
+    answers = num_own * answer + num_foreign * (1 - MISSING) * FOREIGN_ANSWER_TOKENS
+    prompts = num_own * prompt + num_foreign * FOREIGN_TOKENS + recipe.batch_size * TEMPLATE_TOKENS
     cost = estimate_training(
         config,
         rank=recipe.rank,
-        tokens_per_step=round(recipe.batch_size * (sum(prompts) + sum(answers)) / num),
-        answer_tokens_per_step=round(recipe.batch_size * sum(answers) / num),
+        tokens_per_step=round(prompts + answers),
+        answer_tokens_per_step=round(answers),
+        tokens_at_once=max(PIECE_TOKENS, round(prompt + answer) + TEMPLATE_TOKENS),
         num_steps=recipe.num_steps(num),
         device=device,
     )
@@ -204,60 +233,28 @@ def _evaluate(
     }
 
 
-def _record(
-    task: Task,
-    command: str,
-    base_id: str,
-    split: Split,
-    recipe: Recipe,
-    scores: dict[str, dict[str, Score]],
-    train_seconds: float | None,
-    device: str,
-) -> dict[str, Any]:
-    """What `scores.json` holds: enough to write the card again."""
-    example = split.heldout[0]
-    return {
-        "task": task.name,
-        "base": base_id,
-        "metric": task.metric,
-        "command": command,
-        "recipe": recipe.to_json(),
-        "num_train": len(split.train),
-        "num_heldout": len(split.heldout),
-        "example": {"prompt": example.prompt, "answer": example.answer},
-        "train_seconds": train_seconds and round(train_seconds),
-        "device": device,
-        "versions": library_versions(),
-        "scores": {
-            who: {group: score.to_dict() for group, score in groups.items()}
-            for who, groups in scores.items()
-        },
-    }
-
-
-def _options(base_id: str, recipe: Recipe) -> list[str]:
-    """The options of `train` that give this base and recipe."""
+def _options(base_id: str, name: str, recipe: Recipe) -> list[str]:
+    """The options of `train` that give this base and recipe to the expert of this name."""
     # No option changes the learning rate: it tells which preset this was.
-    rates = {preset.learning_rate: name for name, preset in RECIPES.items()}
-    name = rates.get(recipe.learning_rate, "default")
-    preset = RECIPES[name].to_json()
+    rates = {preset.learning_rate: key for key, preset in RECIPES.items()}
+    preset_name = rates.get(recipe.learning_rate, "default")
+    preset = RECIPES[preset_name].for_expert(name).to_json()
     return [
         *([] if base_id == EMBEDDED_ID else [f"--base {base_id}"]),
-        *([] if name == "default" else [f"--recipe {name}"]),
+        *([] if preset_name == "default" else [f"--recipe {preset_name}"]),
         *(
             f"--{key.replace('_', '-')} {value}"
             for key, value in recipe.to_json().items()
-            if preset.get(key) != value
+            if preset.get(key) != value and not key.endswith("_share")  # they follow from the data
         ),
     ]
 
 
-def _save(model: Any, record: dict[str, Any], card: str, output_dir: Path) -> None:
+def _save(model: Any, task: Task, record: dict[str, Any], output_dir: Path) -> None:
     """Write the PEFT folder. The adapter file comes last, so its presence means finished."""
     with scratch_dir(output_dir.parent) as scratch:
         # LoRA only: otherwise PEFT asks the Hub whether the vocabulary was resized.
         model.save_pretrained(scratch, save_embedding_layers=False)
-        (scratch / "scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (scratch / "README.md").write_text(card, encoding="utf-8")
+        write_card(scratch, task, record)
         for file in sorted(scratch.iterdir(), key=lambda f: f.name == ADAPTER_FILE):
             publish(file, output_dir / file.name)

@@ -45,6 +45,7 @@ def estimate(config: PreTrainedConfig | None = None, **changes: object) -> Train
         "rank": 8,
         "tokens_per_step": 100,
         "answer_tokens_per_step": 10,
+        "tokens_at_once": 1000,
         "num_steps": 50,
         "device": torch.device("cpu"),
         **changes,
@@ -74,6 +75,13 @@ def test_memory_grows_with_the_tokens_and_holds_the_weights() -> None:
     more, most = (estimate(tokens_per_step=tokens).memory for tokens in (200, 300))
     assert 0 < more - plain.memory == most - more
     assert estimate(answer_tokens_per_step=20).memory > plain.memory
+
+
+def test_a_batch_that_is_taken_in_parts_needs_the_memory_of_one() -> None:
+    whole = estimate(tokens_per_step=200, answer_tokens_per_step=20)
+    parts = estimate(tokens_per_step=200, answer_tokens_per_step=20, tokens_at_once=100)
+    assert parts.memory == estimate().memory < whole.memory
+    assert parts.seconds == whole.seconds
 
 
 def test_on_a_gpu_layers_take_four_bits_and_its_own_memory_counts() -> None:

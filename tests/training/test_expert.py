@@ -19,8 +19,9 @@ from spectr_demo.evaluation.tasks.baselines import copy_input
 from spectr_demo.training import cost as training_cost
 from spectr_demo.training import expert as training
 from spectr_demo.training.expert import expert_folder, is_finished, train
-from spectr_demo.training.recipe import Recipe
+from spectr_demo.training.recipe import RECIPES, Recipe, seed_of
 from tests.conftest import tiny_llama
+from tests.training.test_dataset import FOREIGN
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,7 @@ def tiny_base(
         return SimpleNamespace(model=model, tokenizer=tokenizer, fingerprint="tiny")
 
     monkeypatch.setattr(training, "load_base", load_base)
+    monkeypatch.setattr(training, "foreign_requests", lambda base: FOREIGN)
     monkeypatch.setattr(training_cost, "PROBE_SECONDS", 0.01)
     monkeypatch.delenv("SPECTR_BASE_MODEL", raising=False)
     monkeypatch.setitem(TASKS, "sql", few_questions)
@@ -108,6 +110,8 @@ def test_two_steps_make_an_ordinary_peft_folder(
 
     scores = json.loads((folder / "scores.json").read_text())
     assert scores["recipe"]["steps"] == 2
+    assert scores["recipe"]["seed"] == seed_of("sql")
+    assert (scores["fingerprint"], scores["num_foreign"]) == ("tiny", 1)
     assert scores["scores"]["expert"]["all"]["num"] == 4
     assert (
         scores["command"]
@@ -263,3 +267,56 @@ def test_an_expert_of_a_file_does_not_go_to_the_shipped_ones() -> None:
     assert expert_folder("data/sums.jsonl") == folder
     assert expert_folder("data/sums.CSV", EMBEDDED_ID) == folder
     assert expert_folder("sums.jsonl", "/models/llama") == Path("experts/llama/sums")
+
+
+def test_examples_that_fit_no_message_are_trained_alone(tmp_path: Path) -> None:
+    file = tmp_path / "poems.jsonl"
+    rows = [{"prompt": f"Poem {i}", "answer": f"{i}\nends"} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe(steps=1, batch_size=4)
+    folder = train(str(file), output_dir=tmp_path / "poems", recipe=recipe, num_eval=1)
+    record = json.loads((folder / "scores.json").read_text())
+    assert record["mix"] == {"single": 4, "own": 0, "foreign": 0}
+    assert record["command"].endswith("--base tiny/llama --steps 1 --batch-size 4")
+
+
+def test_a_base_that_answers_nothing_gives_no_foreign_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "foreign_requests", lambda base: [])
+    folder = train("sql", output_dir=tmp_path, recipe=Recipe(steps=1, batch_size=8), num_eval=1)
+    record = json.loads((folder / "scores.json").read_text())
+    assert record["mix"] == {"single": 4, "own": 4, "foreign": 0}
+
+
+def test_foreign_lines_are_written_by_the_base_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the LoRA is attached, and only if the recipe has them."""
+    asked = []
+
+    def written(base: SimpleNamespace) -> object:
+        asked.append(any("lora" in name for name, _ in base.model.named_modules()))
+        return FOREIGN
+
+    monkeypatch.setattr(training, "foreign_requests", written)
+    for recipe in (Recipe(steps=1, batch_size=2), RECIPES["paper"]):
+        recipe = replace(recipe, steps=1, epochs=None)
+        train("sql", output_dir=tmp_path, recipe=recipe, num_eval=1, overwrite=True)
+    assert asked == [False]
+
+
+def test_experts_begin_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a seed from its name; a seed that is given counts more."""
+    monkeypatch.setattr(training, "fit", lambda *given: given[-1].mkdir(parents=True))
+    found = {}
+    for name, seed in (("one", None), ("two", None), ("three", 7), ("four", 7)):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [{"prompt": f"{i} + {i}", "answer": str(2 * i)} for i in range(20)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        recipe = Recipe(steps=1, batch_size=2, seed=seed)
+        folder = train(str(file), output_dir=tmp_path / name, recipe=recipe, num_eval=1)
+        weights = load_file(folder / "adapter_model.safetensors")
+        found[name] = weights[next(key for key in weights if "lora_A" in key)]
+    assert not torch.allclose(found["one"], found["two"])
+    assert torch.equal(found["three"], found["four"])
