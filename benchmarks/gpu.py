@@ -37,9 +37,9 @@ from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.routing.spectr import spectr_scores
-from spectr_demo.training.recipe import TARGET_MODULES
 
 RANK = 8
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {
     "Llama-3.2-3B": LlamaConfig(
         hidden_size=3072,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from spectr_demo.base.memory import free_memory
 from spectr_demo.base.quantization import NF4_BYTES
+from spectr_demo.training.lora import inner_linears
 
 LORA_BYTES = 16  # of each value: float32 weight, gradient and AdamW's two moments
 # Values kept for the backward pass, per token and layer, in units of the hidden size and of the
@@ -60,8 +61,7 @@ def estimate_training(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    inside = [m for m in linear if m is not model.get_output_embeddings()]
+    inside = inner_linears(model).values()
     num_parameters = sum(p.numel() for p in model.parameters())
     num_linear = sum(m.weight.numel() for m in inside)
     num_lora = sum(rank * (m.in_features + m.out_features) for m in inside)

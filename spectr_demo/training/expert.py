@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from spectr_demo.base.embedded import EMBEDDED_ID
 from spectr_demo.base.files import publish, scratch_dir
@@ -28,8 +28,9 @@ from spectr_demo.evaluation.tasks.user_file import is_file
 from spectr_demo.training.card import expert_record, write_card
 from spectr_demo.training.cost import estimate_training
 from spectr_demo.training.foreign import foreign_requests
+from spectr_demo.training.lora import with_lora
 from spectr_demo.training.messages import MISSING, PATTERNS, fits_a_message, own_request
-from spectr_demo.training.recipe import RECIPES, TARGET_MODULES, Recipe
+from spectr_demo.training.recipe import RECIPES, Recipe
 from spectr_demo.training.trainer import PIECE_TOKENS, fit
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -75,7 +76,7 @@ def train(
     if recipe.num_foreign and not foreign:  # the base answers nothing
         own_share = recipe.own_share + recipe.foreign_share
         recipe = replace(recipe, own_share=own_share, foreign_share=0.0)
-    model = _with_lora(loaded, recipe)
+    model = with_lora(loaded.model, recipe)
     checkpoint_dir = _checkpoint_dir(task, loaded, recipe, split)
     train_seconds = fit(model, loaded.tokenizer, split.train, foreign, recipe, checkpoint_dir)
 
@@ -110,24 +111,6 @@ def _feasible(recipe: Recipe, split: Split) -> Recipe:
     if any(fits_a_message(own_request(example)) for example in split.train):
         return recipe
     return replace(recipe, own_share=0.0, foreign_share=0.0)
-
-
-def _with_lora(loaded: LoadedBase, recipe: Recipe) -> Any:
-    """The base with the recipe's LoRA, freshly drawn; only the LoRA is trained."""
-    # peft takes seconds to import, and nothing before this needs it.
-    from peft import LoraConfig, get_peft_model
-
-    set_seed(recipe.seed or 0)
-    return get_peft_model(
-        loaded.model,
-        LoraConfig(
-            r=recipe.rank,
-            lora_alpha=recipe.alpha,
-            target_modules=TARGET_MODULES,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        ),
-    )
 
 
 def _checkpoint_dir(task: Task, loaded: LoadedBase, recipe: Recipe, split: Split) -> Path:

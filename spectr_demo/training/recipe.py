@@ -13,8 +13,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

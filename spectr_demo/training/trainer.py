@@ -16,9 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from spectr_demo.evaluation.messages import Request
 from spectr_demo.evaluation.tasks import Example
 from spectr_demo.training.dataset import MessageDataset, collate, pieces_of
+from spectr_demo.training.lora import adapter_on
 from spectr_demo.training.messages import IGNORED
 from spectr_demo.training.recipe import Recipe
-from spectr_demo.training.switch import adapter_on
 
 # Of one pass, padding included: it bounds the memory whatever the batch is.
 PIECE_TOKENS = 1024

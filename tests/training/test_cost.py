@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from spectr_demo.training import cost as training_cost
 from spectr_demo.training.cost import LORA_BYTES, TrainingCost, estimate_training
-from spectr_demo.training.recipe import TARGET_MODULES
-from tests.conftest import tiny_llama
+from tests.conftest import PROJECTIONS, tiny_llama
 
 MEASURE_SPEED = training_cost._matmul_speed
 SPEED = 1e9
@@ -64,7 +63,7 @@ def test_a_tied_head_is_counted_once() -> None:
 
 
 def test_a_rank_costs_what_its_lora_weights_do() -> None:
-    lora = LoraConfig(r=2, target_modules=TARGET_MODULES, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=2, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     trained, _ = get_peft_model(tiny_llama(100), lora).get_nb_trainable_parameters()
     assert estimate(rank=10).memory - estimate(rank=8).memory == LORA_BYTES * trained
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spectr_demo.evaluation.messages import Request, Style
 from spectr_demo.training import trainer
 from spectr_demo.training.dataset import collate
+from spectr_demo.training.lora import with_lora
 from spectr_demo.training.messages import IGNORED, ONE, RowEncoder, own_request
-from spectr_demo.training.recipe import TARGET_MODULES, Recipe
+from spectr_demo.training.recipe import Recipe
 from spectr_demo.training.trainer import answer_loss, fit
 from tests.training.test_dataset import FOREIGN, example
 
@@ -42,9 +42,8 @@ def lora_run(
     tokenizer: PreTrainedTokenizerFast, llama: LlamaForCausalLM, folder: Path, **changes: Any
 ) -> torch.Tensor:
     """All weights of a LoRA after two steps."""
-    torch.manual_seed(0)
-    model = get_peft_model(llama, LoraConfig(r=4, target_modules=TARGET_MODULES))
     recipe = Recipe(steps=2, batch_size=8, seed=0, **changes)
+    model = with_lora(llama, recipe)
     fit(model, tokenizer, EXAMPLES, FOREIGN, recipe, folder)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
