@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spectr_demo.base import generic
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.config import cache_dir
 from spectr_demo.engine.model import SpectrModel
@@ -181,6 +182,14 @@ def cache_folder(
         return cache_dir()
     monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def shipped_prompts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The tiny base has generic prompts that are shipped: to write them takes it a second."""
+    if "embedded" not in request.keywords:
+        shipped = Path(__file__).with_name("generic_text.json")
+        monkeypatch.setattr(generic, "GENERIC_TEXT", shipped)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Chat template and tokenizing: from messages to token ids; the parts that all prompts share."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -9,17 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spectr_demo.config import ASSETS
-
 Message = dict[str, str]
 
-GENERIC_TEXT = ASSETS / "generic_text.json"
 _MOST_LINES = 4  # of a message that may hold several requests; a longer one is a text
-
-
-def generic_prompts() -> list[str]:
-    """Ordinary chat that belongs to no expert's domain."""
-    return list(json.loads(GENERIC_TEXT.read_bytes())["calibration"])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:

@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from spectr_demo.base.generic import generic_prompts
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import (
     Template,
     decoder_inputs,
     encode,
-    generic_prompts,
     shared_length,
 )
 from spectr_demo.config import RouterConfig
@@ -156,7 +156,8 @@ class Reader:
 
     def _generic_texts(self) -> list[list[int]]:
         """Token ids of the generic prompts, the shortest first."""
-        return sorted((encode(self._base.tokenizer, p) for p in generic_prompts()), key=len)
+        prompts = generic_prompts(self._base)
+        return sorted((encode(self._base.tokenizer, p) for p in prompts), key=len)
 
     def starts(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from spectr_demo.base.prompts import GENERIC_TEXT, generic_prompts
+from spectr_demo.base.generic import generic_prompts
 from spectr_demo.config import RouterConfig, unknown_name
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
@@ -37,7 +37,7 @@ from spectr_demo.evaluation.composition_figures import composition_figures
 from spectr_demo.evaluation.contenders import COMPOSED, CONTENDERS, MERGE_SEEDS, QUICK, Contender
 from spectr_demo.evaluation.generation import continue_texts, routed_answers
 from spectr_demo.evaluation.merging import dare_merge, ties_merge
-from spectr_demo.evaluation.parts import Parts
+from spectr_demo.evaluation.parts import ORDINARY, Parts
 from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.evaluation.results import (
     accuracies,
@@ -124,8 +124,8 @@ class Evaluation:
         chosen = [c for c in CONTENDERS if c.label in settings.labels]
         self.contenders = [c for c in chosen if not c.is_merge]
         self.merges = [c for c in chosen if c.is_merge]
-        generic = json.loads(GENERIC_TEXT.read_text(encoding="utf-8"))
-        self.offdomain: list[str] = generic["offdomain"][: settings.num_offdomain]
+        ordinary = json.loads(ORDINARY.read_text(encoding="utf-8"))
+        self.offdomain: list[str] = ordinary["chat"][: settings.num_offdomain]
         self.parts = Parts(engine)
         self.rows_at_once = 256 if engine.base.device.type == "cuda" else 32
 
@@ -355,7 +355,7 @@ class Evaluation:
         return self._part(
             "stress",
             RouterConfig(name="base"),
-            lambda config: stress(self.engine, texts, generic_prompts()),
+            lambda config: stress(self.engine, texts, generic_prompts(self.engine.base)),
             num,
         )
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from spectr_demo.base.files import published
-from spectr_demo.base.prompts import GENERIC_TEXT
+from spectr_demo.base.generic import generic_prompts
 from spectr_demo.config import RouterConfig, cache_dir
 from spectr_demo.engine.model import SpectrModel
 
+ORDINARY = Path(__file__).with_name("ordinary.json")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Imports go one way, so no room above `evaluation` decides a number: an edit of the page, of the
 # charts or of the training leaves hours of results alone. Nor do the files that only put results
@@ -41,7 +42,8 @@ def fingerprint(engine: SpectrModel) -> str:
     base = engine.base
     parts = [base.fingerprint, base.quantization, str(base.compute_dtype)]
     parts += [f"{a.name} {a.sha256}" for a in engine.library.adapters]
-    files = [*code_files(), GENERIC_TEXT]
+    parts += generic_prompts(base)
+    files = [*code_files(), ORDINARY]
     parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

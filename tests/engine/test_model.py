@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from spectr_demo.base.prompts import generic_prompts, request_start
+from spectr_demo.base.generic import generic_prompts
+from spectr_demo.base.prompts import request_start
 from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine.layers import RoutedLinear, routed
 from spectr_demo.engine.model import SpectrModel
@@ -592,7 +593,7 @@ def test_the_base_answers_alone_where_no_expert_leads(routed_model: SpectrModel)
 
 
 def test_the_least_lead_is_that_of_so_many_generic_prompts(routed_model: SpectrModel) -> None:
-    prompts = generic_prompts()
+    prompts = generic_prompts(routed_model.base)
     leads = []
     for prompt in prompts:
         ids = routed_model.encode(prompt)

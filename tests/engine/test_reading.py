@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectr_demo.base import prompts
+from spectr_demo.base import generic
 from spectr_demo.base.prompts import shared_length
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.layers import routed
@@ -23,8 +23,8 @@ PROMPTS = ["How are you?", "Tell me of a walk in the rain"]
 @pytest.fixture(autouse=True)
 def few_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "generic_text.json"
-    file.write_text(json.dumps({"calibration": PROMPTS}))
-    monkeypatch.setattr(prompts, "GENERIC_TEXT", file)
+    file.write_text(json.dumps({"bases": {"tiny": PROMPTS}}))
+    monkeypatch.setattr(generic, "GENERIC_TEXT", file)
 
 
 def scores_of(

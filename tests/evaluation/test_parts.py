@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from spectr_demo.base import generic
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation import parts
@@ -73,6 +74,17 @@ def test_a_change_of_any_of_these_files_starts_anew(copy: Path, routed_model: Sp
     files = code_files()
     assert len(files) > 50 and all(file.is_relative_to(copy) for file in files)
     assert [file for file in files if not is_told(file, routed_model)] == []
+
+
+def test_so_does_a_change_of_the_prompts(
+    routed_model: SpectrModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fingerprints = {fingerprint(routed_model)}
+    for file, module, name in (("a", parts, "ORDINARY"), ("b", generic, "GENERIC_TEXT")):
+        (tmp_path / file).write_text('{"bases": {"tiny": ["Hello"]}}')
+        monkeypatch.setattr(module, name, tmp_path / file)
+        fingerprints.add(fingerprint(routed_model))
+    assert len(fingerprints) == 3
 
 
 def test_an_edit_of_the_page_of_charts_and_of_words_does_not(

@@ -107,7 +107,7 @@ def test_evidence_is_the_engines_where_a_request_has_lines(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each line of the prompt is read by itself; each line of the answer returns to them."""
-    monkeypatch.setattr("spectr_demo.engine.reading.generic_prompts", lambda: PROMPTS)
+    monkeypatch.setattr("spectr_demo.engine.reading.generic_prompts", lambda base: PROMPTS)
     engine = routed_model
     names = engine.library.names
     config = replace(parse_router("spectr-context", names), confidence=None)
