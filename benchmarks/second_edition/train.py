@@ -315,7 +315,7 @@ def forward(
             grouped = q.view(rows, KV_HEADS, HEADS // KV_HEADS, HEAD)
             attended = F.scaled_dot_product_attention(
                 grouped, cache.k[i], cache.v[i], attn_mask=mask
-            ).view(rows, HEADS, 1, HEAD)
+            ).reshape(rows, HEADS, 1, HEAD)
         x = x + linear("o", i, attended.transpose(1, 2).reshape(rows, length, D), layer.o)
         y = F.rms_norm(x, (D,), layer.norm_2, EPS)
         gate, up = linear("gate_up", i, y, layer.gate_up).chunk(2, -1)
