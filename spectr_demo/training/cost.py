@@ -16,6 +16,7 @@ LORA_BYTES = 16  # of each value: float32 weight, gradient and AdamW's two momen
 # Values kept for the backward pass, per token and layer, in units of the hidden size and of the
 # MLP's: inputs of norms, projections and attention, and of the gated MLP's products.
 HIDDEN_VALUES, MLP_VALUES = 14, 4
+CPU_GAPS = 1.5  # a CPU's allocator keeps gaps between passes of different lengths
 MATMUL_SHARE = 0.5  # of a large product's speed, which small layers and everything else leave
 PROBE_SECONDS = 0.3
 
@@ -66,7 +67,7 @@ def estimate_training(
     num_linear = sum(m.weight.numel() for m in inside)
     num_lora = sum(rank * (m.in_features + m.out_features) for m in inside)
     on_gpu = device.type == "cuda"
-    value_bytes = 2 if on_gpu else 4
+    value_bytes = 2 if on_gpu else 4 * CPU_GAPS
     weights = (
         NF4_BYTES * num_linear + 2 * (num_parameters - num_linear) if on_gpu else 4 * num_parameters
     )
