@@ -24,12 +24,13 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 from benchmarks.distractors.domains import DOMAINS, Domain
-from benchmarks.second_edition.build import ONE, asked, flat, own_request
+from benchmarks.second_edition.build import asked, flat
 from benchmarks.second_edition.messages import Encoder
 from benchmarks.second_edition.train import ALL_LINEAR, Shape, seed_of
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example, Split
 from spectr_demo.evaluation.tasks.task import split_by_key
+from spectr_demo.training.messages import ONE, own_request
 
 NUM_ROWS, NUM_TESTED = 2560, 100  # 160 steps of 16
 HELDOUT_FRACTION = 0.1

@@ -26,21 +26,15 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 from benchmarks.second_edition import messages
-from benchmarks.second_edition.messages import Encoder, Request, Style
+from benchmarks.second_edition.messages import Encoder, Row
 from benchmarks.second_edition.train import EXPERIMENT, seed_of
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
-from spectr_demo.config import ASSETS
+from spectr_demo.evaluation.messages import CLOSING, Request, Style, pieces
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example, Split
+from spectr_demo.training.messages import ONE, own_request
 
 NUM_SINGLE, NUM_OWN, NUM_FOREIGN, NUM_TESTED = 6000, 3000, 4500, 200
-ONE = Style(format="lines")
-Row = tuple[list[int], list[int]]
 Case = dict[str, Any]
-
-
-def own_request(example: Example) -> Request:
-    keeps_case = example.wording.startswith(("{text}", '"'))
-    return Request(text=example.prompt, answer=example.answer, keeps_case=keeps_case)
 
 
 def foreign_requests(turns: list[dict[str, str]]) -> list[Request]:
@@ -83,10 +77,10 @@ def flat(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 def asked(encoder: Encoder, requests: Sequence[Request], style: Style) -> Case:
     """Text, token ids, and for each token its part: -1 the opening, the closing is the first's."""
-    pieces = messages.pieces(requests, style)
-    ids, owners = encoder.prompt(pieces)
-    text = "".join(piece for piece, _ in pieces)
-    return {"text": text, "ids": ids, "parts": [0 if o == -2 else o for o in owners]}
+    parts = pieces(requests, style)
+    ids, owners = encoder.prompt(parts)
+    text = "".join(part for part, _ in parts)
+    return {"text": text, "ids": ids, "parts": [0 if o == CLOSING else o for o in owners]}
 
 
 def singles(encoder: Encoder, splits: dict[str, Split]) -> dict[str, list[Case]]:
@@ -155,12 +149,8 @@ def ordinary(
                 }
 
 
-def first_edition(name: str) -> dict[str, float]:
-    card = json.loads((ASSETS / "experts" / name / "scores.json").read_text(encoding="utf-8"))
-    return dict(card["scores"]["expert"]["all"])
-
-
 def tests(encoder: Encoder, splits: dict[str, Split], foreign: list[str]) -> dict[str, Any]:
+    first = json.loads(Path(__file__).with_name("first_edition.json").read_text(encoding="utf-8"))
     rng = random.Random(1)
     two = list(pairs(encoder, splits, rng))
     rng.shuffle(two)  # every n-th message is of every format
@@ -170,7 +160,7 @@ def tests(encoder: Encoder, splits: dict[str, Split], foreign: list[str]) -> dic
         "singles": singles(encoder, splits),
         "pairs": two,
         "ordinary": one,
-        "first_edition": {name: first_edition(name) for name in splits},
+        "first_edition": {name: first[name]["expert"]["all"] for name in splits},
     }
 
 

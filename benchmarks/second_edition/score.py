@@ -2,8 +2,9 @@
 
     python benchmarks/second_edition/score.py DATA RESULTS
 
-DATA is what build.py wrote, RESULTS what train.py wrote. Writes experts/ and results.json beside
-this file, and prints the tables of README.md. It takes a minute on a CPU.
+DATA is what build.py wrote, RESULTS what train.py wrote. Writes the adapters into assets/experts/,
+and results.json beside this file, and prints the tables of README.md. It takes a minute on a CPU.
+cards.py writes the model cards afterwards.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
-from benchmarks.second_edition.messages import TESTED_FORMATS, TRAINED_FORMATS
+from benchmarks.second_edition.messages import TESTED_FORMATS
 from benchmarks.second_edition.train import EXPERIMENT, SCALING, VARIANTS, seed_of
 from spectr_demo.config import ASSETS
+from spectr_demo.evaluation.messages import TRAINED_FORMATS
 from spectr_demo.evaluation.scores import summarize
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
 
 HERE = Path(__file__).resolve().parent
-FIRST = ASSETS / "experts"
+EXPERTS = ASSETS / "experts"
 TARGET = 0.85  # of the single score, for the own part of a message with a foreign request
 KINDS = ("singles", "pairs", "ordinary", "pairs, opening by base", "pairs, prompt by first")
 
@@ -75,8 +77,8 @@ def write_folders(results: Path, output: Path, kind: str = "experts") -> list[st
 
 
 def adapter_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """PEFT's config of the first edition, with the rank and the modules of these tensors."""
-    config = json.loads((FIRST / "cron" / "adapter_config.json").read_text(encoding="utf-8"))
+    """PEFT's config of a shipped expert, with the rank and the modules of these tensors."""
+    config = json.loads((EXPERTS / "cron" / "adapter_config.json").read_text(encoding="utf-8"))
     (rank,) = {t.shape[0] for key, t in tensors.items() if key.endswith("lora_A.weight")}
     found = {key.split(".")[-3] for key in tensors}
     modules = [module for module in config["target_modules"] if module in found]
@@ -160,10 +162,8 @@ def variant_scores(found: list[Part]) -> dict[str, Any]:
     return out
 
 
-def expert_scores(domain: str, found: list[Part]) -> dict[str, Any]:
-    """One expert of the second edition against the first edition and the targets."""
-    card = json.loads((FIRST / domain / "scores.json").read_text(encoding="utf-8"))
-    first = card["scores"]["expert"]["all"]
+def expert_scores(domain: str, found: list[Part], first: dict[str, Any]) -> dict[str, Any]:
+    """One expert against the targets; first: the score of the first edition's expert."""
     by_kind = {
         kind: [p for p in found if (p.stage, p.domain, p.kind) == ("final", domain, kind)]
         for kind in KINDS
@@ -173,7 +173,7 @@ def expert_scores(domain: str, found: list[Part]) -> dict[str, Any]:
     part = groups(by_kind["pairs"])
     of_single = {way: round(score["mean"] / single["mean"], 4) for way, score in part.items()}
     return {
-        "metric": card["metric"],
+        "metric": TASKS[domain].metric,
         "seed": seed_of(domain),
         "first edition": first,
         "single": single,
@@ -257,10 +257,11 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("results", type=Path)
     options = parser.parse_args()
-    write_folders(options.results, HERE / "experts")
+    write_folders(options.results, EXPERTS)
     record = json.loads((options.results / "record.json").read_text(encoding="utf-8"))
     tests = json.loads((options.data / "tests.json").read_text(encoding="utf-8"))
     found = list(scored(record, tests))
+    first = json.loads((HERE / "first_edition.json").read_text(encoding="utf-8"))
     final, winner = record["final"], record["final"]["winner"]
     # A run of the winner alone keeps what an experiment before it has found.
     known = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
@@ -280,7 +281,10 @@ def main() -> None:
             "steps": final["steps"],
             "seconds_per_step": round(final["seconds_per_step"], 3),
         },
-        "experts": {name: expert_scores(name, found) for name in final["names"]},
+        "experts": {
+            name: expert_scores(name, found, first[name]["expert"]["all"])
+            for name in final["names"]
+        },
     }
     text = json.dumps(results, indent=1)
     (HERE / "results.json").write_text(f"{text}\n", encoding="utf-8")
