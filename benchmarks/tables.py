@@ -65,9 +65,10 @@ def results_table() -> str:
 
 
 def experts_table() -> str:
-    def score(value: Mapping[str, float]) -> str:
-        return f"{value['mean']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
+    def score(value: Mapping[str, float] | None) -> str:
+        return f"{value['mean']:.2f} ({value['low']:.2f}-{value['high']:.2f})" if value else "-"
 
+    groups = ("all", "seen wording", "held-out wording", "own part of a message")
     rows = []
     for path in sorted((ROOT / "assets" / "experts").glob("*/scores.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -78,16 +79,14 @@ def experts_table() -> str:
             [
                 f"`{record['task']}`",
                 record["metric"],
-                str(record["recipe"]["steps"]),
                 score(scores["base"]["all"]),
                 "; ".join(named) or "-",
-                score(scores["expert"]["all"]),
-                *(score(scores["expert"][f"{part} wording"]) for part in ("seen", "held-out")),
+                *(score(scores["expert"].get(group)) for group in groups),
                 str(scores["expert"]["all"]["num"]),
             ]
         )
-    header = ["expert", "score", "steps", "base", "baselines", "expert", "seen wordings"]
-    return markdown([*header, "held-out wordings", "examples"], rows)
+    header = ["expert", "score", "base", "baselines", "expert", "seen wordings"]
+    return markdown([*header, "held-out wordings", "own part of a message", "examples"], rows)
 
 
 # --- the pages --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from spectr_demo.evaluation.report import load_results, to_markdown
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-PAGES += [ROOT / "notebooks" / "README.md", ROOT / "benchmarks" / "second_edition" / "README.md"]
+PAGES += [ROOT / "notebooks" / "README.md"]
+PAGES += [ROOT / "benchmarks" / name / "README.md" for name in ("second_edition", "distractors")]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)|<img src=\"([^\"]+)\"")
 CODE_PATH = re.compile(
     r"`((?:spectr_demo|tests|benchmarks|docs|scripts|notebooks|assets)/[\w./*-]+)`"
@@ -61,7 +62,7 @@ def test_the_report_is_that_of_the_shipped_results() -> None:
     assert text(ROOT / "docs" / "results.md") == report, "run python -m spectr_demo evaluate"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_paths_exist(page: Path) -> None:
     found = [a or b for a, b in LINK.findall(text(page))]
     missing = [link for link in found if not (page.parent / link).exists()]
