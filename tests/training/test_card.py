@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from spectr_demo.config import shipped_experts
 from spectr_demo.evaluation.scores import Score
 from spectr_demo.evaluation.tasks import TASKS, Split
-from spectr_demo.training.card import expert_record, write_card
-from spectr_demo.training.recipe import PAPER_RECIPE, Recipe
+from spectr_demo.training.card import expert_record, model_card, write_card
+from spectr_demo.training.recipe import PAPER_RECIPE, Recipe, seed_of
 
 SQL = TASKS["sql"]
 SPLIT = SQL.build(0)
@@ -78,3 +81,18 @@ def test_a_recipe_of_single_requests_speaks_of_no_messages(tmp_path: Path) -> No
     assert "oreign" not in card
     assert "opening" not in card
     assert "epochs: 1, batches of 8 rows" in card
+
+
+@pytest.mark.parametrize("folder", map(Path, shipped_experts()), ids=lambda folder: folder.name)
+def test_a_shipped_expert_has_the_card_and_the_shape_of_its_record(folder: Path) -> None:
+    record = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(TASKS[folder.name], record)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (
+        record["recipe"]["rank"],
+        record["recipe"]["alpha"],
+    )
+    assert record["recipe"]["seed"] == seed_of(folder.name)
+    nums = {scores["all"]["num"] for scores in record["scores"].values()}
+    assert len(nums) == 1, "all answer the same examples"
