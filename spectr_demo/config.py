@@ -110,13 +110,8 @@ class RouterConfig:
     temperature: divides the scores before the softmax (unused by equal weights).
     prefilter: experts that LAG's arrow filter keeps; unused by the other routers.
     calibrated: whether scores are standardised by what generic text gives, in standard deviations.
-    decay: pools scores over the text so far, older tokens counting less by this factor a token; 1
-        weighs the whole text alike. None looks at each token alone.
-    reads_first: the bare base reads the prompt before the experts do; what all its layers tell is
-        the evidence that a router which pools starts from.
-    confidence: no expert is used where the best one stands out from the mean of all no more than
-        it does in this share of generic prompts; for routers that read first. None always uses
-        one.
+    confidence: for a router that reads the request: no expert is used where the best one stands
+        out no more than in this share of ordinary prompts. None always uses one.
     """
 
     name: str
@@ -127,8 +122,6 @@ class RouterConfig:
     composition: Composition = "outputs"
     prefilter: int = 20
     calibrated: bool = False
-    decay: float | None = None
-    reads_first: bool = False
     confidence: float | None = None
 
     def __post_init__(self) -> None:
@@ -144,16 +137,8 @@ class RouterConfig:
         )
         _require(_is_number(t) and 0 < t < float("inf"), "router temperature", t, "above 0")
         _require(_is_int(f) and f >= 1, "prefilter", f, "a whole number of at least 1")
-        d, c = self.decay, self.confidence
-        _require(d is None or (_is_number(d) and 0 < d <= 1), "decay", d, "above 0 and at most 1")
+        c = self.confidence
         _require(c is None or (_is_number(c) and 0 <= c <= 1), "confidence", c, "from 0 to 1")
-        can_read_first = self.calibrated and d is not None
-        if (self.reads_first and not can_read_first) or (c is not None and not self.reads_first):
-            raise ValueError(
-                f"router {self.name!r} has calibrated={self.calibrated}, decay={d}, reads_first="
-                f"{self.reads_first} and confidence={c}; a confidence needs reads_first=True, and "
-                "that needs calibrated=True and a decay: give these too, or leave it out"
-            )
         if (self.name == "single") != (self.expert is not None):
             raise ValueError(
                 f"router {self.name!r} has expert {self.expert!r}; only 'single' names an expert, "

@@ -1,5 +1,7 @@
 """Chat template and tokenizing: from messages to token ids; the parts that all prompts share."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -9,8 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-
-_MOST_LINES = 4  # of a message that may hold several requests; a longer one is a text
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
@@ -85,36 +85,75 @@ def template_closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return one[len(one) - shared_length(one[::-1], other[::-1]) :]
 
 
-def newline_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All tokens that end a line."""
-    # As byte-level tokenizers and SentencePiece write it: to decode all tokens takes seconds.
-    marks = ("\n", "Ċ", "<0x0A>")
-    vocabulary = tokenizer.get_vocab().items()
-    candidates = [i for token, i in vocabulary if any(mark in token for mark in marks)]
-    return frozenset(i for i in candidates if "\n" in tokenizer.decode([i]))
+# Where one request may end and the next begin: at the end of a line or of a sentence, or before a
+# word that joins two. The mark of a list item ("2. ") ends no sentence.
+_NEXT = (
+    "then|also|next|finally|dann|außerdem|puis|ensuite|aussi|luego|después|también|poi|inoltre|"
+    "então|depois|também"
+)
+_AND = "and|und|et|y|e"
+_BOUNDARY = re.compile(
+    r"\n+|(?<=[.?!;。？！；।])[\"'”’»)]*\s+(?=\S)|(?<=[。？！；])(?=\S)"
+    rf"|,?\s+(?=(?:{_NEXT}|{_AND})\b)",
+    re.IGNORECASE,
+)
+_JOINS = re.compile(rf"[\s,;]*(?:(?:{_NEXT}|{_AND})\b[\s,:]*)*", re.IGNORECASE)
+_GOES_ON = re.compile(rf"\n|[\s,;.]*(?:(?:{_AND})\s+)?(?:{_NEXT})\b", re.IGNORECASE)
+_ENDS_WITH_MARK = re.compile(r"(?:^|\n)\s*(?:\d+|[a-z])[.)]$", re.IGNORECASE)
+MOST_PARTS = 8  # of a request; one with more is a text, and is not taken apart
 
 
-def request_lines(
-    ids: Sequence[int], start: int, closing: Sequence[int], newlines: frozenset[int]
-) -> list[tuple[list[int], int]]:
-    """Each line of a prompt's last request, read as if it were the last line.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a request that may be a request of its own: tokens start to stop of the prompt.
 
-    start, closing, newlines: as the functions here give them. Returns for each line the prompt's
-    ids up to its end, with the closing, and where the line begins in them. If the request has one
-    line, or more than a few, that is the whole prompt alone.
+    is_next: it begins with a new line, or with a word such as "then".
     """
-    ids, end = list(ids), len(ids)
-    if closing and ids[end - len(closing) :] == list(closing):
-        end -= len(closing)
-    starts = [
-        t
-        for t in range(start, end)
-        if ids[t] not in newlines and (t == start or ids[t - 1] in newlines)
+
+    start: int
+    stop: int
+    is_next: bool
+
+
+def parts(pieces: Sequence[str], start: int, stop: int) -> list[Part]:
+    """The parts of a request, one after the other without a gap.
+
+    pieces: what each token of the prompt adds to its text. start, stop: of the request's tokens. A
+    part that ends with a colon goes on in the next one. A request of many parts is one.
+    """
+    text = "".join(pieces[start:stop])
+    ends = list(itertools.accumulate(len(piece) for piece in pieces[start:stop]))
+    cuts = _cuts(text)
+    # A token belongs to the part in which it ends, so that the space before a word is the word's.
+    firsts = [next(i for i, end in enumerate(ends) if end > cut) for cut in cuts]
+    firsts = [0, *(first for first in dict.fromkeys(firsts) if first > 0)]
+    if len(firsts) > MOST_PARTS:
+        firsts = firsts[:1]
+    bounds = [
+        (start + a, start + b) for a, b in zip(firsts, [*firsts[1:], stop - start], strict=True)
     ]
-    if not 1 < len(starts) <= _MOST_LINES:
-        return [(ids, start)]
-    cuts = [[*ids[:later], *ids[end:]] for later in starts[1:]]
-    return list(zip([*cuts, ids], starts, strict=True))
+    return [
+        Part(start=a, stop=b, is_next=bool(_GOES_ON.match("".join(pieces[a:b])))) for a, b in bounds
+    ]
+
+
+def _cuts(text: str) -> list[int]:
+    """Where parts begin after the first one, in characters."""
+    cuts: list[int] = []
+    for match in _BOUNDARY.finditer(text):
+        before, after = text[: match.start()].rstrip(), text[match.end() :]
+        # Quotation marks belong to what they end.
+        cut = match.start() + len(match.group()) - len(match.group().lstrip("\"'”’»)"))
+        joins = _JOINS.match(after)
+        is_inside = (
+            _JOINS.fullmatch(text[cuts[-1] if cuts else 0 : cut])
+            or before.endswith((":", "："))
+            or _ENDS_WITH_MARK.search(before)
+            or (before.endswith(".") and after[:1].islower() and not (joins and joins.group()))
+        )
+        if not is_inside and after.strip():
+            cuts.append(cut)
+    return cuts
 
 
 def request_start(ids: Sequence[int], opening: Sequence[int], turn: Sequence[int]) -> int:
@@ -128,6 +167,26 @@ def request_start(ids: Sequence[int], opening: Sequence[int], turn: Sequence[int
     return shared_length(opening, ids)
 
 
+def token_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; pieces join to the whole text, special tokens included.
+
+    A character spread over several tokens belongs to the last of them; the others are empty.
+    """
+
+    def decode(first: int, last: int) -> str:
+        return str(tokenizer.decode(list(token_ids[first:last]), skip_special_tokens=False))
+
+    pieces = []
+    context = done = 0  # text before `done` is out; decoding starts at `context` to keep spaces
+    for end in range(1, len(token_ids) + 1):
+        before, text = decode(context, done), decode(context, end)
+        is_whole = not text.endswith("�") or end == len(token_ids)
+        pieces.append(text[len(before) :] if is_whole else "")
+        if is_whole:
+            context, done = done, end
+    return pieces
+
+
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts have in common from their start."""
     pairs = enumerate(zip(one, other, strict=False))
@@ -139,13 +198,11 @@ class Template:
     """What a base's prompts have around what is asked, as token ids.
 
     opening, closing: of every prompt. user_turn: before what a user says, in every turn.
-    newline_ids: all tokens that end a line.
     """
 
     opening: list[int]
     closing: list[int]
     user_turn: list[int]
-    newline_ids: frozenset[int]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Template":
@@ -153,10 +210,12 @@ class Template:
             opening=template_opening(tokenizer),
             closing=template_closing(tokenizer),
             user_turn=user_turn(tokenizer),
-            newline_ids=newline_ids(tokenizer),
         )
 
-    def request_lines(self, ids: Sequence[int]) -> list[tuple[list[int], int]]:
-        """The lines of a prompt's last request, see `request_lines`."""
-        start = request_start(ids, self.opening, self.user_turn)
-        return request_lines(ids, start, self.closing, self.newline_ids)
+    def request(self, ids: Sequence[int]) -> tuple[int, int]:
+        """Where the last request of a prompt begins and ends, in tokens."""
+        start, stop = request_start(ids, self.opening, self.user_turn), len(ids)
+        num = len(self.closing)
+        if num and list(ids[stop - num :]) == self.closing and start < stop - num:
+            stop -= num
+        return min(start, stop - 1), stop

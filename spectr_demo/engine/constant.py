@@ -1,9 +1,10 @@
-"""The rows of a run that do not look at tokens: bare base, single expert, uniform merge.
+"""The rows of a run that do not look at tokens: bare base, single expert, uniform merge, and those
+whose router has read the request before.
 
 Axes: R rows, P projections of a bank, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +23,27 @@ class ConstantRows:
     """
 
     def __init__(
-        self, routers: Sequence[RouterConfig], expert_names: Sequence[str], is_merged: list[bool]
+        self,
+        routers: Sequence[RouterConfig],
+        expert_names: Sequence[str],
+        is_merged: list[bool],
+        weights: Mapping[int, Tensor],
     ) -> None:
-        rows = [ROUTERS[router.name].constant(router, expert_names) for router in routers]
-        self._weights = torch.tensor(rows)  # (R, E)
+        """weights: (E,) of the rows whose router has read the request."""
+        for row, router in enumerate(routers):
+            if ROUTERS[router.name].reads_request and row not in weights:
+                raise ValueError(
+                    f"router {router.name!r} reads the request first; its plan needs the weights "
+                    "that come of it: make it with `SpectrModel.plan`"
+                )
+        rows = [
+            weights[row]
+            if row in weights
+            else torch.tensor(ROUTERS[router.name].constant(router, expert_names))
+            for row, router in enumerate(routers)
+        ]
+        self._weights = torch.stack(rows)  # (R, E)
+        self.is_none = not self._weights.any()
         self._weights_of: dict[ExpertBank, Tensor] = {}
         self._used_of: dict[ExpertBank, ExpertBank | None] = {}
         self._used: Tensor | None = None  # (E,) not 0 for those used; None is all of them
@@ -35,7 +53,8 @@ class ConstantRows:
             return
         used = (self._weights != 0).any(0)
         is_few = not used.all()
-        self.is_folded = len(set(routers)) == 1 and bool(is_few or self._is_merged)
+        is_one = bool((self._weights == self._weights[0]).all())
+        self.is_folded = is_one and bool(is_few or self._is_merged)
         if self.is_folded:
             self._used = self._weights[0]
         elif is_few:

@@ -4,10 +4,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from spectr_demo.base.loading import DeviceMap, LoadedBase, load_base
-from spectr_demo.base.prompts import Message, encode, shared_length
+from spectr_demo.base.prompts import Message, encode
 from spectr_demo.config import (
     DEFAULT_ROUTER,
     GenerationSettings,
@@ -16,12 +14,12 @@ from spectr_demo.config import (
 )
 from spectr_demo.engine.layers import attach_, detach_, follow
 from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.engine.reading import Reader, evidence_mask
+from spectr_demo.engine.reading import Lane, Reader
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.run import Run, Step
 from spectr_demo.experts.library import ExpertLibrary, load_experts
 from spectr_demo.routing.calibration import Calibration
-from spectr_demo.routing.routers import parse_router
+from spectr_demo.routing.routers import ROUTERS, parse_router
 
 
 def load(
@@ -112,14 +110,14 @@ class SpectrModel:
                 f"the prompt has {len(prompt_ids)} tokens, and {settings.max_new_tokens} more may "
                 f"be generated; the context of {self.base.name} is {context}: shorten one of them"
             )
-        prompts = [prompt_ids] * len(routers)
         run = Run(
             self.base,
             self.library,
             routers,
             prompt_ids,
             settings,
-            lambda recorder: self.plan(routers, prompts, recorder),
+            lambda: [self.lanes(router, prompt_ids) for router in routers],
+            self.plan_lanes,
             record=record,
             trace_every=trace_every,
         )
@@ -129,46 +127,50 @@ class SpectrModel:
         """Token ids of a prompt in the base's chat template. Raises ValueError if it is empty."""
         return encode(self.tokenizer, prompt)
 
+    def lanes(self, router: RouterConfig, ids: Sequence[int]) -> list[Lane]:
+        """What a router answers one by one of a prompt's token ids: its requests, for a router that
+        reads them, else all of it at once."""
+        if ROUTERS[router.name].reads_request:
+            return self.reader.lanes(router, ids)
+        return [Lane.whole(ids)]
+
     def plan(
         self,
         routers: Sequence[RouterConfig],
-        texts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]],
         recorder: Recorder | None = None,
-        *,
-        num_prompt: Sequence[int] | None = None,
     ) -> RoutingPlan:
-        """A plan for one batch; routers that read the prompt first do it here.
+        """A plan for one batch, with a router and the token ids of a prompt for each row.
 
-        texts: token ids of each row, which are padded on the left. num_prompt: how many tokens of
-            each are its prompt; None says all.
+        A router that reads the request takes each prompt for one request here. It is cut into lanes
+        by `lanes`, each of which is a row of `plan_lanes`.
         """
-        num_prompt = num_prompt or [len(ids) for ids in texts]
-        least_leads = {
-            r: self.reader.least_lead(r) for r in set(routers) if r.confidence is not None
-        }
-        readers = [row for row, router in enumerate(routers) if router.reads_first]
-        evidence_starts = [
-            num if router.reads_first else shared_length(self.template.opening, ids)
-            for router, ids, num in zip(routers, texts, num_prompt, strict=True)
+        lanes = [
+            self.reader.whole(router, ids)
+            if ROUTERS[router.name].reads_request
+            else Lane.whole(ids)
+            for router, ids in zip(routers, prompts, strict=True)
         ]
+        return self.plan_lanes(routers, lanes, recorder)
+
+    def plan_lanes(
+        self,
+        routers: Sequence[RouterConfig],
+        lanes: Sequence[Lane],
+        recorder: Recorder | None = None,
+    ) -> RoutingPlan:
+        """A plan for one batch, with a router and a lane for each row."""
+        width = max(len(lane.ids) for lane in lanes)
         return RoutingPlan(
             routers,
             self.library.names,
             recorder,
             calibration=self.calibration if any(r.calibrated for r in routers) else None,
-            is_evidence=evidence_mask(texts, evidence_starts, self.base.device),
-            starts=self.reader.starts(
-                [routers[row] for row in readers],
-                [texts[row][: num_prompt[row]] for row in readers],
-                least_leads,
-            ),
-            least_leads=least_leads,
-            newline_ids=torch.tensor(
-                sorted(self.template.newline_ids), dtype=torch.long, device=self.base.device
-            ),
+            weights={r: lane.weights for r, lane in enumerate(lanes) if lane.weights is not None},
+            num_padding=[width - len(lane.ids) for lane in lanes],
         )
 
     @property
     def calibration(self) -> Calibration:
         """Of every expert, measured when it is first needed."""
-        return self.reader.calibration
+        return self.reader.ordinary.calibration

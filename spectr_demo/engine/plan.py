@@ -20,7 +20,6 @@ from spectr_demo.engine.rows import RouterRows, by_router
 from spectr_demo.engine.token import MixedToken, TokenPath
 from spectr_demo.routing.bank import ExpertBank, Mixed
 from spectr_demo.routing.calibration import Calibration
-from spectr_demo.routing.context import Start
 from spectr_demo.routing.spectr import compose
 
 
@@ -53,20 +52,15 @@ class RoutingPlan:
         recorder: Recorder | None = None,
         *,
         calibration: Calibration | None = None,
-        is_evidence: Tensor | None = None,
-        starts: Mapping[RouterConfig, Start] | None = None,
-        least_leads: Mapping[RouterConfig, float] | None = None,
-        newline_ids: Tensor | None = None,
+        weights: Mapping[int, Tensor] | None = None,
+        num_padding: Sequence[int] | None = None,
     ) -> None:
-        """calibration: needed where a router is calibrated. is_evidence: (R, T) bool, False where
-        routers that pool have nothing to learn: padding, template, a prompt that was read before.
-        starts: of each router that reads the prompt first, what that reading gave its rows, in
-        their order. least_leads: of the routers with a confidence, what an expert's lead must
-        exceed. newline_ids: (N,) int64 tokens that end a line, at which a router that reads first
-        takes up again what the prompt asked for; None is none."""
+        """calibration: needed where a router is calibrated. weights: (E,) of each row whose router
+        has read the request, see `engine/reading.py`. num_padding: tokens before each row's own;
+        None is none."""
         self.routers = tuple(routers)
         self.recorder = recorder
-        self.is_base_only = all(router.name == "base" for router in routers)
+        self.num_padding = list(num_padding or [0] * len(routers))
         self.groups = [
             RouterRows(
                 router,
@@ -74,17 +68,14 @@ class RoutingPlan:
                 num_rows=len(routers),
                 num_experts=len(expert_names),
                 calibration=calibration,
-                is_evidence=is_evidence,
-                start=(starts or {}).get(router),
-                least_lead=None if router.confidence is None else (least_leads or {})[router],
             )
             for router, rows in by_router(routers).items()
         ]
         # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
         self._is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
         self._merged_rows = torch.tensor(self._is_merged)[:, None, None, None, None]
-        self.constant = ConstantRows(routers, expert_names, self._is_merged)
-        self._newline_ids = newline_ids
+        self.constant = ConstantRows(routers, expert_names, self._is_merged, weights or {})
+        self.is_base_only = not self.groups and self.constant.is_none
         self._token_path = TokenPath(
             self.groups,
             self.constant,
@@ -95,11 +86,7 @@ class RoutingPlan:
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
 
     def begin_pass(self, input_ids: Tensor) -> None:
-        is_newline = None
-        if self._newline_ids is not None and any(group.pool for group in self.groups):
-            is_newline = torch.isin(input_ids, self._newline_ids)
-        for group in self.groups:
-            group.begin_pass(input_ids, is_newline)
+        """No router looks at the ids."""
 
     def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
         used = self.constant.used(bank)
@@ -135,8 +122,8 @@ class RoutingPlan:
             z = bank.project(x)
             return Mixed(bank, self._compose(self.weights(bank, z).to(z.dtype), z), None)
         kept = None
-        if bank.copying_pays(group.num_filtered, R * T):
-            kept = bank.project_first(x).float().abs().topk(group.num_filtered, dim=-1).indices
+        if bank.copying_pays(group.num_scored, R * T):
+            kept = bank.project_first(x).float().abs().topk(group.num_scored, dim=-1).indices
             z = bank.project_chosen(x, kept)
         else:
             z = bank.project(x)

@@ -1,36 +1,33 @@
 """What routers must know before a run, read by the bare base while the experts listen.
 
-Three things are read so. Generic prompts give each score its scale (`calibration`). They also give
-the lead that an expert must exceed (`least_lead`). And the prompt itself, read once before the run,
-gives routers that read first what all layers know of it (`starts`).
+Two things are read so. Ordinary prompts, which the base wrote itself, show what each layer's inputs
+are like where no expert is needed (`Reader.ordinary`). And the prompt itself is read before the
+run: which requests it holds, and which expert each of them is for (`Reader.lanes`).
 
-Axes: R rows, T tokens, E experts.
+Axes: R rows, T tokens, N tokens of all rows that count, M linear layers, E experts.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.base.loading import LoadedBase
-from spectr_demo.base.prompts import (
-    Template,
-    decoder_inputs,
-    encode,
-    shared_length,
-)
+from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.layers import routed
-from spectr_demo.engine.rows import RouterRows, by_router
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration, Measurement
-from spectr_demo.routing.context import EvidencePool, Start, lead
+from spectr_demo.routing.detection import Detector, Evidence, detector
+from spectr_demo.routing.lanes import Span, best_cut, joined, spans
+from spectr_demo.routing.spectr import select
 
-_PROMPTS_AT_ONCE = 8
+# A token that is n tokens before a request's end says 0.85^n as much of whom it is for.
+_FADING = 0.85
 
 
 class Listening:
@@ -54,69 +51,114 @@ class Listening:
         raise NotImplementedError
 
 
-class FirstReading(Listening):
-    """Prompts, read for the routers that read first. Each line of a prompt is a row."""
+@dataclass(frozen=True)
+class Requests:
+    """R requests to be read after one beginning, padded on the right.
+
+    ids: (R, T) int64. counts: (R, T) bool, tokens that count: a request's own, and those of the
+    template after it. late, whole: (N,) float32, their weights in the two means of `Evidence`.
+    `late` fades towards the beginning. `whole` is half the request's own tokens and half those
+    after it, at which the base knows all of it.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    late: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[Sequence[int]], closing: Sequence[int]) -> "Requests":
+        num_after = len(closing)
+        width = max(map(len, requests)) + num_after
+        rows = [[*own, *closing, *[0] * (width - len(own) - num_after)] for own in requests]
+        num_own = torch.tensor([len(own) for own in requests])[:, None]
+        at, num = torch.arange(width), num_own + num_after
+        counts = at < num
+        late = torch.where(counts, _FADING ** (num - 1 - at).clamp(min=0), 0)
+        whole = torch.where(at < num_own, 1 / num_own, 1 / max(1, num_after)) * counts
+        late, whole = (each / each.sum(1, keepdim=True) for each in (late, whole))
+        return cls(torch.tensor(rows), counts, late[counts], whole[counts])
+
+    @property
+    def owners(self) -> Tensor:
+        """(N,) int64: the row of each token that counts."""
+        return self.counts.nonzero()[:, 0]
+
+
+class _Listener(Listening):
+    """Collects the evidence of requests with the detectors that are there."""
 
     def __init__(
         self,
-        routers: Sequence[RouterConfig],
-        *,
-        num_experts: int,
-        calibration: Calibration,
-        num_lines: Sequence[int],
-        is_evidence: Tensor,
+        requests: Requests,
+        library: ExpertLibrary,
+        detectors: dict[ExpertBank, Detector] | None = None,
     ) -> None:
-        """routers: one per prompt. num_lines: of each prompt's request; the row of a line is the
-        prompt up to there. is_evidence: (rows, T) bool over the rows, which are padded on the left;
-        True for the line and the template after it."""
-        lines = list(zip(routers, num_lines, strict=True))
-        rows = by_router([router for router, num in lines for _ in range(num)])
-        self._num_lines = {
-            router: [num for reader, num in lines if reader == router] for router in rows
-        }
-        self._rows = {
-            router: RouterRows(
-                replace(router, reads_first=False, confidence=None),
-                some,
-                num_rows=len(is_evidence),
-                num_experts=num_experts,
-                calibration=calibration,
-                is_evidence=is_evidence,
-            )
-            for router, some in rows.items()
-        }
-
-    def begin_pass(self, input_ids: Tensor) -> None:
-        for rows in self._rows.values():
-            rows.begin_pass(input_ids, None)
+        self.counts = requests.counts
+        self.detectors = detectors or {}
+        expert_layers = torch.zeros(len(library.names))
+        for bank in library.banks:
+            expert_layers[bank.expert_ids] += len(bank.paths)
+        self.evidence = Evidence(requests.owners, requests.late, requests.whole, expert_layers)
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        z = bank.project(x)
-        for rows in self._rows.values():
-            rows.scores(bank, z[rows.index])
+        inputs = x[self.counts.to(x.device)]
+        self.evidence.add(bank, self.detector(bank, inputs).scores(inputs))
 
-    def pool(self, router: RouterConfig) -> EvidencePool:
-        """Of this router's rows."""
-        pool = self._rows[router].pool
-        assert pool is not None
-        return pool
-
-    def start(self, router: RouterConfig, least: float) -> Start:
-        """What a run starts from, a row for each prompt of this router."""
-        return self.pool(router).start(self._num_lines[router], least)
+    def detector(self, bank: ExpertBank, inputs: Tensor) -> Detector:
+        return self.detectors[bank]
 
 
-class _Statistics(Listening):
-    """Measures the scores of the tokens that count."""
+class _Measuring(_Listener):
+    """Makes the detectors, and measures what else ordinary text tells."""
 
-    def __init__(self, measurement: Measurement, counts: Tensor) -> None:
-        """counts: (R, T) bool."""
-        self._measurement = measurement
-        self._counts = counts
+    def __init__(self, requests: Requests, library: ExpertLibrary) -> None:
+        super().__init__(requests, library)
+        self.measurement = Measurement()
 
-    def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        z = bank.project(x)
-        self._measurement.add(bank, z, self._counts.to(z.device))
+    def detector(self, bank: ExpertBank, inputs: Tensor) -> Detector:
+        self.measurement.add(bank, bank.project(inputs))
+        self.detectors[bank] = detector(bank, inputs)
+        return self.detectors[bank]
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """What ordinary text is like for a library. certainty: (R,) the largest of each prompt."""
+
+    calibration: Calibration
+    detectors: dict[ExpertBank, Detector]
+    certainty: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """A part of a prompt that is read and answered by itself.
+
+    start, stop: its own tokens in the prompt. ids: all that is read in it: what stands before the
+    request (the template's opening, earlier turns), its own tokens, the template's closing.
+    Of a router that read it: weights (E,) of the experts, all 0 where none stands out; certainty
+    (E,), and of each layer (P, E), see `Evidence`. None, and empty, for other routers.
+    """
+
+    start: int
+    stop: int
+    ids: list[int]
+    weights: Tensor | None = None
+    certainty: Tensor | None = None
+    by_layer: Mapping[ExpertBank, Tensor] = field(default_factory=dict)
+
+    @property
+    def expert(self) -> int | None:
+        """The one with the largest weight; None where no expert stands out."""
+        if self.weights is None or not self.weights.any():
+            return None
+        return int(self.weights.argmax())
+
+    @classmethod
+    def whole(cls, ids: Sequence[int]) -> "Lane":
+        """All of a prompt, as a router takes it that does not read the request."""
+        return cls(start=0, stop=len(ids), ids=list(ids))
 
 
 class Reader:
@@ -126,95 +168,97 @@ class Reader:
         self._base = base
         self._library = library
         self.template = Template.of(base.tokenizer)
-        self._calibration: Calibration | None = None
+        self._ordinary: Ordinary | None = None
         self._lock = threading.RLock()
-        # By what decides them: the router's score, and how fast votes fade.
-        self._leads: dict[tuple[str, float | None], Tensor] = {}
 
     @property
-    def calibration(self) -> Calibration:
-        """Of every expert, measured when it is first needed (on a ZeroGPU, where there is one)."""
+    def ordinary(self) -> Ordinary:
+        """Measured when it is first needed (on a ZeroGPU, where there is one)."""
         with self._lock:
-            if self._calibration is None:
-                self._calibration = self._calibrate()
-            return self._calibration
+            if self._ordinary is None:
+                self._ordinary = self._measure()
+            return self._ordinary
+
+    def _measure(self) -> Ordinary:
+        own = []
+        for prompt in generic_prompts(self._base):
+            ids = encode(self._base.tokenizer, prompt)
+            start, stop = self.template.request(ids)
+            own.append(ids[start:stop])
+        requests = Requests.of(own, self.template.closing)
+        measuring = _Measuring(requests, self._library)
+        self._read(self.template.opening, requests, measuring)
+        certainty = measuring.evidence.certainty.amax(-1)
+        return Ordinary(measuring.measurement.calibration(), measuring.detectors, certainty)
 
     @torch.inference_mode()
-    def _calibrate(self) -> Calibration:
-        measurement, opening = Measurement(), self.template.opening
-        for texts in _parts(self._generic_texts()):
-            width = max(map(len, texts))
-            # Padding on the right needs no mask of attention: nothing looks ahead.
-            input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts])
-            starts = torch.tensor([[shared_length(opening, ids)] for ids in texts])
-            ends = torch.tensor([[len(ids)] for ids in texts])
-            counts = (torch.arange(width) >= starts) & (torch.arange(width) < ends)
-            with routed(_Statistics(measurement, counts.to(self._base.device))):
-                decoder = self._base.model.get_decoder()
-                decoder(input_ids=input_ids.to(self._base.device), use_cache=False)
-        return measurement.calibration()
+    def _read(self, beginning: Sequence[int], requests: Requests, listener: Listening) -> None:
+        """The bare base reads the requests, each after the same beginning, which is read once."""
+        decoder, device = self._base.model.get_decoder(), self._base.device
+        cache = None
+        if beginning:
+            ids = torch.tensor([list(beginning)], device=device)
+            with routed(None):
+                cache = decoder(input_ids=ids, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(requests.ids))
+        with routed(listener):
+            decoder(input_ids=requests.ids.to(device), past_key_values=cache, use_cache=True)
 
-    def _generic_texts(self) -> list[list[int]]:
-        """Token ids of the generic prompts, the shortest first."""
-        prompts = generic_prompts(self._base)
-        return sorted((encode(self._base.tokenizer, p) for p in prompts), key=len)
+    def least_certainty(self, router: RouterConfig) -> float | None:
+        """What an expert must exceed: what this share of ordinary prompts reach at most."""
+        if router.confidence is None:
+            return None
+        return float(self.ordinary.certainty.quantile(router.confidence))
 
-    def starts(
-        self,
-        routers: Sequence[RouterConfig],
-        prompts: Sequence[Sequence[int]],
-        least_leads: Mapping[RouterConfig, float],
-    ) -> dict[RouterConfig, Start]:
-        """What the rows of each router start from. routers: those that read first, one per prompt.
-        least_leads: of those with a confidence."""
-        if not routers:
-            return {}
-        reading = self.read_first(routers, prompts)
-        return {r: reading.start(r, least_leads.get(r, 0.0)) for r in set(routers)}
+    def lanes(self, router: RouterConfig, ids: Sequence[int]) -> list[Lane]:
+        """The requests of a prompt, in order, and whom each is for. A prompt of one has one lane,
+        which is the whole of it."""
+        start, stop = self.template.request(ids)
+        found = parts(token_pieces(self._base.tokenizer, ids), start, stop)
+        read = self._read_spans(router, ids, found)
+        is_next = [part.is_next for part in found]
+        lengths = [part.stop - part.start for part in found]
+        cut = best_cut(lengths, is_next, {span: explained for span, (_, explained) in read.items()})
+        experts = [read[span][0].expert for span in cut]
+        return [read[span][0] for span in joined(cut, experts, is_next)]
 
-    @torch.inference_mode()
-    def read_first(
-        self, routers: Sequence[RouterConfig], prompts: Sequence[Sequence[int]]
-    ) -> FirstReading:
-        """The bare base reads the prompts, one for each router, in one pass."""
-        lines_of = [self.template.request_lines(ids) for ids in prompts]
-        texts, starts = zip(*(line for lines in lines_of for line in lines), strict=True)
-        reading = FirstReading(
-            routers,
-            num_experts=len(self._library.names),
-            calibration=self.calibration,
-            num_lines=[len(lines) for lines in lines_of],
-            is_evidence=evidence_mask(texts, starts, self._base.device),
-        )
-        with routed(reading):
-            decoder = self._base.model.get_decoder()
-            decoder(**decoder_inputs(texts, self._base.device), use_cache=False)
-        return reading
+    def whole(self, router: RouterConfig, ids: Sequence[int]) -> Lane:
+        """A prompt that is taken for one request."""
+        start, stop = self.template.request(ids)
+        part = Part(start=start, stop=stop, is_next=False)
+        return self._read_spans(router, ids, [part])[0, 1][0]
 
-    def least_lead(self, router: RouterConfig) -> float:
-        """The lead that the best expert has at most, in this share of the generic prompts."""
-        assert router.confidence is not None
-        key = router.name, router.decay
-        with self._lock:
-            if key not in self._leads:
-                leads = []
-                for texts in _parts(self._generic_texts()):
-                    reading = self.read_first([router] * len(texts), texts)
-                    leads.append(lead(reading.pool(router).latest).amax(-1))
-                self._leads[key] = torch.cat(leads)
-        return float(self._leads[key].quantile(router.confidence))
-
-
-def evidence_mask(
-    texts: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
-) -> Tensor:
-    """(R, T) bool, True from each row's start on, in texts that are padded on the left."""
-    width = max(map(len, texts))
-    firsts = [width - len(ids) + start for ids, start in zip(texts, starts, strict=True)]
-    return (torch.arange(width) >= torch.tensor(firsts)[:, None]).to(device)
+    def _read_spans(
+        self, router: RouterConfig, ids: Sequence[int], found: Sequence[Part]
+    ) -> dict[Span, tuple[Lane, Tensor]]:
+        """Each run of parts, read as if it were all that is asked: its lane, and (E,) how much of
+        it each expert explains."""
+        start, stop = found[0].start, found[-1].stop
+        runs = spans(len(found))
+        bounds = [(found[first].start, found[end - 1].stop) for first, end in runs]
+        requests = Requests.of([ids[a:b] for a, b in bounds], ids[stop:])
+        listener = _Listener(requests, self._library, self.ordinary.detectors)
+        self._read(ids[:start], requests, listener)
+        evidence, least = listener.evidence, self.least_certainty(router)
+        return {
+            run: (
+                Lane(
+                    start=a,
+                    stop=b,
+                    ids=[*ids[:start], *ids[a:b], *ids[stop:]],
+                    weights=_weights(certainty, router, least),
+                    certainty=certainty,
+                    by_layer={bank: layers[row] for bank, layers in evidence.by_layer.items()},
+                ),
+                evidence.explained[row],
+            )
+            for row, (run, (a, b), certainty) in enumerate(
+                zip(runs, bounds, evidence.certainty, strict=True)
+            )
+        }
 
 
-def _parts(texts: Sequence[list[int]]) -> Iterator[Sequence[list[int]]]:
-    """Some at a time, so that a large library needs little memory."""
-    for start in range(0, len(texts), _PROMPTS_AT_ONCE):
-        yield texts[start : start + _PROMPTS_AT_ONCE]
+def _weights(certainty: Tensor, router: RouterConfig, least: float | None) -> Tensor:
+    """(E,) of the chosen experts."""
+    experts, weights, _ = select(certainty, router, least)
+    return torch.zeros_like(certainty).scatter(-1, experts, weights)

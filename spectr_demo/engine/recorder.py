@@ -64,11 +64,12 @@ class Recorder:
         return experts, weights, scores
 
     def routing(
-        self, library: ExpertLibrary, row: int, num_tokens: int, top_k: int
+        self, library: ExpertLibrary, row: int, num_tokens: int, top_k: int, num_padding: int = 0
     ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
         """A scored row's experts (ids of the library), weights and scores: (T, L, P, K) arrays.
 
-        The last of the `num_tokens` tokens was written but never read: it has no routing.
+        num_padding: tokens before the row's own, which are left out. The last of the `num_tokens`
+        tokens was written but never read: it has no routing.
         """
         shape = (num_tokens, library.num_layers, len(library.projections), top_k)
         experts = np.full(shape, NOT_ROUTED, np.int16)
@@ -76,7 +77,8 @@ class Recorder:
         scores = np.full(shape, np.nan, np.float32)
         for bank in library.banks:
             chosen, weight, score = (
-                part[: num_tokens - 1].cpu().numpy() for part in self.choices(bank, row)
+                part[num_padding:][: num_tokens - 1].cpu().numpy()
+                for part in self.choices(bank, row)
             )
             T, _, K = chosen.shape
             chosen = np.where(weight > 0, bank.expert_ids.numpy()[chosen], NOT_ROUTED)

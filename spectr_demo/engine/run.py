@@ -1,7 +1,8 @@
 """One run: its thread, its clock, its steps.
 
 All columns are rows of one batch. They share one forward pass per token, one KV cache and the same
-sampling noise. transformers' own `generate` runs them, under the run's plan.
+sampling noise. transformers' own `generate` runs them, under the run's plan. A column whose router
+finds several requests in the prompt has a row for each of them; its answer is theirs, in order.
 """
 
 import contextvars
@@ -16,10 +17,12 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from spectr_demo.base.loading import LoadedBase
+from spectr_demo.base.prompts import pad_left
 from spectr_demo.config import GenerationSettings, RouterConfig, library_versions
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.engine.reading import Lane
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.sampling import (
     Cancelled,
@@ -28,15 +31,16 @@ from spectr_demo.engine.sampling import (
     logits_processors,
     pad_token_id,
 )
-from spectr_demo.engine.tracing import build_trace
+from spectr_demo.engine.tracing import Row, build_trace
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.trace import RoutingTrace
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnOutput:
-    """One column so far. num_tokens counts generated tokens, the end token included;
-    tokens_per_second is the rate of decoding, from its first token on (0 before the second)."""
+    """One column so far. text: the answers to its requests, a line each where there are several.
+    num_tokens counts generated tokens, end tokens included; tokens_per_second is the rate of
+    decoding, from the first token on (0 before the second)."""
 
     label: str
     text: str
@@ -65,24 +69,26 @@ class Run:
         routers: Sequence[RouterConfig],
         prompt_ids: list[int],
         settings: GenerationSettings,
-        make_plan: Callable[[Recorder | None], RoutingPlan],
+        find_lanes: Callable[[], Sequence[Sequence[Lane]]],
+        make_plan: Callable[[Sequence[RouterConfig], Sequence[Lane], Recorder | None], RoutingPlan],
         *,
         record: bool,
         trace_every: int | None,
     ) -> None:
-        """make_plan: called in the run's own thread, since it may read the prompt."""
+        """find_lanes: the lanes of each router, called in the run's own thread, since the prompt may
+        be read. make_plan: from the router and the lane of each row."""
         self.base = base
         self.library = library
+        self.routers = routers
         self.labels = unique_labels(routers)
         self.prompt_ids = prompt_ids
         self.settings = settings
+        self.find_lanes = find_lanes
         self.make_plan = make_plan
         self.recorder = Recorder() if record else None
         self.trace_every = trace_every if record else None
         self.end_ids = end_token_ids(base)
-        self.answers: list[list[int]] = [[] for _ in routers]
-        self.is_finished = [False] * len(routers)
-        self.clock: list[list[float]] = [[] for _ in routers]  # first and last token's time
+        self.rows: list[Row] = []
         self.is_cancelled = threading.Event()
         self.queue: SimpleQueue[Step | BaseException | None] = SimpleQueue()
 
@@ -102,7 +108,7 @@ class Run:
     def _work(self) -> None:
         """In the worker thread: transformers' own generation, under this run's plan."""
         try:
-            self.plan = self.make_plan(self.recorder)
+            self._prepare()
             with torch.inference_mode(), routed(self.plan):
                 self._generate()
                 if not self.is_cancelled.is_set():
@@ -113,17 +119,27 @@ class Run:
         finally:
             self.queue.put(None)
 
+    def _prepare(self) -> None:
+        for column, lanes in enumerate(self.find_lanes()):
+            self.rows += [Row(column=column, lane=lane) for lane in lanes]
+        self.plan = self.make_plan(
+            [self.routers[row.column] for row in self.rows],
+            [row.lane for row in self.rows],
+            self.recorder,
+        )
+
     def _generate(self) -> None:
         model: Any = self.base.model
-        input_ids = torch.tensor([self.prompt_ids] * len(self.answers), device=self.base.device)
+        pad = pad_token_id(self.base, self.end_ids)
+        input_ids, mask = pad_left([row.lane.ids for row in self.rows], pad)
         model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
+            input_ids.to(self.base.device),
+            attention_mask=mask.to(self.base.device),
             generation_config=GenerationConfig(
                 max_new_tokens=self.settings.max_new_tokens,
                 do_sample=False,  # sampling is the last processor's, with a generator of its own
                 eos_token_id=sorted(self.end_ids) or None,
-                pad_token_id=pad_token_id(self.base, self.end_ids),
+                pad_token_id=pad,
             ),
             logits_processor=logits_processors(self.settings),
             stopping_criteria=StoppingCriteriaList([Cancelled(self.is_cancelled)]),
@@ -132,34 +148,33 @@ class Run:
 
     def _add_tokens(self, token_ids: list[int]) -> None:
         now = time.perf_counter()
-        for row, token_id in enumerate(token_ids):
-            if not self.is_finished[row]:
-                self.answers[row].append(token_id)
-                self.clock[row] = [*self.clock[row][:1], now]
-                self.is_finished[row] = (
-                    token_id in self.end_ids
-                    or len(self.answers[row]) == self.settings.max_new_tokens
+        for row, token_id in zip(self.rows, token_ids, strict=True):
+            if not row.is_finished:
+                row.answer.append(token_id)
+                row.clock = [*row.clock[:1], now]
+                row.is_finished = (
+                    token_id in self.end_ids or len(row.answer) == self.settings.max_new_tokens
                 )
-        num_tokens = max(map(len, self.answers))
+        num_tokens = max(len(row.answer) for row in self.rows)
         is_due = self.trace_every is not None and num_tokens % self.trace_every == 0
-        trace = self._trace(is_complete=False) if is_due and not all(self.is_finished) else None
+        is_last = all(row.is_finished for row in self.rows)
+        trace = self._trace(is_complete=False) if is_due and not is_last else None
         self.queue.put(replace(self._step(), trace=trace))
 
     def _step(self) -> Step:
-        return Step(
-            columns=tuple(
+        columns = []
+        for column, label in enumerate(self.labels):
+            rows = [row for row in self.rows if row.column == column]
+            columns.append(
                 ColumnOutput(
                     label=label,
-                    text=self._text(answer),
-                    num_tokens=len(answer),
-                    is_finished=is_finished,
-                    tokens_per_second=_rate(len(answer), clock),
-                )
-                for label, answer, is_finished, clock in zip(
-                    self.labels, self.answers, self.is_finished, self.clock, strict=True
+                    text="\n".join(self._text(row.answer) for row in rows),
+                    num_tokens=sum(len(row.answer) for row in rows),
+                    is_finished=all(row.is_finished for row in rows),
+                    tokens_per_second=sum(_rate(len(row.answer), row.clock) for row in rows),
                 )
             )
-        )
+        return Step(columns=tuple(columns))
 
     def _text(self, answer: list[int]) -> str:
         text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))
@@ -173,7 +188,7 @@ class Run:
             plan=self.plan,
             labels=self.labels,
             prompt_ids=self.prompt_ids,
-            answers=self.answers,
+            rows=self.rows,
             is_complete=is_complete,
             meta={
                 "model": self.base.source,

@@ -2,8 +2,8 @@
 
 A plan asks `TokenPath` first, at each bank. It answers with `None` where torch must do it: several
 tokens, many rows, a GPU, another dtype than float32 and bfloat16, or a router whose row names no
-compiled measure. Everything that compiled code needs is bound here, from the groups of rows, their
-pools and the recorder. The loops themselves are in `cpu/token.py`, and know arrays alone.
+compiled measure. Everything that compiled code needs is bound here, from the groups of rows and the
+recorder. The loops themselves are in `cpu/token.py`, and know arrays alone.
 
 Axes: R rows, P projections of a bank, E experts, K selected, F kept by LAG's filter, r rank.
 """
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from spectr_demo.cpu import token as compiled
-from spectr_demo.cpu.choice import FIRST, LENGTH, OUTPUT, Choices, Pool, Rule
+from spectr_demo.cpu.choice import FIRST, LENGTH, OUTPUT, Choices, Rule
 from spectr_demo.cpu.filter import Arrows
 from spectr_demo.cpu.token import Factors, Record
 from spectr_demo.engine.constant import ConstantRows
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.rows import RouterRows
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.context import EvidencePool
 from spectr_demo.routing.routers import Measure
 
 MEASURES: dict[Measure, int] = {"length": LENGTH, "first": FIRST, "output": OUTPUT}
@@ -99,33 +98,6 @@ class _Written:
             compiled.bind_choices(self.record, self.choices)
 
 
-class PoolArrays:
-    """An `EvidencePool` as compiled code reads and changes it: the same memory."""
-
-    def __init__(self, pool: EvidencePool, *, is_lead: bool) -> None:
-        """is_lead: whether compiled code gives each expert's lead (`routing.context.lead`) instead
-        of its evidence."""
-        self._pool = pool
-        self._is_lead = is_lead
-        self._total: Tensor | None = None
-        self._of_pass: tuple[Any, ...] = ()
-        self._banks: dict[ExpertBank, tuple[Tensor, tuple[Any, ...]]] = {}
-
-    def of(self, bank: ExpertBank) -> Pool:
-        """For the bank's layers, in a pass of one token that has begun."""
-        pool = self._pool
-        if self._total is not pool.current.total:  # another pass, or torch has added to it
-            self._total, self._of_pass = pool.current.total, _of_pass(pool)
-        sums = pool.token_sums(bank)
-        known = self._banks.get(bank)
-        if known is None or known[0] is not sums:  # torch makes new ones where it adds tokens
-            weights, layers = pool.depth_weights(bank)
-            arrays = sums[:, 0], weights[:, 0], layers, bank.expert_ids
-            known = sums, (*(array.numpy() for array in arrays), self._is_lead)
-            self._banks[bank] = known
-        return Pool(*self._of_pass, *known[1])
-
-
 class TokenPath:
     """The fast path of one plan."""
 
@@ -142,12 +114,6 @@ class TokenPath:
         self._is_merged = np.array(is_merged)
         self._recorder = recorder
         self._tokens: dict[ExpertBank, MixedToken | None] = {}
-        self._pools = [
-            PoolArrays(group.pool, is_lead=group.router.confidence is not None)
-            if group.pool
-            else None
-            for group in groups
-        ]
 
     def mix_and_add_(self, y: Tensor, bank: ExpertBank, x: Tensor) -> MixedToken | None:
         """What the bank's layers add, that of the first one added to its y: y (R, 1, D_out) and x
@@ -169,10 +135,8 @@ class TokenPath:
         for i, written in enumerate(token.choices):
             if self._recorder is not None and written.choices.is_full:
                 self._record(bank)
-            arrays = self._pools[i]
-            pool = None if arrays is None else arrays.of(bank)
             compiled.route_and_add_at(
-                written.record, *places, A, token.arrows, B, pool, i == 0, i == last
+                written.record, *places, A, token.arrows, B, None, i == 0, i == last
             )
         return token
 
@@ -180,15 +144,13 @@ class TokenPath:
         """Memory for one token of each row at a bank, and the records that compiled code reads;
         None where it cannot serve the bank."""
         factors = factors_of(bank)
-        pools = [group.pool for group in self._groups if group.pool is not None]
-        is_here = all(pool.current.total.is_cpu for pool in pools)
-        if factors is None or not is_here or any(group.measure is None for group in self._groups):
+        if factors is None or any(group.measure is None for group in self._groups):
             return None
         P, E, r = factors.singular_values.shape
         R, kept = len(self._is_merged), None
         first = self._groups[0] if self._groups else None
-        if first is not None and first.is_whole and first.num_filtered < E:
-            kept = np.empty((R, P, first.num_filtered), np.int64)
+        if first is not None and first.is_whole and first.num_scored < E:
+            kept = np.empty((R, P, first.num_scored), np.int64)
         shape = R, P, E if kept is None else kept.shape[2]
         weights = np.ones(shape, np.float32)  # where rows are constant and the factors hold theirs
         if kept is None and not self._constant.is_folded:
@@ -221,23 +183,6 @@ class TokenPath:
                 written.hand_over(self._recorder, bank)
 
 
-def _of_pass(pool: EvidencePool) -> tuple[Any, ...]:
-    """The first five fields of a `Pool`, for a pass of one token."""
-    now = pool.current
-    keeps = torch.full((len(now.total),), pool.decay, dtype=torch.float32)
-    if now.is_newline is not None:
-        keeps = keeps.where(~now.is_newline[:, 0], 0)
-    counts = torch.ones_like(now.total[:, 0, 0]) if now.counts is None else now.counts[:, 0, 0]
-    first_weight = torch.zeros_like(now.total) if now.first_weight is None else now.first_weight
-    return (
-        keeps.numpy(),
-        counts.numpy(),
-        now.token_weight[:, 0, 0].numpy(),
-        first_weight[:, 0].numpy(),
-        now.total[:, 0].numpy(),
-    )
-
-
 def _rule(group: RouterRows, bank: ExpertBank) -> Rule:
     """How a group scores and chooses at a bank."""
     shape = bank.singular_values.shape[:2]
@@ -252,5 +197,5 @@ def _rule(group: RouterRows, bank: ExpertBank) -> Rule:
         mean=mean.numpy(),
         std=std.numpy(),
         temperature=config.temperature if config.weighting == "softmax" else 0.0,
-        least=-np.inf if group.least is None else group.least,
+        least=-np.inf,
     )

@@ -1,6 +1,8 @@
 """From a run's recorder to its `RoutingTrace`: the last place that has tensors."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr_demo.base.prompts import shared_length, token_pieces
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.engine.reading import Lane
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.routers import ROUTERS
@@ -23,24 +27,21 @@ _POSITIONS_AT_ONCE, _COMPARED_AT_ONCE = 64, 8
 TokenStatistics = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
 
-def token_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; pieces join to the whole text, special tokens included.
+@dataclass(eq=False)
+class Row:
+    """One row of a run's batch: a lane of a column, and what is generated in it. clock: the times
+    of its first and its last token."""
 
-    A character spread over several tokens belongs to the last of them; the others are empty.
-    """
+    column: int
+    lane: Lane
+    answer: list[int] = field(default_factory=list)
+    is_finished: bool = False
+    clock: list[float] = field(default_factory=list)
 
-    def decode(first: int, last: int) -> str:
-        return str(tokenizer.decode(list(token_ids[first:last]), skip_special_tokens=False))
-
-    pieces = []
-    context = done = 0  # text before `done` is out; decoding starts at `context` to keep spaces
-    for end in range(1, len(token_ids) + 1):
-        before, text = decode(context, done), decode(context, end)
-        is_whole = not text.endswith("�") or end == len(token_ids)
-        pieces.append(text[len(before) :] if is_whole else "")
-        if is_whole:
-            context, done = done, end
-    return pieces
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and answer."""
+        return [*self.lane.ids, *self.answer]
 
 
 def build_trace(
@@ -51,34 +52,37 @@ def build_trace(
     plan: RoutingPlan,
     labels: Sequence[str],
     prompt_ids: Sequence[int],
-    answers: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     meta: dict[str, Any],
     is_complete: bool,
 ) -> RoutingTrace:
     """The trace of a run that has ended, or of one still going.
 
-    answers: token ids of each column, cut after its end token. Where not complete, the pass of the
-    base over the answers is left out, and log-probability, entropy and KL are NaN.
+    rows: of the plan, in its order; their answers are cut after the end token. Where not complete,
+    the pass of the base over the answers is left out, and log-probability, entropy and KL are NaN.
     """
     recorder = plan.recorder
     assert recorder is not None
-    statistics: list[TokenStatistics]
     if is_complete:
-        statistics = _token_statistics(model, plan, recorder, prompt_ids, answers)
+        statistics = _token_statistics(model, plan, recorder, rows)
     else:
-        lengths = [len(prompt_ids) + len(answer) for answer in answers]
-        statistics = [_unknown_statistics(T) for T in lengths]
+        statistics = [_unknown_statistics(len(row.token_ids)) for row in rows]
     columns = []
-    for row, (label, answer) in enumerate(zip(labels, answers, strict=True)):
-        token_ids = [*prompt_ids, *answer]
-        pieces = token_pieces(tokenizer, token_ids)
+    for column, label in enumerate(labels):
+        numbers = [i for i, row in enumerate(rows) if row.column == column]
+        places = _places(prompt_ids, rows, numbers)
+        token_ids = [rows[row].token_ids[t] for row, t in places]
+        pieces = _with_line_ends(token_pieces(tokenizer, token_ids), rows, places)
         ends = np.cumsum([len(piece) for piece in pieces])
-        experts, weights, scores = _routing(library, plan, row, len(token_ids))
-        logprob, entropy, kl = statistics[row]
+        width = max(len(row.token_ids) for row in rows)
+        experts, weights, scores = _in_order(
+            {row: _routing(library, plan, row, rows[row], width) for row in numbers}, places
+        )
+        (logprob, entropy, kl) = _in_order({row: statistics[row] for row in numbers}, places)
         columns.append(
             ColumnTrace(
                 label=label,
-                router=plan.routers[row].to_json(),
+                router=plan.routers[numbers[0]].to_json(),
                 token_ids=np.array(token_ids, np.int32),
                 tokens=tuple(pieces),
                 spans=np.stack([ends - [len(piece) for piece in pieces], ends], 1).astype(np.int32),
@@ -100,25 +104,82 @@ def build_trace(
     )
 
 
+def _places(
+    prompt_ids: Sequence[int], rows: Sequence[Row], numbers: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Where each token of a column was read or written: the row, and the place in it.
+
+    What lanes have in common is taken from the first one before the request, and from the last one
+    after it.
+    """
+    places = []
+    first, last = rows[numbers[0]].lane, rows[numbers[-1]].lane
+    places += [(numbers[0], t) for t in range(first.start)]
+    for row in numbers:
+        lane = rows[row].lane
+        places += [(row, first.start + t) for t in range(lane.stop - lane.start)]
+    closing = len(prompt_ids) - last.stop
+    places += [(numbers[-1], len(last.ids) - closing + t) for t in range(closing)]
+    for row in numbers:
+        num = len(rows[row].lane.ids)
+        places += [(row, num + t) for t in range(len(rows[row].answer))]
+    return places
+
+
+def _with_line_ends(
+    pieces: list[str], rows: Sequence[Row], places: Sequence[tuple[int, int]]
+) -> list[str]:
+    """Answers of different lanes are different lines: an end token between them is written as a
+    line end."""
+    out = list(pieces)
+    for i, ((row, t), (following, _)) in enumerate(itertools.pairwise(places)):
+        is_last = t == len(rows[row].token_ids) - 1
+        if following != row and is_last:
+            out[i] = "\n" if rows[row].is_finished else f"{pieces[i]}\n"
+    return out
+
+
+def _in_order(
+    arrays: Mapping[int, tuple[NDArray[Any], ...]], places: Sequence[tuple[int, int]]
+) -> tuple[NDArray[Any], ...]:
+    """The arrays (T_row, ...) of some rows, token by token as `places` has them. One row alone is
+    taken as it is, since it may be a view of one token."""
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    kinds = zip(*arrays.values(), strict=True)
+    by_row = dict.fromkeys(arrays)
+    out = []
+    for kind in kinds:
+        of_row = dict(zip(by_row, kind, strict=True))
+        out.append(np.stack([of_row[row][t] for row, t in places]))
+    return tuple(out)
+
+
 def _routing(
-    library: ExpertLibrary, plan: RoutingPlan, row: int, num_tokens: int
+    library: ExpertLibrary, plan: RoutingPlan, number: int, row: Row, width: int
 ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
-    router = plan.routers[row]
+    """Experts, weights and scores (T, L, P, K) of a row. width: of the longest row's tokens."""
+    router, num_tokens = plan.routers[number], len(row.token_ids)
     if ROUTERS[router.name].score is not None:
         assert plan.recorder is not None and router.top_k is not None
-        return plan.recorder.routing(library, row, num_tokens, router.top_k)
+        num_padding = plan.num_padding[number]
+        return plan.recorder.routing(library, number, num_tokens, router.top_k, num_padding)
     # Constant weights: one row of arrays, seen by every token through a broadcast view.
     places = (1, library.num_layers, len(library.projections))
     weights = np.zeros((*places, len(library.names)), np.float32)
+    scores = np.full_like(weights, np.nan)
     for bank in library.banks:
-        constant = plan.constant.of(bank)[row, 0, 0].cpu().numpy()
+        constant = plan.constant.of(bank)[number, 0, 0].cpu().numpy()
         layers, projections = (places[:, None] for places in library.places(bank))
         weights[0, layers, projections, bank.expert_ids.numpy()] = constant
+        if bank in row.lane.by_layer:
+            certainty = row.lane.by_layer[bank].numpy()
+            scores[0, layers, projections, bank.expert_ids.numpy()] = certainty
     used = np.flatnonzero(weights.any(axis=(0, 1, 2)))
-    weights = weights[..., used]
+    weights, scores = weights[..., used], scores[..., used]
     experts = np.where(weights > 0, used, NOT_ROUTED).astype(np.int16)
+    scores = np.where(weights > 0, scores, np.nan)
     shape = (num_tokens, *weights.shape[1:])
-    scores = np.full((1, 1, 1, 1), np.nan, np.float32)
     return (
         np.broadcast_to(experts, shape),
         np.broadcast_to(weights, shape),
@@ -127,54 +188,56 @@ def _routing(
 
 
 def _token_statistics(
-    model: PreTrainedModel,
-    plan: RoutingPlan,
-    recorder: Recorder,
-    prompt_ids: Sequence[int],
-    answers: Sequence[Sequence[int]],
+    model: PreTrainedModel, plan: RoutingPlan, recorder: Recorder, rows: Sequence[Row]
 ) -> list[TokenStatistics]:
-    """Per column: log-probability, entropy and KL(routed || base) of each token, in nats.
+    """Per row: log-probability, entropy and KL(routed || base) of each token, in nats.
 
     All of the model's own distribution, before temperature. The routed side reuses the hidden
-    states of the run; the base reads all columns in one teacher-forced pass without experts, and
-    the prompt they share only once. A base column needs no second reading.
+    states of the run; the base reads all rows in one teacher-forced pass without experts, and what
+    they begin with alike only once. A base column needs no second reading.
     """
     hidden = recorder.hidden()
-    others = [row for row, router in enumerate(plan.routers) if router.name != "base"]
-    base_hidden = {row: hidden[row] for row in range(len(answers)) if row not in others}
+    routed_hidden = [hidden[i, plan.num_padding[i] :] for i in range(len(rows))]
+    others = [i for i, router in enumerate(plan.routers) if router.name != "base"]
+    base_hidden = {i: routed_hidden[i] for i in range(len(rows)) if i not in others}
     if others:
-        read = _read_as_base(model, prompt_ids, [answers[row] for row in others])
+        read = _read_as_base(model, [rows[i].token_ids for i in others])
         base_hidden.update(zip(others, read, strict=True))
-    statistics = []
-    for row, answer in enumerate(answers):
-        token_ids = torch.tensor([*prompt_ids, *answer], device=hidden.device)
-        statistics.append(_compare(model, token_ids, hidden[row], base_hidden[row]))
-    return statistics
+    return [
+        _compare(
+            model,
+            torch.tensor(row.token_ids, device=hidden.device),
+            routed_hidden[i],
+            base_hidden[i],
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
-def _read_as_base(
-    model: PreTrainedModel, prompt_ids: Sequence[int], answers: Sequence[Sequence[int]]
-) -> Tensor:
+def _read_as_base(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Tensor:
     """The base's last hidden states on these texts: (R, T, D), rows padded on the right.
 
-    Padding needs no mask: attention is causal, and padded places are not used.
+    The last token of a text predicts nothing and is not read. Padding needs no mask: attention is
+    causal, and padded places are not used.
     """
     decoder, device = model.get_decoder(), model.device
+    texts = [list(text[:-1]) for text in texts]
     with routed(None):
-        if len(answers) == 1:
-            text = torch.tensor([[*prompt_ids, *answers[0][:-1]]], device=device)
+        if len(texts) == 1:
+            text = torch.tensor(texts, device=device)
             return decoder(input_ids=text, use_cache=False).last_hidden_state
-        prompt = decoder(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True)
-        hidden = prompt.last_hidden_state.expand(len(answers), -1, -1)
-        width = max(map(len, answers)) - 1  # the last token predicts nothing
+        num_shared = min(shared_length(texts[0], text) for text in texts)
+        shared = torch.tensor([texts[0][:num_shared]], device=device)
+        first = decoder(input_ids=shared, use_cache=True)
+        hidden = first.last_hidden_state.expand(len(texts), -1, -1)
+        width = max(map(len, texts)) - num_shared
         if width < 1:
             return hidden
-        cache = prompt.past_key_values
-        cache.batch_repeat_interleave(len(answers))
-        padded = torch.zeros(len(answers), width, dtype=torch.long)
-        for row, answer in enumerate(answers):
-            read = torch.tensor(answer[:-1], dtype=torch.long)
-            padded[row, : len(read)] = read
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(len(texts))
+        padded = torch.zeros(len(texts), width, dtype=torch.long)
+        for row, text in enumerate(texts):
+            padded[row, : len(text) - num_shared] = torch.tensor(text[num_shared:])
         rest = decoder(input_ids=padded.to(device), past_key_values=cache, use_cache=True)
     return torch.cat([hidden, rest.last_hidden_state], dim=1)
 

@@ -5,7 +5,7 @@ therefore replaced by `(score - mean) / std`. Mean and standard deviation are th
 score, at the same layer, over ordinary chat (the idea is SEQR's, arXiv 2509.18093). No text of a
 domain is seen, and nothing is trained.
 
-Axes: R rows, T tokens, P projections of a bank, E experts, r rank.
+Axes: N tokens, P projections of a bank, E experts, r rank.
 """
 
 from collections.abc import Mapping
@@ -44,16 +44,15 @@ class Measurement:
     def __init__(self) -> None:
         self._scores = calibrated_scores()
         self._sums: dict[ExpertBank, Tensor] = {}  # (S, 2, P, E) float64: sums, sums of squares
-        self._num_tokens: dict[ExpertBank, Tensor] = {}
+        self._num_tokens: dict[ExpertBank, int] = {}
 
-    def add(self, bank: ExpertBank, z: Tensor, counts: Tensor) -> None:
-        """z: (R, T, P, E, r) at a bank. counts: (R, T) bool, False for tokens that are left out."""
+    def add(self, bank: ExpertBank, z: Tensor) -> None:
+        """z: (N, P, E, r) of N tokens at a bank."""
         config = RouterConfig(name="spectr")  # no calibrated score reads its settings
-        scores = torch.stack([f(z, bank.singular_values, config) for f in self._scores])
-        scores = torch.where(counts[..., None, None], scores, 0).double()  # (S, R, T, P, E)
-        sums = torch.stack([scores.sum((1, 2)), scores.square().sum((1, 2))], dim=1)
+        scores = torch.stack([f(z, bank.singular_values, config) for f in self._scores]).double()
+        sums = torch.stack([scores.sum(1), scores.square().sum(1)], dim=1)  # (S, 2, P, E)
         self._sums[bank] = self._sums.get(bank, 0) + sums
-        self._num_tokens[bank] = self._num_tokens.get(bank, 0) + counts.sum()
+        self._num_tokens[bank] = self._num_tokens.get(bank, 0) + len(z)
 
     def calibration(self) -> Calibration:
         """From all tokens that were added."""

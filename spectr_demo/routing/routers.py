@@ -37,8 +37,9 @@ def all_experts(config: RouterConfig, expert_names: Sequence[str]) -> list[float
 class Router:
     """A row of the table.
 
-    constant: the weights of a router that does not look at tokens; unused by one that scores.
-    score: of one that does. is_filtered: it scores only the `prefilter` experts with the best arrow
+    constant: the weights of a router that looks at nothing. score: of one that looks at each token.
+    reads_request: whether it reads each request before it is answered, and keeps its choice; see
+    `routing/detection.py`. is_filtered: it scores only the `prefilter` experts with the best arrow
     score. measure: how compiled code computes the score; None leaves the router to torch, which
     gives the same and is slower on a CPU. default_top_k: the K of a config that names none, made
     smaller where there are fewer experts.
@@ -51,9 +52,15 @@ class Router:
     preset: RouterConfig
     constant: Constant = no_expert
     score: Score | None = None
+    reads_request: bool = False
     is_filtered: bool = False
     measure: Measure | None = None
     default_top_k: int = 1
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses among the experts by what it reads."""
+        return self.score is not None or self.reads_request
 
     def __post_init__(self) -> None:
         if self.is_filtered and self.measure == "output":
@@ -128,20 +135,10 @@ _ROWS = (
     Router(
         key="spectr-context",
         display_name="SpectR in context",
-        equation="mean over the text so far of (||A*_e x|| - mean_e) / std_e where e is the best",
-        paper="this project's: calibrated, pooled, prompt read first",
-        preset=RouterConfig(
-            name="spectr-context",
-            weighting="softmax",
-            temperature=0.02,
-            calibrated=True,
-            decay=0.9,
-            reads_first=True,
-            confidence=0.6,
-        ),
-        score=spectr_scores,
-        measure="length",
-        default_top_k=2,
+        equation="mean over the layers that read the request of how far ||A*_e x|| stands out",
+        paper="this project's: in the metric of ordinary text, each request in a lane of its own",
+        preset=RouterConfig(name="spectr-context", confidence=0.9),
+        reads_request=True,
     ),
     Router(
         key="lag",
@@ -191,17 +188,17 @@ def parse_router(
         if config.name not in ROUTERS:
             raise unknown_name("router", config.name, ROUTERS)
     row = ROUTERS[config.name]
-    if row.score is None:
+    if not row.chooses:
         overrides = {"composition": overrides.get("composition")} if row.key == "uniform" else {}
     config = replace(config, **{key: v for key, v in overrides.items() if v is not None})
     if config.expert is not None and config.expert not in expert_names:
         raise unknown_name("expert", config.expert, expert_names)
-    if row.score is None:
+    if not row.chooses:
         return config
-    if config.calibrated and row.is_filtered:
+    if config.calibrated and (row.is_filtered or row.reads_request):
         others = [key for key, other in ROUTERS.items() if other.score and not other.is_filtered]
         raise ValueError(
-            f"router {row.key!r} cannot be calibrated: it scores only some experts for a token; "
+            f"router {row.key!r} cannot be calibrated: it does not score all experts for a token; "
             f"there is {', '.join(map(repr, others))}"
         )
     return replace(config, top_k=_checked_top_k(config, row, expert_names))
