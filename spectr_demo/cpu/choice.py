@@ -1,7 +1,7 @@
-"""Which experts one token uses, in compiled code: score, pool, choose.
+"""Which experts one token uses, in compiled code: their scores, and the choice.
 
-The same as `routing.spectr` and `routing.context` do in torch, to rounding. Axes: R rows, P
-projections of a bank, E experts, K selected, G rows of one router, r rank.
+The same as `routing.spectr` does in torch, to rounding. Axes: R rows, P projections of a bank, E
+experts, K selected, G rows of one router, r rank.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Rule(NamedTuple):
 
     measure: LENGTH, FIRST or OUTPUT. num_kept: so many experts are scored, those with the longest
     first entry; the others get -inf. mean, std (P, E): by which scores are standardised.
-    temperature: of the softmax; 0 is 1/K each. least: what the best score must exceed.
+    temperature: of the softmax; 0 is 1/K each.
     """
 
     measure: int
@@ -27,7 +27,6 @@ class Rule(NamedTuple):
     mean: Floats
     std: Floats
     temperature: float
-    least: float
 
 
 @compiled
@@ -55,54 +54,6 @@ def scored(z: Floats, rows: Ids, singular_values: Floats, rule: Rule) -> Floats:
                     if lengths[e] >= 0:
                         scores[g, p, e] = -np.inf
     return scores
-
-
-class Pool(NamedTuple):
-    """The state of an `EvidencePool` that a bank's layers read and change.
-
-    keeps (R,): what the tokens before still count: the decay, or 0 where a line ends. counts (R,):
-    0 for a token that says nothing, else 1. token_weight (R,), first_weight (R, all experts): of
-    the tokens, and of the first reading. total (R, all experts): of the layers so far.
-    sums (R, P, E): of the bank. weights (P,), layers (P, E): of each layer, and up to it. is_lead:
-    evidence less the experts' mean, see `routing.context.lead`.
-    """
-
-    keeps: Floats
-    counts: Floats
-    token_weight: Floats
-    first_weight: Floats
-    total: Floats
-    sums: Floats
-    weights: Floats
-    layers: Floats
-    expert_ids: Ids
-    is_lead: bool
-
-
-@compiled
-def pooled(scores: Floats, pool: Pool) -> Floats:
-    """(R, P, E) evidence from scores (R, P, E), as `EvidencePool.add` describes it; the pool's
-    total and sums are changed in place."""
-    R, P, E = scores.shape
-    evidence = np.empty((R, P, E), np.float32)
-    for row in range(R):
-        for p in range(P):
-            highest = scores[row, p].max()
-            spoken = pool.counts[row] * max(highest, np.float32(0))
-            for e in range(E):
-                value = pool.keeps[row] * pool.sums[row, p, e]
-                if scores[row, p, e] == highest:
-                    value += spoken
-                pool.sums[row, p, e] = value
-                expert = pool.expert_ids[e]
-                pool.total[row, expert] += pool.weights[p] * value
-                weight = pool.token_weight[row] * pool.layers[p, e] + pool.first_weight[row, expert]
-                evidence[row, p, e] = pool.total[row, expert] / weight
-            if pool.is_lead and E > 1:
-                mean = evidence[row, p].sum() / np.float32(E)
-                for e in range(E):
-                    evidence[row, p, e] -= mean
-    return evidence
 
 
 class Chosen(NamedTuple):
@@ -151,8 +102,7 @@ def choose(chosen: Chosen, weights: Floats, rows: Ids, scores: Floats, rule: Rul
                     weight = np.exp((top[k] - top[0]) / np.float32(rule.temperature))
                 some[k] = weight
                 sum_of_weights += weight
-            is_any = top[0] > rule.least
             of_all[:] = 0
             for k in range(K):
-                some[k] = some[k] / sum_of_weights if is_any else np.float32(0)
+                some[k] /= sum_of_weights
                 of_all[places[k]] = some[k]

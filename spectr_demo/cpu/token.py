@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectr_demo.cpu.choice import Choices, Chosen, Pool, Rule, choose, pooled, scored
+from spectr_demo.cpu.choice import Choices, Chosen, Rule, choose, scored
 from spectr_demo.cpu.filter import Arrows, keep, project_chosen
 from spectr_demo.cpu.numbers import (
     DTYPES,
@@ -112,7 +112,7 @@ _WRITTEN = ("places", "chosen_weights", "scores", "num")
 _SIZES = ("R", "P", "E", "F", "r", "G", "K", "N", "measure", "num_kept")
 RECORD = np.dtype(
     [(name, np.int64) for name in (*_ADDRESSES, *_WRITTEN, *_SIZES, *Team._fields)]
-    + [("temperature", np.float64), ("least", np.float64)]
+    + [("temperature", np.float64)]
 )
 Record = NDArray[Any]  # (1,) of `RECORD`
 
@@ -139,7 +139,7 @@ def bind(
         arrays |= {"singular_values": singular_values, "rows": rows}
         arrays |= {"mean": rule.mean, "std": rule.std}
         record["G"], record["measure"], record["num_kept"] = len(rows), rule.measure, rule.num_kept
-        record["temperature"], record["least"] = rule.temperature, rule.least
+        record["temperature"] = rule.temperature
     for name, array in arrays.items():
         if array is not None:
             record[name] = _address(array)
@@ -174,14 +174,14 @@ def _bound(record: Any) -> tuple[Floats, Floats, NDArray[np.bool_], Ids, Team]:
 
 
 @compiled
-def _route(record: Any, z: Floats, weights: Floats, kept: Ids, pool: Pool | None) -> None:
+def _choose(record: Any, z: Floats, weights: Floats, kept: Ids) -> None:
     """The choice of the record's router from z (R, P, F, r), and what it makes of the weights."""
     P, E, G, K, N = record.P, record.E, record.G, record.K, record.N
     S = numba.carray(pointer(record.singular_values), (P, E, record.r), np.float32)
     mean = numba.carray(pointer(record.mean), (P, E), np.float32)
     std = numba.carray(pointer(record.std), (P, E), np.float32)
     rows = numba.carray(pointer(record.rows), G, np.int64)
-    rule = Rule(record.measure, record.num_kept, mean, std, record.temperature, record.least)
+    rule = Rule(record.measure, record.num_kept, mean, std, record.temperature)
     num = numba.carray(pointer(record.num), 1, np.int64)
     token = num[0] % N
     num[0] += 1
@@ -190,10 +190,7 @@ def _route(record: Any, z: Floats, weights: Floats, kept: Ids, pool: Pool | None
         numba.carray(pointer(record.chosen_weights), (N, G, P, K), np.float32)[token],
         numba.carray(pointer(record.scores), (N, G, P, K), np.float32)[token],
     )
-    scores = scored(z, rows, S, rule)
-    if pool is not None:
-        scores = pooled(scores, pool)
-    choose(chosen, weights, rows, scores, rule)
+    choose(chosen, weights, rows, scored(z, rows, S, rule), rule)
     if kept.shape[2] > 0:
         for g in range(G):
             for p in range(P):
@@ -210,7 +207,6 @@ def route_and_add_at(
     A: Stored,
     arrows: Arrows | None,
     B: Stored,
-    pool: Pool | None,
     is_first: bool,
     is_last: bool,
 ) -> None:
@@ -229,7 +225,7 @@ def route_and_add_at(
         project_chosen(z, x, is_bfloat16, A, kept, E, team)
     elif is_first:
         project(z, x, is_bfloat16, A, team)
-    _route(record, z, weights, kept, pool)
+    _choose(record, z, weights, kept)
     if arrows is not None:
         add_(y, is_bfloat16, z, weights, is_merged, kept, B, 0)
     elif is_last:

@@ -136,7 +136,7 @@ class TokenPath:
             if self._recorder is not None and written.choices.is_full:
                 self._record(bank)
             compiled.route_and_add_at(
-                written.record, *places, A, token.arrows, B, None, i == 0, i == last
+                written.record, *places, A, token.arrows, B, i == 0, i == last
             )
         return token
 
@@ -197,5 +197,4 @@ def _rule(group: RouterRows, bank: ExpertBank) -> Rule:
         mean=mean.numpy(),
         std=std.numpy(),
         temperature=config.temperature if config.weighting == "softmax" else 0.0,
-        least=-np.inf,
     )

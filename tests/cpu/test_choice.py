@@ -21,7 +21,6 @@ def rule(num_experts: int, **changes: float) -> Rule:
         mean=np.zeros((2, num_experts), np.float32),
         std=np.ones((2, num_experts), np.float32),
         temperature=0.0,
-        least=-np.inf,
     )
     return plain._replace(**changes)
 
@@ -39,23 +38,16 @@ def one_choice(*shape: int) -> Chosen:
     ),
     top_k=st.integers(1, 9),
     temperature=st.sampled_from([None, 0.02, 1.0]),
-    least=st.sampled_from([None, 0.0, 60.0]),
 )
-@example(scores=[1.0, 2.0, -50.0], top_k=3, temperature=0.02, least=None)
-@example(scores=[10.875, 10.867477416992188], top_k=2, temperature=0.02, least=None)
-def test_choose_is_select(
-    scores: list[float], top_k: int, temperature: float | None, least: float | None
-) -> None:
+@example(scores=[1.0, 2.0, -50.0], top_k=3, temperature=0.02)
+@example(scores=[10.875, 10.867477416992188], top_k=2, temperature=0.02)
+def test_choose_is_select(scores: list[float], top_k: int, temperature: float | None) -> None:
     config = RouterConfig(name="spectr", top_k=top_k)
     if temperature is not None:
         config = replace(config, weighting="softmax", temperature=temperature)
     tensor = torch.tensor(scores)[None, None]
-    expected = select(tensor, config, least)
-    asked = rule(
-        len(scores),
-        temperature=temperature or 0.0,
-        least=-np.inf if least is None else least,
-    )
+    expected = select(tensor, config)
+    asked = rule(len(scores), temperature=temperature or 0.0)
     chosen = one_choice(1, 1, min(top_k, len(scores)))
     rows = torch.full((3, 1, len(scores)), torch.nan)
     choose(chosen, rows.numpy(), np.array([1]), tensor.numpy(), asked)

@@ -11,16 +11,12 @@ from torch.testing import assert_close
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.cpu import token as compiled
-from spectr_demo.cpu.choice import pooled
 from spectr_demo.engine import token as seam
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.run import Step
-from spectr_demo.engine.token import PoolArrays
-from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.context import EvidencePool, lead
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.routing.spectr import spectr_scores
 
@@ -29,10 +25,10 @@ COLUMNS: list[list[str | RouterConfig]] = [
     *([key] for key in ROUTERS if key not in ("base", "single")),
     ["single:red"],
     [RouterConfig(name="lag", prefilter=2)],
-    [RouterConfig(name="lag", prefilter=2, top_k=2, decay=0.9)],
+    [RouterConfig(name="lag", prefilter=2, top_k=2)],
     [RouterConfig(name="uniform", composition="parameters")],
     [RouterConfig(name="spectr", top_k=2, composition="outputs", weighting="softmax")],
-    [RouterConfig(name="arrow", calibrated=True, decay=0.8)],
+    [RouterConfig(name="arrow", calibrated=True)],
     ["base", "single:green"],
     ["base", "spectr"],
     ["spectr", "arrow", "spectr", "single:red"],
@@ -61,53 +57,6 @@ def test_a_run_is_the_same_in_both(
     in_compiled_code = routed_model.compare(PROMPT, columns, max_new_tokens=6)
     in_torch(monkeypatch)
     assert_same(in_compiled_code, routed_model.compare(PROMPT, columns, max_new_tokens=6))
-
-
-@pytest.mark.parametrize("num_first", [0, 4], ids=["read once", "read twice, in lines"])
-def test_a_pool_may_change_between_both(num_first: int) -> None:
-    """Token by token, several at once, token by token again: the state is one."""
-    R, P, decay = 2, 2, 0.8
-    generator = torch.Generator().manual_seed(1)
-    banks = [
-        ExpertBank(
-            paths=("layers.0.a", "layers.0.b"),
-            expert_ids=torch.tensor(ids),
-            A=torch.zeros(0),
-            B=(),
-            singular_values=torch.zeros(0),
-        )
-        for ids in ([0, 1, 2], [2, 0])
-    ]
-    texts = [torch.randn(R, 12, P, len(bank.expert_ids), generator=generator) for bank in banks]
-    is_evidence = torch.rand(R, 7, generator=generator) > 0.4
-    is_newline = torch.rand(R, 12, generator=generator) > 0.7
-
-    def pool() -> EvidencePool:
-        start = None
-        if num_first:
-            first = EvidencePool(decay, 3)
-            first.begin_pass(R, num_first)
-            for bank, text in zip(banks, texts, strict=True):
-                first.add(bank, text[:, :num_first])
-            start = first.start()
-        return EvidencePool(decay, 3, is_evidence, start)
-
-    one, other = pool(), pool()
-    arrays = PoolArrays(other, is_lead=True)
-    one.begin_pass(R, 12, is_newline=is_newline)
-    expected = [lead(one.add(bank, text)) for bank, text in zip(banks, texts, strict=True)]
-    start = 0
-    for length in (1, 1, 3, 1, 1, 2, 1, 1, 1):
-        here = slice(start, start := start + length)
-        other.begin_pass(R, length, is_newline=is_newline[:, here])
-        for bank, text, whole in zip(banks, texts, expected, strict=True):
-            if length == 1:
-                token = text[:, here][:, 0].numpy()
-                found = torch.from_numpy(pooled(token, arrays.of(bank)))[:, None]
-            else:
-                found = lead(other.add(bank, text[:, here]))
-            assert_close(found, whole[:, here], atol=1e-5, rtol=1e-4)
-    assert_close(one.latest, other.latest, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("routers", [["spectr-paper"], ["arrow", "base", "arrow", "lag"]], ids=str)
