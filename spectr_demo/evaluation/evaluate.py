@@ -242,7 +242,7 @@ class Evaluation:
         texts = self._texts(examples)
         rows = read(self.engine, config, texts, description=f"{config.name}: {name}")
         result: dict[str, Any] = {"nll": [row.nll for row in rows]}
-        if ROUTERS[config.name].score is not None:
+        if ROUTERS[config.name].chooses:
             expert = self.engine.library.index(name)
             groups = {
                 "all": rows,
@@ -285,7 +285,7 @@ class Evaluation:
                 self.engine.tokenizer,
                 [self.engine.encode(prompt) for prompt in self.offdomain],
                 max_new_tokens=CHAT_TOKENS,
-                around=lambda rows: routed(None),
+                around=lambda numbers: routed(None),
                 description="chat",
             )
 

@@ -47,14 +47,14 @@ def continue_texts(
     texts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    around: Callable[[list[list[int]]], AbstractContextManager[None]] = lambda rows: nullcontext(),
+    around: Callable[[Sequence[int]], AbstractContextManager[None]] = lambda numbers: nullcontext(),
     batch_size: int = 32,
     description: str = "generating",
 ) -> list[str]:
     """Continue token ids greedily to the end token, in batches of similar length.
 
-    around: given the rows of a batch (unpadded; they are padded on the left), the context in which
-    it is generated: a routing plan needs the rows.
+    around: given the numbers of the texts in a batch, the context in which it is generated; their
+    rows are padded on the left.
     """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers = [""] * len(texts)
@@ -63,7 +63,7 @@ def continue_texts(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             rows = [list(texts[i]) for i in numbers]
-            with around(rows):
+            with around(numbers):
                 output = continue_rows(model, rows, pad, max_new_tokens=max_new_tokens)
             decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
             for i, answer in zip(numbers, decoded, strict=True):
@@ -94,30 +94,33 @@ def continue_rows(
 def routed_answers(
     engine: SpectrModel,
     router: RouterConfig,
-    texts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    num_prompt: Sequence[int] | None = None,
     batch_size: int = 32,
     description: str = "generating",
 ) -> list[str]:
-    """Continue token ids greedily with one router, in batches of similar length.
+    """Answer prompts, as token ids, greedily with one router, in batches of similar length.
 
-    num_prompt: how many tokens of each text are its prompt, where the answer has begun; None: all.
+    The lanes of a prompt are rows of their own; its answer is theirs, a line each.
     """
-    lengths = [len(text) for text in texts] if num_prompt is None else num_prompt
-    prompt_of = {tuple(text): num for text, num in zip(texts, lengths, strict=True)}
+    lanes = [engine.lanes(router, prompt) for prompt in prompts]
+    rows = [(number, lane) for number, some in enumerate(lanes) for lane in some]
 
-    def around(rows: list[list[int]]) -> AbstractContextManager[None]:
-        nums = [prompt_of[tuple(row)] for row in rows]
-        return routed(engine.plan([router] * len(rows), rows, num_prompt=nums))
+    def around(numbers: Sequence[int]) -> AbstractContextManager[None]:
+        some = [rows[i][1] for i in numbers]
+        return routed(engine.plan_lanes([router] * len(some), some))
 
-    return continue_texts(
+    texts = continue_texts(
         engine.model,
         engine.tokenizer,
-        texts,
+        [lane.ids for _, lane in rows],
         max_new_tokens=max_new_tokens,
         around=around,
         batch_size=batch_size,
         description=description,
     )
+    answers: list[list[str]] = [[] for _ in prompts]
+    for (number, _), text in zip(rows, texts, strict=True):
+        answers[number].append(text)
+    return ["\n".join(each) for each in answers]
