@@ -19,6 +19,7 @@ import numpy as np
 from spectr_demo.base.prompts import encode_answer
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.reading import Lane
 from spectr_demo.evaluation.generation import routed_answers
 from spectr_demo.evaluation.messages import FORMATS, Piece, PromptEncoder, Request, Style, pieces
 from spectr_demo.evaluation.reading import Reading, Text, read
@@ -33,7 +34,8 @@ MARK_TOKENS = 6  # of an answer, for a list mark that was not asked for and the 
 _MARK = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
 
 Scores = list[list[float]]  # of each message, by part
-Routing = list[dict[str, list[float]]]  # of each message: what was measured, by part
+Figures = dict[str, list[float]]  # of a message: what was measured, by part
+Routing = list[Figures]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,15 +216,26 @@ def segment_routing(
 ) -> Routing | None:
     """Whom the router chose for each part, as it reads message and reference answer.
 
+    A router that reads requests has chosen before an answer begins: see `_lane_routing`.
+
     prompt, answer: share of a part's decisions that chose its expert; those of an answer are the
     ones from which its tokens came. switch: how many of its tokens came before one to which most
     layers and projections gave the part's expert. switched: 1, or 0 where none did; `switch` is
     then all of the part's tokens. None for a router that does not choose.
     """
-    if ROUTERS[router.name].score is None:
+    if not ROUTERS[router.name].chooses:
         return None
     encode = PromptEncoder(engine.tokenizer)
     prompts = [encode(message.pieces()) for message in messages]
+    if ROUTERS[router.name].reads_request:
+        return [
+            _lane_routing(
+                engine.lanes(router, ids),
+                [engine.library.index(name) for name in message.names],
+                np.array(owners),
+            )
+            for message, (ids, owners) in zip(messages, prompts, strict=True)
+        ]
     answers = [_reference(engine, message) for message in messages]
     texts = [
         Text(prompt_ids=tuple(ids), answer_ids=tuple(token for part in answer for token in part))
@@ -256,12 +269,12 @@ def _reference(engine: SpectrModel, message: Message) -> list[list[int]]:
 
 def _routing(
     reading: Reading, experts: Sequence[int], owners: Any, num_answered: Sequence[int]
-) -> dict[str, list[float]]:
+) -> Figures:
     """One message's figures by part. owners: (T,) of the prompt's tokens. num_answered: tokens of
     each part's answer."""
     assert reading.choices is not None
     choices = reading.choices[..., 0]  # (T, L, P)
-    result: dict[str, list[float]] = {"prompt": [], "answer": [], "switch": [], "switched": []}
+    result: Figures = {"prompt": [], "answer": [], "switch": [], "switched": []}
     start = reading.num_prompt - 1
     for part, (expert, num) in enumerate(zip(experts, num_answered, strict=True)):
         asked = choices[: reading.num_prompt][owners == part]
@@ -272,6 +285,28 @@ def _routing(
         result["answer"].append(float((answered == expert).mean()))
         result["switch"].append(float(is_own.index(True) if any(is_own) else num))
         result["switched"].append(float(any(is_own)))
+    return result
+
+
+def _lane_routing(lanes: Sequence[Lane], experts: Sequence[int], owners: Any) -> Figures:
+    """One message's figures by part, where each lane has one expert for all of its answer.
+
+    Part i is answered in lane i; a message of more or fewer lanes than parts has no right answer.
+    A right answer has its expert from the first token, so `switch` is 0; for the others it is not
+    known. owners: (T,) of the prompt's tokens.
+    """
+    chosen = np.full(len(owners), NOT_ROUTED)
+    for lane in lanes:
+        chosen[lane.start : lane.stop] = NOT_ROUTED if lane.expert is None else lane.expert
+    of_lanes = [lane.expert for lane in lanes]
+    is_cut_right = len(lanes) == len(experts)
+    result: Figures = {"prompt": [], "answer": [], "switch": [], "switched": []}
+    for part, expert in enumerate(experts):
+        is_own = float(is_cut_right and of_lanes[part] == expert)
+        result["prompt"].append(float((chosen[owners == part] == expert).mean()))
+        result["answer"].append(is_own)
+        result["switch"].append(0.0)
+        result["switched"].append(is_own)
     return result
 
 

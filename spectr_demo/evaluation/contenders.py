@@ -27,7 +27,6 @@ class Contender:
 
 _UNIFORM_PARAMETERS = RouterConfig(name="uniform", composition="parameters")
 _CONTEXT = ROUTERS["spectr-context"].preset
-_READ_ONCE = replace(_CONTEXT, reads_first=False, confidence=None)
 CONTENDERS = (
     Contender(label="base", router="base"),
     Contender(label="oracle", router="single:{own}"),
@@ -44,14 +43,7 @@ CONTENDERS = (
     Contender(label="spectr-paper", router="spectr-paper"),
     Contender(label="spectr", router="spectr"),
     Contender(label="spectr-calibrated", router="spectr-calibrated"),
-    # What each idea gives alone: SpectR's score, K = 1, no expert kept back.
-    Contender(label="pooled", router=RouterConfig(name="spectr", decay=_CONTEXT.decay)),
-    Contender(
-        label="calibrated, pooled",
-        router=RouterConfig(name="spectr", calibrated=True, decay=_CONTEXT.decay),
-    ),
-    # ... and what is lost without one of them.
-    Contender(label="context, prompt not read first", router=_READ_ONCE),
+    # What else it is made of is measured by whom it names, in `requests.py`.
     Contender(label="context, always an expert", router=replace(_CONTEXT, confidence=None)),
     Contender(label="spectr-context", router="spectr-context"),
 )

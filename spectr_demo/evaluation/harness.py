@@ -1,9 +1,9 @@
 """The routed model in EleutherAI's lm-evaluation-harness, under the name `spectr`.
 
 The harness pads on the left to generate, and on the right, without a mask, to read likelihoods.
-Padding on the right changes nothing: no token sees what follows it. A router that reads the prompt
-first must not see the continuation. The harness does not mark where that begins, so the contexts'
-lengths are kept here.
+Padding on the right changes nothing: no token sees what follows it. A router that reads the request
+must not see the continuation. The harness does not mark where that begins, so the contexts' lengths
+are kept here. It takes each context for one request, since the harness asks one thing at a time.
 """
 
 from __future__ import annotations
@@ -76,9 +76,8 @@ class SpectrLM(HFLM):
     ) -> Tensor:
         """Logits (R, T, V) of token ids (R, T), which are padded on the right."""
         rows = inps.tolist()
-        # To the plan, padding is text: what it says comes after all that is read.
-        num_prompt = [self._context_length(row) for row in rows]
-        plan = self.engine.plan([self.router] * len(rows), rows, num_prompt=num_prompt)
+        contexts = [row[: self._context_length(row)] for row in rows]
+        plan = self.engine.plan([self.router] * len(rows), contexts)
         with routed(plan):
             return super()._model_call(inps, attn_mask, labels)
 
@@ -96,7 +95,7 @@ class SpectrLM(HFLM):
     ) -> Tensor:
         """Token ids (R, T + N) from prompts (R, T), which are padded on the left.
 
-        Raises ValueError for beams and several answers a prompt: a row keeps its own evidence.
+        Raises ValueError for beams and several answers a prompt: a row has the plan of its prompt.
         """
         rows_of = {key: options.get(key) or 1 for key in ("num_beams", "num_return_sequences")}
         if any(number != 1 for number in rows_of.values()):

@@ -19,6 +19,7 @@ from spectr_demo.base.prompts import decoder_inputs, encode, encode_answered, sh
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.recorder import Choice, Recorder
 from spectr_demo.engine.tracing import output_logprobs
 from spectr_demo.experts.library import ExpertLibrary
@@ -91,6 +92,15 @@ class _Choices(Recorder):
         place = np.s_[:, *self._library.places(bank), : chosen.shape[-1]]
         self._experts[row][place] = chosen.numpy()
 
+    def add_constant(self, plan: RoutingPlan) -> None:
+        """The choices of routers that read the request, the same for all tokens of a row."""
+        top_k = self._experts.shape[-1]
+        for bank in self._library.banks:
+            of_rows = plan.constant.of(bank)[:, 0]  # (R, P, E)
+            weights, experts = of_rows.topk(min(top_k, bank.num_experts), dim=-1)
+            for row, choice in enumerate(zip(experts[:, None], weights[:, None], strict=True)):
+                self.add_choice(bank, row, (*choice, choice[1]))
+
     def add_hidden(self, hidden: Tensor) -> None:
         """The caller has them already."""
 
@@ -107,7 +117,8 @@ def read(
 ) -> list[Reading]:
     """Read the texts, in batches of similar length, padded on the left.
 
-    with_base: also read them without experts, and compare.
+    A router that reads the request takes each prompt for one request here: a reference answer has
+    one text to follow, not several lanes. with_base: also read them without experts, and compare.
     """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt_ids + texts[i].answer_ids))
     readings: dict[int, Reading] = {}
@@ -129,17 +140,20 @@ def _read_batch(
     width = inputs["input_ids"].shape[1]
     decoder = engine.model.get_decoder()
     recorder = None
-    if ROUTERS[router.name].score is not None:
+    row_of = ROUTERS[router.name]
+    if row_of.chooses:
         assert router.top_k is not None
         recorder = _Choices(engine.library, (len(texts), width), router.top_k)
-    num_prompt = [len(text.prompt_ids) for text in texts]
-    plan = engine.plan([router] * len(texts), ids, recorder, num_prompt=num_prompt)
+    # The plan's padding is the prompts'; only traces look at it.
+    plan = engine.plan([router] * len(texts), [text.prompt_ids for text in texts], recorder)
     with routed(plan):
         hidden = decoder(**inputs).last_hidden_state
     base_hidden = None
     if with_base:
         with routed(None):
             base_hidden = decoder(**inputs).last_hidden_state
+    if recorder is not None and row_of.reads_request:
+        recorder.add_constant(plan)
     experts = None if recorder is None else recorder.experts()
     opening = engine.template.opening
     for row, text in enumerate(texts):

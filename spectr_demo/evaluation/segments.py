@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
@@ -142,13 +142,22 @@ def _only(scores: Tensor, rows: Tensor, token: int) -> Tensor:
     return torch.where(rows[:, None], one, scores)
 
 
+def newline_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a line."""
+    # As byte-level tokenizers and SentencePiece write it: to decode all tokens takes seconds.
+    marks = ("\n", "Ċ", "<0x0A>")
+    vocabulary = tokenizer.get_vocab().items()
+    candidates = [i for token, i in vocabulary if any(mark in token for mark in marks)]
+    return sorted(i for i in candidates if "\n" in tokenizer.decode([i]))
+
+
 def newline_id(engine: SpectrModel) -> int:
     """The token that stands between two lines of an answer.
 
     Raises ValueError where the base has none.
     """
     ids = engine.tokenizer("\n", add_special_tokens=False)["input_ids"]
-    if not ids or ids[-1] not in engine.template.newline_ids:
+    if not ids or ids[-1] not in newline_ids(engine.tokenizer):
         raise ValueError(
             f"{engine.base.name}: its tokenizer has no token that ends a line; one was needed "
             "between the answers of a message; leave such messages out (num_pairs, num_triples: 0)"
@@ -165,7 +174,8 @@ def segment_answers(
     description: str = "segment oracle",
 ) -> list[list[str]]:
     """What each part of each message is answered, greedily, in batches of similar length."""
-    end_ids = end_token_ids(engine.base)
+    end_ids, newlines = end_token_ids(engine.base), newline_ids(engine.tokenizer)
+    newline = newline_id(engine)
     pad, decode = pad_token_id(engine.base, end_ids), engine.tokenizer.decode
     order = sorted(range(len(messages)), key=lambda i: len(messages[i].ids))
     answers: list[list[str]] = [[] for _ in messages]
@@ -175,8 +185,8 @@ def segment_answers(
             rows = [messages[i] for i in numbers]
             plan = SegmentPlan(
                 rows,
-                newline_ids=sorted(engine.template.newline_ids),
-                newline_id=newline_id(engine),
+                newline_ids=newlines,
+                newline_id=newline,
                 end_ids=sorted(end_ids),
                 device=engine.base.device,
             )

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.reading import Lane
 from spectr_demo.evaluation import composition
 from spectr_demo.evaluation.composition import (
     Message,
@@ -26,7 +28,7 @@ from spectr_demo.evaluation.reading import Reading, Text
 from spectr_demo.evaluation.tasks import Example
 from spectr_demo.routing.routers import parse_router
 from spectr_demo.trace import NOT_ROUTED
-from tests.conftest import BuildModel
+from tests.conftest import IN_CONTEXT, BuildModel
 
 NAMES = [f"task{i}" for i in range(10)]
 
@@ -213,6 +215,42 @@ def test_figures_of_a_reading_by_hand() -> None:
     assert swapped["switch"] == [0, 0]
     third = composition._routing(reading, [2, 2], np.array([-1, 0, 1, -2]), [2, 3])
     assert third["switch"] == [2, 3] and third["switched"] == [0, 0]
+
+
+def lane(start: int, stop: int, expert: int | None) -> Lane:
+    weights = torch.zeros(3)
+    if expert is not None:
+        weights[expert] = 1
+    return Lane(start=start, stop=stop, ids=[], weights=weights)
+
+
+def test_figures_of_lanes_by_hand() -> None:
+    owners = np.array([-1, 0, 0, 1, 1, -2])
+    of = composition._lane_routing
+    right = of([lane(1, 3, 2), lane(3, 5, 0)], [2, 0], owners)
+    assert right["prompt"] == right["answer"] == right["switched"] == [1, 1]
+    assert right["switch"] == [0, 0]
+    late = of([lane(1, 4, 2), lane(4, 5, 0)], [2, 0], owners)
+    assert late["prompt"] == [1, 0.5] and late["answer"] == [1, 1]
+    one = of([lane(1, 5, 2)], [2, 0], owners)
+    assert one["prompt"] == [1, 0] and one["answer"] == [0, 0], "one line answers no second part"
+    unsure = of([lane(1, 3, None), lane(3, 5, 0)], [2, 0], owners)
+    assert unsure["prompt"] == [0, 1] and unsure["answer"] == [0, 1]
+    swapped = of([lane(1, 3, 0), lane(3, 5, 2)], [2, 0], owners)
+    assert swapped["answer"] == [0, 0]
+
+
+def test_lanes_are_the_engines(engine: SpectrModel, messages: list[Message]) -> None:
+    router = parse_router(IN_CONTEXT, engine.library.names)
+    rows = segment_routing(engine, router, messages)
+    assert rows is not None
+    for message, row in zip(messages, rows, strict=True):
+        lanes = engine.lanes(router, engine.encode(message.text))
+        own = [engine.library.index(name) for name in message.names]
+        assert row["answer"] == [
+            float(len(lanes) == 2 and one.expert == expert)
+            for one, expert in zip([*lanes, *lanes], own, strict=False)
+        ]
 
 
 def test_the_commonest_choice_may_be_none() -> None:

@@ -1,5 +1,7 @@
 """Reading: padding changes nothing, choices are those of the trace, accuracy counts them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -56,7 +58,7 @@ def test_a_batch_reads_as_its_texts_alone(
         np.testing.assert_allclose(one.base_logprob, other.logprob, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["spectr", "arrow", IN_CONTEXT, "spectr-context"])
+@pytest.mark.parametrize("spec", ["spectr", "arrow", IN_CONTEXT])
 def test_reading_an_answer_repeats_the_run_that_wrote_it(
     routed_model: SpectrModel, spec: str | RouterConfig
 ) -> None:
@@ -71,6 +73,31 @@ def test_reading_an_answer_repeats_the_run_that_wrote_it(
     np.testing.assert_array_equal(reading.choices, column.experts[:-1])
     np.testing.assert_allclose(reading.logprob, column.logprob[column.num_prompt :], atol=1e-4)
     np.testing.assert_allclose(reading.kl, column.kl[column.num_prompt :], atol=1e-4)
+
+
+def test_where_no_expert_stands_out_it_reads_as_the_base(routed_model: SpectrModel) -> None:
+    """With a confidence of 1 none does, nor is one chosen."""
+    names = routed_model.library.names
+    unsure = parse_router(replace(IN_CONTEXT, confidence=1.0), names)
+    rows = read(routed_model, unsure, texts(routed_model)[:1], with_base=True)
+    assert rows[0].choices is not None and (rows[0].choices == NOT_ROUTED).all()
+    np.testing.assert_allclose(rows[0].kl, 0, atol=1e-5)
+
+
+def test_a_router_that_reads_the_request_does_not_see_the_answer(
+    routed_model: SpectrModel,
+) -> None:
+    """Its choice is that of the prompt, in every layer and for every token."""
+    router = parse_router(IN_CONTEXT, routed_model.library.names)
+    first, second = texts(routed_model)[:2]
+    swapped = [replace(first, answer_ids=second.answer_ids * 5), second]
+    rows = read(routed_model, router, [first, second])
+    for one, other in zip(rows, read(routed_model, router, swapped), strict=True):
+        assert one.choices is not None and other.choices is not None
+        assert len(np.unique(one.choices)) == 1
+        assert np.unique(one.choices) == np.unique(other.choices)
+    lane = routed_model.reader.whole(router, first.prompt_ids)
+    assert rows[0].choices is not None and rows[0].choices[0, 0, 0, 0] == lane.expert
 
 
 def reading(choices: list[list[int]], num_prompt: int) -> Reading:

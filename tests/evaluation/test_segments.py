@@ -9,7 +9,13 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.sampling import end_token_ids
 from spectr_demo.evaluation.generation import routed_answers
 from spectr_demo.evaluation.messages import CLOSING, OPENING
-from spectr_demo.evaluation.segments import SegmentPlan, Segments, newline_id, segment_answers
+from spectr_demo.evaluation.segments import (
+    SegmentPlan,
+    Segments,
+    newline_id,
+    newline_ids,
+    segment_answers,
+)
 
 NEWLINE, END, WORD, OTHER = 10, 1, 5, 6
 VOCABULARY = 12
@@ -82,6 +88,12 @@ def test_a_part_is_cut_at_its_cap() -> None:
     assert said == [WORD, WORD, NEWLINE, WORD, END]
 
 
+def test_newlines_are_tokens_that_decode_to_one(routed_model: SpectrModel) -> None:
+    tokenizer = routed_model.tokenizer
+    assert [tokenizer.decode([i]) for i in newline_ids(tokenizer)] == ["\n"]
+    assert newline_ids(tokenizer) == [newline_id(routed_model)]
+
+
 @pytest.mark.parametrize("expert", ["red", "blue"])
 def test_one_part_is_a_single_expert_token_by_token(routed_model: SpectrModel, expert: str) -> None:
     ids = tuple(routed_model.encode("a request about ships"))
@@ -95,7 +107,7 @@ def test_one_part_is_a_single_expert_token_by_token(routed_model: SpectrModel, e
     hidden = []
     plan = SegmentPlan(
         [one],
-        newline_ids=sorted(routed_model.template.newline_ids),
+        newline_ids=newline_ids(routed_model.tokenizer),
         newline_id=newline_id(routed_model),
         end_ids=sorted(end_token_ids(routed_model.base)),
         device=routed_model.base.device,

@@ -1,120 +1,84 @@
-"""Which expert each router chooses for one text, in every changed library, on the activations of
-the text's own expert.
+"""Which expert each router chooses for one text, in every changed library.
 
-Axes: R rows, T tokens, C columns of a layer, V candidates (see `variants`).
+Routers that look at tokens are asked on the activations of the text's own expert. `spectr-context`
+chooses once for a text: what the bare base reads in the prompt decides.
+
+Axes: T tokens, C columns of a layer, V candidates (see `variants`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from spectr_demo.base.prompts import decoder_inputs, shared_length
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.engine.plan import Plan, RoutingPlan
-from spectr_demo.engine.reading import Listening, evidence_mask
+from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.evaluation.listening import late_means, listen, requests_of
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.robustness.libraries import Key, Library
-from spectr_demo.evaluation.robustness.variants import GenericText, Variants
+from spectr_demo.evaluation.robustness.variants import Variants
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.context import EvidencePool, Start
-from spectr_demo.routing.routers import ROUTERS, parse_router
+from spectr_demo.routing.detection import certainty
+from spectr_demo.routing.routers import parse_router
 
-METHODS = ("arrow", "spectr", "norm", "spectr calibrated", "spectr in context")
+OF_TOKENS = ("arrow", "spectr", "norm", "spectr calibrated")
+METHODS = (*OF_TOKENS, "spectr in context")
+_SLACK = 1e-4  # equal scores may differ by rounding
 
 
-class _Generic(Listening):
-    """Collects the statistics of one generic text."""
+def hear(
+    engine: SpectrModel,
+    variants: Variants,
+    generic: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+) -> list[dict[str, Tensor]]:
+    """What each column's detector says of each prompt: by layer path (C,), standardised.
 
-    def __init__(self, statistics: GenericText, num_opening: int) -> None:
-        self._statistics = statistics
-        self._num_opening = num_opening
+    generic: read in the same pass. They give the variants their statistics, and the detectors,
+    which are too large to keep. prompts: token ids.
+    """
+    requests = requests_of(engine, [*map(engine.encode, generic), *prompts])
+    is_generic = requests.owners < len(generic)
+    heard: list[dict[str, Tensor]] = [{} for _ in prompts]
 
-    def listen(self, bank: ExpertBank, x: Tensor) -> None:
+    def of_bank(bank: ExpertBank, x: Tensor) -> None:
+        ordinary = x[is_generic.to(x.device)]
         for path in bank.paths:
-            self._statistics.add(path, x[0, self._num_opening :])
+            variants.measure(path, ordinary)
+            scores = variants.detector(path, ordinary).scores(x)[:, 0]
+            for row, mean in zip(heard, late_means(requests, scores)[len(generic) :], strict=True):
+                row[path] = mean
+
+    listen(engine, requests, of_bank)
+    return heard
 
 
-def read_generic(
-    engine: SpectrModel, variants: Variants, prompts: Sequence[str], bar: tqdm
-) -> None:
-    """Measure the variants' statistics over generic prompts, read as the bare base does."""
-    statistics = GenericText(variants)
-    bar.set_description("generic prompts")
-    for prompt in prompts:
-        ids = engine.encode(prompt)
-        _forward(engine, [ids], _Generic(statistics, shared_length(engine.template.opening, ids)))
-        bar.update()
-    statistics.finish()
+def certainties(variants: Variants, heard: Mapping[str, Tensor], candidates: Tensor) -> Tensor:
+    """How sure the layers are, in the mean, of each of the candidates (C',) among themselves."""
+    total = torch.zeros(len(candidates), device=candidates.device)
+    num = torch.zeros_like(total)
+    for path, scores in heard.items():
+        of_columns = scores.index_select(-1, variants.layers[path].columns)
+        own = everywhere(variants, path, of_columns).index_select(-1, candidates)
+        is_here = own > -torch.inf
+        if is_here.any():
+            total[is_here] += certainty(own[is_here])
+            num += is_here
+    return total / num.clamp(min=1)
 
 
-class _Context:
-    """The evidence of `spectr-context` in each library, pooled as the router does."""
-
-    def __init__(
-        self,
-        variants: Variants,
-        libraries: Mapping[Key, Library],
-        is_evidence: Tensor,
-        *,
-        first: _Context | None = None,
-        newline_ids: Tensor | None = None,
-    ) -> None:
-        """is_evidence: (R, T) bool. first: of the first reading, whose rows are the lines of one
-        request. newline_ids: tokens at which a second reading returns to it."""
-        self._variants = variants
-        decay = ROUTERS["spectr-context"].preset.decay
-        assert decay is not None
-        self._ids = {key: torch.cat(library) for key, library in libraries.items()}
-        starts = {} if first is None else {key: first.start(key) for key in libraries}
-        self._pools = {
-            key: EvidencePool(decay, len(ids), is_evidence, starts.get(key))
-            for key, ids in self._ids.items()
-        }
-        self._newline_ids = newline_ids
-        self._banks: dict[tuple[str, Key], ExpertBank] = {}
-
-    def start(self, key: Key) -> Start:
-        """What all lines ask for together. Evidence of 0 names no expert."""
-        pool = self._pools[key]
-        return pool.start([len(pool.latest)], least=0.0)
-
-    def begin_pass(self, input_ids: Tensor) -> None:
-        """input_ids: (R, T)."""
-        newlines = self._newline_ids
-        is_newline = None if newlines is None else torch.isin(input_ids, newlines)
-        for pool in self._pools.values():
-            pool.begin_pass(*input_ids.shape, is_newline=is_newline, device=input_ids.device)
-
-    def add(self, path: str, standard: Tensor) -> dict[Key, Tensor]:
-        """By library (R, T, right and rivals), -inf where a candidate does not touch the layer,
-        from its columns' scores (R, T, C)."""
-        layer = self._variants.layers[path]
-        scores = everywhere(self._variants, path, standard.index_select(-1, layer.columns))
-        pooled = {}
-        for key, ids in self._ids.items():
-            own = scores.index_select(-1, ids)
-            places = (own[0, 0] > -torch.inf).nonzero()[:, 0]
-            pooled[key] = torch.full_like(own, -torch.inf)
-            if len(places) == 0:
-                continue
-            found = self._pools[key].add(self._bank(path, key, places), own[:, :, None, places])
-            pooled[key] = pooled[key].index_copy(-1, places, found[:, :, 0])
-        return pooled
-
-    def _bank(self, path: str, key: Key, places: Tensor) -> ExpertBank:
-        """What tells the pool the layer and the candidates; the same one for all tokens."""
-        if (path, key) not in self._banks:
-            library = self._variants.layers[path].library
-            self._banks[path, key] = replace(library, expert_ids=places.cpu())
-        return self._banks[path, key]
+def is_named(variants: Variants, heard: Mapping[str, Tensor], library: Library) -> float:
+    """1 where `spectr-context` names a right candidate for a text, 0.5 for as good a rival."""
+    right, rivals = library
+    found = certainties(variants, heard, torch.cat(library))
+    lead = found[: len(right)].max() - found[-len(rivals) :].max()
+    return 0.5 if abs(lead) <= _SLACK else float(lead > 0)
 
 
 def everywhere(variants: Variants, path: str, scores: Tensor) -> Tensor:
@@ -124,23 +88,6 @@ def everywhere(variants: Variants, path: str, scores: Tensor) -> Tensor:
         return scores
     shape = (*scores.shape[:-1], variants.num_candidates)
     return scores.new_full(shape, -torch.inf).index_copy(-1, layer.candidates, scores)
-
-
-class _FirstReading(Listening):
-    """The lines of a prompt, read by the bare base for `spectr-context`."""
-
-    def __init__(self, variants: Variants, context: _Context) -> None:
-        self._variants = variants
-        self._context = context
-
-    def begin_pass(self, input_ids: Tensor) -> None:
-        self._context.begin_pass(input_ids)
-
-    def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        variants = self._variants
-        for path in bank.paths:
-            rows = [variants.standardise(path, variants.scores(path, row)) for row in x]
-            self._context.add(path, torch.stack(rows))
 
 
 class _Decisions(RoutingPlan):
@@ -153,7 +100,6 @@ class _Decisions(RoutingPlan):
         name: str,
         libraries: Mapping[Key, Library],
         text: Text,
-        context: _Context,
     ) -> None:
         names = engine.library.names
         super().__init__([parse_router(f"single:{name}", names)], names)
@@ -162,17 +108,12 @@ class _Decisions(RoutingPlan):
         self._start = shared_length(engine.template.opening, text.prompt_ids)
         # The answer is made at the prompt's last token and every answer token but the last.
         self._answer = slice(len(text.prompt_ids) - 1 - self._start, None)
-        zeros = torch.zeros(len(METHODS), device=engine.model.device)
+        zeros = torch.zeros(len(OF_TOKENS), device=engine.model.device)
         self._right, self._num = dict.fromkeys(libraries, zeros), dict.fromkeys(libraries, zeros)
         self._votes = {
-            key: tuple(zeros.new_zeros(len(METHODS), len(ids)) for ids in library)
+            key: tuple(zeros.new_zeros(len(OF_TOKENS), len(ids)) for ids in library)
             for key, library in libraries.items()
         }
-        self._context = context
-
-    def begin_pass(self, input_ids: Tensor) -> None:
-        super().begin_pass(input_ids)
-        self._context.begin_pass(input_ids)
 
     def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
         self._decide(bank.paths[place], x[0])
@@ -181,18 +122,10 @@ class _Decisions(RoutingPlan):
     def _decide(self, path: str, x: Tensor) -> None:
         layer, variants = self._variants.layers[path], self._variants
         raw = variants.scores(path, x)
-        standard = variants.standardise(path, raw)
-        in_context = self._context.add(path, standard[None])
-        alone = torch.cat([raw[: len(METHODS) - 2], standard[None]])
-        alone = everywhere(variants, path, alone.index_select(-1, layer.columns))
+        scores = torch.cat([raw, variants.standardise(path, raw)[None]])
+        scores = everywhere(variants, path, scores.index_select(-1, layer.columns))
         for key, library in self._libraries.items():
-            num_right = len(library.right)
-            pooled = in_context[key]
-            self._count(
-                key,
-                torch.cat([alone.index_select(-1, library.right), pooled[..., :num_right]]),
-                torch.cat([alone.index_select(-1, library.rivals), pooled[..., num_right:]]),
-            )
+            self._count(key, *(scores.index_select(-1, ids) for ids in library))
 
     def _count(self, key: Key, right: Tensor, rival: Tensor) -> None:
         """right, rival: (methods, T, candidates), -inf where one does not touch the layer."""
@@ -200,8 +133,8 @@ class _Decisions(RoutingPlan):
         rival, rival_ids = rival[:, self._start :].max(-1)
         counts = (right > -torch.inf) & (rival > -torch.inf)
         lead = torch.where(counts, right - rival, 0)
-        # Equal scores may differ by rounding, which goes with the layer's scores.
-        slack = 1e-4 * right.abs().mean(-1, keepdim=True)
+        # Rounding goes with the layer's scores.
+        slack = _SLACK * right.abs().mean(-1, keepdim=True)
         is_right = torch.where(lead.abs() <= slack, 0.5, (lead > 0).float()) * counts
         self._right[key] = self._right[key] + is_right[:, self._answer].sum(-1)
         self._num[key] = self._num[key] + counts[:, self._answer].sum(-1)
@@ -223,29 +156,15 @@ def read_text(
     name: str,
     libraries: Mapping[Key, Library],
     text: Text,
-    bar: tqdm,
+    heard: Mapping[str, Tensor],
 ) -> dict[Key, NDArray[np.float64]]:
-    bar.set_description(name)
-    num_prompt = len(text.prompt_ids)
+    """(2, methods) of each library, see `_Decisions.result`. heard: of the text's prompt."""
+    plan = _Decisions(engine, variants, name, libraries, text)
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
-    device = engine.model.device
-    lines, starts = zip(*engine.template.request_lines(text.prompt_ids), strict=True)
-    first = _Context(variants, libraries, evidence_mask(lines, starts, device))
-    _forward(engine, lines, _FirstReading(variants, first))
-    context = _Context(
-        variants,
-        libraries,
-        evidence_mask([ids], [num_prompt], device),
-        first=first,
-        newline_ids=torch.tensor(sorted(engine.template.newline_ids), device=device),
-    )
-    plan = _Decisions(engine, variants, name, libraries, text, context)
-    _forward(engine, [ids], plan)
-    bar.update()
-    return {key: plan.result(key) for key in libraries}
-
-
-def _forward(engine: SpectrModel, texts: Sequence[Sequence[int]], plan: Plan) -> None:
     with torch.inference_mode(), routed(plan):
         decoder = engine.model.get_decoder()
-        decoder(**decoder_inputs(texts, engine.model.device), use_cache=False)
+        decoder(**decoder_inputs([ids], engine.model.device), use_cache=False)
+    return {
+        key: np.c_[plan.result(key), [is_named(variants, heard, library)] * 2]
+        for key, library in libraries.items()
+    }

@@ -3,6 +3,8 @@
 Nothing is generated or trained. Each text is read once with its own expert (`single:NAME`). At
 every layer all variants of the library are scored on the activations there: these are the right
 ones, and the same for every variant. What a wrong choice would do to later layers is left out.
+`spectr in context` chooses before, as the bare base reads the prompt; it always takes an expert
+here, and its choice for a text is one decision.
 
 Accuracy is given as `decisions` and `majority`. A decision is one token in one linear layer that
 the text's expert touches, of those that make the answer (as in `routing_accuracy`). Scores closer
@@ -33,7 +35,7 @@ from tqdm import tqdm
 
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.reading import Text
-from spectr_demo.evaluation.robustness.decisions import METHODS, read_generic, read_text
+from spectr_demo.evaluation.robustness.decisions import METHODS, hear, read_text
 from spectr_demo.evaluation.robustness.diagnostics import Outcomes, diagnose, rounded
 from spectr_demo.evaluation.robustness.libraries import libraries_of
 from spectr_demo.evaluation.robustness.variants import Variants, with_noise
@@ -103,12 +105,17 @@ def _outcomes(
 ) -> Outcomes:
     """Read everything: the mean over an expert's texts, in every library."""
     outcomes: Outcomes = {}
-    num_texts = len(prompts) + sum(map(len, texts.values()))
-    with torch.inference_mode(), tqdm(total=num_texts, unit="text") as bar:
-        read_generic(engine, variants, prompts, bar)
+    heard = iter(
+        hear(engine, variants, prompts, [text.prompt_ids for own in texts.values() for text in own])
+    )
+    with torch.inference_mode(), tqdm(total=sum(map(len, texts.values())), unit="text") as bar:
         for name, own in texts.items():
+            bar.set_description(name)
             libraries = libraries_of(variants, engine.library.index(name), seeds, sizes)
-            results = [read_text(engine, variants, name, libraries, text, bar) for text in own]
+            results = []
+            for text in own:
+                results.append(read_text(engine, variants, name, libraries, text, next(heard)))
+                bar.update()
             for key in libraries:
                 mean = np.mean([result[key] for result in results], axis=0)
                 outcomes.setdefault(key, {})[name] = mean

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.detection import Detector, detector
 from spectr_demo.routing.spectr import Aligned, align, arrow_scores, norm_scores, spectr_scores
 
 Experts = tuple[Mapping[str, Aligned], ...]  # by layer path, in the library's order
@@ -67,14 +69,13 @@ def _without_outputs(layer: Aligned) -> Aligned:
 class _Layer:
     """pairs: the experts of all layers with this projection and D_in, shared by those layers; own:
     this layer's among them. noisy: sigma by sigma. candidates, columns: (V,) those that touch the
-    layer and where their scores are. library: the experts' own bank of this layer."""
+    layer and where their scores are."""
 
     pairs: ExpertBank
     own: slice
     noisy: ExpertBank
     candidates: Tensor
     columns: Tensor
-    library: ExpertBank
 
 
 class Variants:
@@ -113,7 +114,8 @@ class Variants:
                 layer = self._layer(bank, place, pairs, own, list(noisy.values()), generators)
                 self.layers[bank.paths[place]] = layer
         self.statistics: dict[str, Tensor] = {}  # by layer path: (2, 3, C), mean and std
-        self.margins = torch.empty(0)  # (blocks, E)
+        shape = self.num_blocks, self.num_experts
+        self._margins, self._num = torch.zeros(shape).double(), torch.zeros(shape).double()
 
     def _layer(
         self,
@@ -143,7 +145,6 @@ class Variants:
             noisy=_stack(bank, [experts[e][bank.paths[place]] for experts in noisy for e in ids]),
             candidates=torch.cat(candidates).to(bank.A.device),
             columns=torch.cat(columns).to(bank.A.device),
-            library=bank.split()[place],
         )
 
     def scores(self, path: str, x: Tensor) -> Tensor:
@@ -161,6 +162,57 @@ class Variants:
             [torch.cat([score(z, S, config) for z, S in parts], dim=-1) for score in _SCORES]
         )
 
+    def measure(self, path: str, x: Tensor) -> None:
+        """Statistics of a layer's columns (as `calibration` has them) and margins of its experts,
+        from inputs (N, D_in) of generic text."""
+        scores = self.scores(path, x).double()
+        std, mean = torch.std_mean(scores, dim=1, correction=0)
+        # An expert that never responds has no deviation, and its scores stay 0.
+        std = torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
+        self.statistics[path] = torch.stack([mean, std]).float()
+        self._add_margins(path, scores[SPECTR])
+
+    def _add_margins(self, path: str, scores: Tensor) -> None:
+        """How far an expert leads the best other one, `(s - s') / (s + s')`, for every token."""
+        layer = self.layers[path]
+        num_own = layer.own.stop - layer.own.start
+        if num_own < 2:
+            return
+        columns = layer.columns[: self.num_blocks * num_own]
+        own = scores[:, columns].unflatten(-1, (-1, num_own))  # (N, blocks, E)
+        library = own.clone()  # what an expert stands against: its like, or the clean experts
+        library[:, 1 + len(self.ranks) :] = own[:, :1]
+        best, indices = library.topk(2, dim=-1)
+        is_best = indices[..., :1] == torch.arange(num_own, device=own.device)
+        other = torch.where(is_best, best[..., 1:], best[..., :1])
+        margins = ((own - other) / (own + other).clamp(min=1e-12)).sum(0).cpu()
+        ids = layer.candidates[:num_own].cpu()  # of the first block: the library's own numbers
+        self._margins[:, ids] += margins
+        self._num[:, ids] += len(own)
+
+    @property
+    def margins(self) -> Tensor:
+        """(blocks, E) means over all tokens and layers that were measured."""
+        return self._margins / self._num
+
+    def detector(self, path: str, x: Tensor) -> Detector:
+        """Of a layer's columns, from inputs (N, D_in) of generic text."""
+        layer = self.layers[path]
+        pairs, noisy = (
+            bank.A.view(bank.num_experts, -1, bank.A.shape[-1])
+            for bank in (layer.pairs, layer.noisy)
+        )
+        parts = [pairs, *(pairs[layer.own, :k] for k in self.ranks), noisy]
+        rank = max(part.shape[1] for part in parts)
+        # Rows of zeros are directions that an expert does not have.
+        A = torch.cat([pad(part, (0, 0, 0, rank - part.shape[1])) for part in parts])
+        sizes = torch.zeros(1, len(A), rank, device=A.device)
+        ids = torch.arange(len(A))
+        columns = replace(
+            layer.pairs, expert_ids=ids, A=A.flatten(0, 1), B=(), singular_values=sizes
+        )
+        return detector(columns, x)
+
     def standardise(self, path: str, scores: Tensor) -> Tensor:
         """SpectR's of a layer's scores (3, T, C), in standard deviations over generic text:
         (T, C)."""
@@ -176,48 +228,3 @@ def _stack(like: ExpertBank, experts: Sequence[Aligned]) -> ExpertBank:
         device=like.A.device,
         dtype=like.A.dtype,
     )
-
-
-class GenericText:
-    """Sums over the tokens of generic text, from which the statistics come."""
-
-    def __init__(self, variants: Variants) -> None:
-        self._variants = variants
-        self._sums: dict[str, Tensor] = {}
-        shape = variants.num_blocks, variants.num_experts
-        self._margins, self._counts = torch.zeros(shape).double(), torch.zeros(shape).double()
-
-    def add(self, path: str, x: Tensor) -> None:
-        """x: (T, D_in) the tokens that count."""
-        scores = self._variants.scores(path, x).double()
-        powers = torch.stack([torch.ones_like(scores), scores, scores.square()])
-        self._sums[path] = self._sums.get(path, 0) + powers.sum(2)  # (3, 3, C)
-        self._add_margins(path, scores[SPECTR])
-
-    def _add_margins(self, path: str, scores: Tensor) -> None:
-        """How far an expert leads the best other one, `(s - s') / (s + s')`, for every token."""
-        variants, layer = self._variants, self._variants.layers[path]
-        num_own = layer.own.stop - layer.own.start
-        if num_own < 2:
-            return
-        columns = layer.columns[: variants.num_blocks * num_own]
-        own = scores[:, columns].unflatten(-1, (-1, num_own))  # (T, blocks, E)
-        library = own.clone()  # what an expert stands against: its like, or the clean experts
-        library[:, 1 + len(variants.ranks) :] = own[:, :1]
-        best, indices = library.topk(2, dim=-1)
-        is_best = indices[..., :1] == torch.arange(num_own, device=own.device)
-        other = torch.where(is_best, best[..., 1:], best[..., :1])
-        margins = ((own - other) / (own + other).clamp(min=1e-12)).sum(0).cpu()
-        ids = layer.candidates[:num_own].cpu()  # of the first block: the library's own numbers
-        self._margins[:, ids] += margins
-        self._counts[:, ids] += len(own)
-
-    def finish(self) -> None:
-        """Give the variants their statistics (as `calibration` does) and their margins."""
-        for path, (num, first, second) in self._sums.items():
-            mean = first / num
-            std = (second / num - mean.square()).clamp(min=0).sqrt()
-            # An expert that never responds has no spread, and its scores stay 0.
-            std = torch.where(std > 1e-6 * mean.abs() + 1e-12, std, 1.0)
-            self._variants.statistics[path] = torch.stack([mean, std]).float()
-        self._variants.margins = self._margins / self._counts

@@ -1,7 +1,6 @@
 """What is decided in a library is what the routers decide, on the same activations."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectr_demo.base.prompts import encode, shared_length
+from spectr_demo.base.prompts import shared_length
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
 from spectr_demo.evaluation.reading import Text
-from spectr_demo.evaluation.robustness.decisions import METHODS
-from spectr_demo.evaluation.robustness.stress import stress
-from spectr_demo.routing.context import EvidencePool
+from spectr_demo.evaluation.robustness.decisions import METHODS, certainties, hear
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.routing.spectr import select, spectr_scores
-from tests.conftest import banks_by_path
-from tests.evaluation.robustness.samples import PROMPTS, inputs, texts_for
+from tests.conftest import IN_CONTEXT, banks_by_path
+from tests.evaluation.robustness.samples import PROMPTS, build, inputs, texts_for
+
+OF_TOKENS = ("arrow", "spectr", "norm", "spectr-calibrated")
 
 
 @pytest.mark.slow
@@ -29,9 +28,8 @@ def test_accuracy_is_that_of_the_routers(
 ) -> None:
     """Against the routers' own code and `routing_accuracy`, on the same activations."""
     result = stressed["number"]["3"]["mean"]
-    keys = ("arrow", "spectr", "norm", "spectr-calibrated", "spectr-context")
     statistics = own_calibration(routed_model)
-    for method, key in zip(METHODS, keys, strict=True):
+    for method, key in zip(METHODS, OF_TOKENS, strict=False):
         rows = []
         for expert, (name, texts) in enumerate(texts_for(routed_model).items()):
             readings = [read_by(routed_model, key, name, text, statistics) for text in texts]
@@ -42,39 +40,49 @@ def test_accuracy_is_that_of_the_routers(
         }
 
 
+@pytest.mark.slow
+def test_in_context_it_is_whom_the_engine_names(
+    routed_model: SpectrModel, stressed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectr_demo.engine.reading.generic_prompts", lambda base: PROMPTS)
+    router = parse_router(IN_CONTEXT, routed_model.library.names)
+    variants = build(routed_model)
+    texts = [(name, text) for name, own in texts_for(routed_model).items() for text in own]
+    heard = hear(routed_model, variants, PROMPTS, [text.prompt_ids for _, text in texts])
+    library = torch.arange(3)
+    right = []
+    for (name, text), of_text in zip(texts, heard, strict=True):
+        lane = routed_model.reader.whole(router, text.prompt_ids)
+        torch.testing.assert_close(
+            certainties(variants, of_text, library), lane.certainty, atol=1e-4, rtol=0
+        )
+        # Blocks of the same experts, cut to a rank that they do not exceed.
+        torch.testing.assert_close(
+            certainties(variants, of_text, 3 + library), lane.certainty, atol=1e-4, rtol=0
+        )
+        right.append(lane.expert == routed_model.library.index(name))
+    share = sum(right) / len(right)
+    found = stressed["number"]["3"]["mean"][METHODS[-1]]
+    assert found == {"decisions": pytest.approx(share, abs=1e-4)} | {"majority": found["decisions"]}
+
+
 def read_by(
     engine: SpectrModel, key: str, name: str, text: Text, statistics: dict[str, Tensor]
 ) -> Any:
     """What a router chooses where the activations are those of expert `name`."""
-    config = replace(parse_router(key, engine.library.names, top_k=1), confidence=None)
-    score, pool, banks = ROUTERS[key].score, None, banks_by_path(engine.library)
+    config, banks = parse_router(key, engine.library.names, top_k=1), banks_by_path(engine.library)
+    score = ROUTERS[key].score
     assert score is not None
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
-    num_opening = shared_length(engine.template.opening, ids)
-    places = torch.arange(len(ids))
-
-    def scores_of(router: str, token_ids: Sequence[int]) -> Iterator[Tensor]:
-        if pool is not None:
-            pool.begin_pass(1, len(token_ids))
-        for path, x in inputs(engine, router, token_ids).items():
-            bank = banks[path]
-            scores = score(bank.project(x), bank.singular_values, config)
-            if config.calibrated:
-                mean, std = statistics[path]
-                scores = (scores - mean) / std
-            if pool is not None:
-                scores = pool.add(bank, scores)
-            yield scores[:, :, 0]
-
-    if config.reads_first:
-        assert config.decay is not None
-        is_prompt = places[: len(text.prompt_ids)]
-        pool = EvidencePool(config.decay, 3, (is_prompt >= num_opening)[None])
-        list(scores_of("base", text.prompt_ids))
-        is_answer = places >= len(text.prompt_ids)
-        pool = EvidencePool(config.decay, 3, is_answer[None], pool.start())
-    scores = list(scores_of(f"single:{name}", ids))
-    return as_reading([select(each, config)[0][0] for each in scores], text, num_opening)
+    choices = []
+    for path, x in inputs(engine, f"single:{name}", ids).items():
+        bank = banks[path]
+        scores = score(bank.project(x), bank.singular_values, config)
+        if config.calibrated:
+            mean, std = statistics[path]
+            scores = (scores - mean) / std
+        choices.append(select(scores[0, :, 0], config)[0])
+    return as_reading(choices, text, shared_length(engine.template.opening, ids))
 
 
 def as_reading(choices: Sequence[Tensor], text: Text, num_opening: int) -> Any:
@@ -101,47 +109,3 @@ def own_calibration(engine: SpectrModel) -> dict[str, Tensor]:
         path: torch.stack([torch.cat(v).mean(0), torch.cat(v).std(0, correction=0)])
         for path, v in values.items()
     }
-
-
-def test_evidence_is_the_engines_where_a_request_has_lines(
-    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each line of the prompt is read by itself; each line of the answer returns to them."""
-    monkeypatch.setattr("spectr_demo.engine.reading.generic_prompts", lambda base: PROMPTS)
-    engine = routed_model
-    names = engine.library.names
-    config = replace(parse_router("spectr-context", names), confidence=None)
-    shares = []
-    for expert, name in enumerate(names):
-        text = two_lines(engine, name)
-        assert len(engine.template.request_lines(text.prompt_ids)) == 2
-        ids = [*text.prompt_ids, *text.answer_ids[:-1]]
-        plan = engine.plan([config], [ids], num_prompt=[len(text.prompt_ids)])
-        plan.begin_pass(torch.tensor([ids]))
-        (group,), own = plan.groups, inputs(engine, f"single:{name}", ids)
-        leads = []
-        for bank in engine.library.banks:
-            scores = group.scores(bank, bank.project(own[bank.paths[0]]))[0]  # (T, P, E)
-            others = scores[..., [e for e in range(3) if e != expert]].amax(-1)
-            leads.append((scores[..., expert] - others)[len(text.prompt_ids) - 1 :])
-        lead = torch.cat(leads, dim=1)
-        # Lines that name two experts make them equal: such a decision is shared.
-        shares.append(torch.where(lead.abs() < 1e-5, 0.5, (lead > 0).float()).mean())
-    found = stress(
-        engine,
-        {name: [two_lines(engine, name)] for name in names},
-        PROMPTS,
-        seeds=(0,),
-        num_experts=(),
-    )
-    decisions = found["number"]["3"]["mean"]["spectr in context"]["decisions"]
-    assert decisions == pytest.approx(float(sum(shares)) / 3, abs=1e-3)
-
-
-def two_lines(engine: SpectrModel, name: str) -> Text:
-    return Text(
-        prompt_ids=tuple(
-            encode(engine.tokenizer, f"What is {name}?\nAnd where are ships, or not?")
-        ),
-        answer_ids=tuple(engine.tokenizer(f"it is {name}\nat sea, {name}")["input_ids"]),
-    )

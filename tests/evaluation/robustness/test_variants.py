@@ -3,13 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from spectr_demo.base.prompts import encode
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.evaluation.robustness.decisions import read_generic
-from spectr_demo.evaluation.robustness.variants import SPECTR, GenericText, cut
+from spectr_demo.evaluation.robustness.decisions import hear
+from spectr_demo.evaluation.robustness.variants import SPECTR, cut
 from spectr_demo.routing.spectr import spectr_scores
 from tests.conftest import banks_by_path
 from tests.evaluation.robustness.samples import PROMPTS, build, inputs
@@ -42,8 +41,7 @@ def test_distractors_belong_to_another_layer_of_the_projection(routed_model: Spe
 
 def test_calibrated_scores_of_generic_text_are_standard(routed_model: SpectrModel) -> None:
     variants = build(routed_model)
-    with tqdm(disable=True) as bar:
-        read_generic(routed_model, variants, PROMPTS, bar)
+    hear(routed_model, variants, PROMPTS, [])
     tokens: dict[str, list[Tensor]] = {}
     for prompt in PROMPTS:
         ids = routed_model.encode(prompt)
@@ -59,10 +57,8 @@ def test_calibrated_scores_of_generic_text_are_standard(routed_model: SpectrMode
 
 def test_generic_margins(routed_model: SpectrModel) -> None:
     variants = build(routed_model)
-    statistics = GenericText(variants)
     path, x = next(iter(inputs(routed_model, "base", [5, 6, 7]).items()))
-    statistics.add(path, x[0])
-    statistics.finish()
+    variants.measure(path, x[0])
     scores = variants.scores(path, x[0])[SPECTR][:, variants.layers[path].columns]
     own, others = scores[:, 0], scores[:, 1:3].amax(-1)
     expected = ((own - others) / (own + others)).mean()
