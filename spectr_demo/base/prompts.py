@@ -1,5 +1,6 @@
 """Chat template and tokenizing: from messages to token ids; the parts that all prompts share."""
 
+import bisect
 import itertools
 import re
 from collections.abc import Sequence
@@ -92,14 +93,17 @@ _NEXT = (
     "então|depois|também"
 )
 _AND = "and|und|et|y|e"
+_WORD = rf"(?:{_NEXT}|{_AND})\b(?!\.)"  # no "e.g."
+_QUOTES = "\"'”’»)」』"
 _BOUNDARY = re.compile(
-    r"\n+|(?<=[.?!;。？！；।])[\"'”’»)]*\s+(?=\S)|(?<=[。？！；])(?=\S)"
-    rf"|,?\s+(?=(?:{_NEXT}|{_AND})\b)",
+    rf"\n+|(?<=[.?!;。？！；।؟])[{_QUOTES}]*\s+(?=\S)|(?<=[。？！；])[{_QUOTES}]*+(?=[^\s。？！；])"
+    rf"|,?(?<!\s)\s+(?={_WORD})",
     re.IGNORECASE,
 )
-_JOINS = re.compile(rf"[\s,;]*(?:(?:{_NEXT}|{_AND})\b[\s,:]*)*", re.IGNORECASE)
-_GOES_ON = re.compile(rf"\n|[\s,;.]*(?:(?:{_AND})\s+)?(?:{_NEXT})\b", re.IGNORECASE)
-_ENDS_WITH_MARK = re.compile(r"(?:^|\n)\s*(?:\d+|[a-z])[.)]$", re.IGNORECASE)
+_JOINS = re.compile(rf"[\s,;]*(?:{_WORD}[\s,:]*)*", re.IGNORECASE)
+_GOES_ON = re.compile(rf"\s*\n|[\s,;.]*(?:(?:{_AND})\s+)?(?:{_NEXT})\b", re.IGNORECASE)
+_BEGINS = re.compile(_WORD, re.IGNORECASE)
+_MARK = re.compile(r"(?:\d+|[a-z])[.)]", re.IGNORECASE)
 MOST_PARTS = 8  # of a request; one with more is a text, and is not taken apart
 
 
@@ -123,36 +127,40 @@ def parts(pieces: Sequence[str], start: int, stop: int) -> list[Part]:
     """
     text = "".join(pieces[start:stop])
     ends = list(itertools.accumulate(len(piece) for piece in pieces[start:stop]))
-    cuts = _cuts(text)
-    # A token belongs to the part in which it ends, so that the space before a word is the word's.
-    firsts = [next(i for i, end in enumerate(ends) if end > cut) for cut in cuts]
-    firsts = [0, *(first for first in dict.fromkeys(firsts) if first > 0)]
-    if len(firsts) > MOST_PARTS:
-        firsts = firsts[:1]
-    bounds = [
-        (start + a, start + b) for a, b in zip(firsts, [*firsts[1:], stop - start], strict=True)
-    ]
-    return [
-        Part(start=a, stop=b, is_next=bool(_GOES_ON.match("".join(pieces[a:b])))) for a, b in bounds
-    ]
+    # A token belongs to the part in which it begins: the space before a word to the word, all bytes
+    # of a character to the character, and a stop with a line end (".\n") to what it ends.
+    begins = [0, *ends[:-1]]
+    is_next = {0: bool(_GOES_ON.match(text))}
+    for cut in _cuts(text):
+        first = bisect.bisect_left(begins, cut)
+        if first < len(begins):
+            is_next[first] = is_next.get(first, False) or bool(_GOES_ON.match(text, cut))
+    if len(is_next) > MOST_PARTS:
+        is_next = {0: is_next[0]}
+    bounds = itertools.pairwise([*is_next, stop - start])
+    return [Part(start=start + a, stop=start + b, is_next=is_next[a]) for a, b in bounds]
 
 
 def _cuts(text: str) -> list[int]:
-    """Where parts begin after the first one, in characters."""
+    """Where parts begin after the first one, in characters; those of too many are not all found."""
     cuts: list[int] = []
+    length = len(text.rstrip())
+    words = _JOINS.match(text)  # with which the part begins that goes on
     for match in _BOUNDARY.finditer(text):
-        before, after = text[: match.start()].rstrip(), text[match.end() :]
         # Quotation marks belong to what they end.
-        cut = match.start() + len(match.group()) - len(match.group().lstrip("\"'”’»)"))
-        joins = _JOINS.match(after)
+        cut = match.start() + len(match.group()) - len(match.group().lstrip(_QUOTES))
+        before, after = text[: match.start()].rstrip(), text[match.end() : match.end() + 1]
         is_inside = (
-            _JOINS.fullmatch(text[cuts[-1] if cuts else 0 : cut])
+            (words is not None and cut <= words.end())
             or before.endswith((":", "："))
-            or _ENDS_WITH_MARK.search(before)
-            or (before.endswith(".") and after[:1].islower() and not (joins and joins.group()))
+            or _MARK.fullmatch(before[before.rfind("\n") + 1 :].strip())
+            or (before.endswith(".") and after.islower() and not _BEGINS.match(text, match.end()))
         )
-        if not is_inside and after.strip():
+        if not is_inside and match.end() < length:
             cuts.append(cut)
+            words = _JOINS.match(text, cut)
+        if len(cuts) == MOST_PARTS:
+            break
     return cuts
 
 

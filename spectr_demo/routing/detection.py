@@ -62,8 +62,9 @@ def detector(bank: ExpertBank, inputs: Tensor) -> Detector:
     mean = inputs.mean(0)
     centred = inputs - mean
     covariance = centred.T @ centred / len(inputs)
-    size = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    covariance.diagonal().add_(size)
+    size = covariance.diagonal().mean()
+    # Inputs that are all alike tell nothing: then all directions are equally common.
+    covariance.diagonal().add_(torch.where(size > 0, size, 1.0))
     P, E, r = bank.singular_values.shape
     A = bank.A.float()
     matched = torch.cholesky_solve(A.T, torch.linalg.cholesky(covariance)).T  # A C^-1

@@ -1,21 +1,25 @@
 """Prompts: the template around them, and what every prompt opens with."""
 
+import itertools
 from copy import deepcopy
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.base.prompts import (
+    MOST_PARTS,
+    Template,
     encode,
     encode_answer,
     encode_answered,
-    newline_ids,
     pad_left,
-    request_lines,
+    parts,
     request_start,
     shared_length,
-    template_closing,
     template_opening,
+    token_pieces,
     user_turn,
 )
 
@@ -51,50 +55,202 @@ def test_the_last_request_of_a_conversation(tokenizer: PreTrainedTokenizerFast) 
     assert request_start(encode(plain, "Hi"), template_opening(plain), user_turn(plain)) == 0
 
 
+def cut(text: str) -> list[str]:
+    """The parts of a text of which each character is a token."""
+    found = parts(list(text), 0, len(text))
+    return [text[part.start : part.stop] for part in found]
+
+
 @pytest.mark.parametrize(
-    ("message", "lines"),
+    ("text", "expected"),
     [
         ("Paint it red", ["Paint it red"]),
-        ("Paint it red\nCount to two", ["Paint it red\n", "Count to two"]),
-        ("One\n\n  Two\n\nThree", ["One\n\n", "  Two\n\n", "Three"]),
-        ("1\n2\n3\n4", ["1\n", "2\n", "3\n", "4"]),
-        ("1\n2\n3\n4\n5", ["1\n2\n3\n4\n5"]),  # more than a few requests: a text
+        # Lines
+        ("Paint it red\nCount to two", ["Paint it red", "\nCount to two"]),
+        ("One\n\n  Two\n\nThree", ["One", "\n\n  Two", "\n\nThree"]),
+        ("Paint it\r\nCount", ["Paint it\r", "\nCount"]),
+        ("Paint it.\r\nCount", ["Paint it.", "\r\nCount"]),
+        ("Paint it.  \n\tCount", ["Paint it.", "  \n\tCount"]),
+        # Lists: a mark ends no sentence
+        ("1. Paint it\n2. Count", ["1. Paint it", "\n2. Count"]),
+        ("1) Paint it\n 2) Count", ["1) Paint it", "\n 2) Count"]),
+        ("a. Paint it\nb. Count", ["a. Paint it", "\nb. Count"]),
+        ("- Paint it\n- Count", ["- Paint it", "\n- Count"]),
+        ("* Paint it.\n* Count.", ["* Paint it.", "\n* Count."]),
+        # A colon goes on
+        ("Do this:\n1. Paint it\n2. Count", ["Do this:\n1. Paint it", "\n2. Count"]),
+        ("Translate: \n\nI am here. You too.", ["Translate: \n\nI am here.", " You too."]),
+        ("翻译：\n我在这里", ["翻译：\n我在这里"]),
+        # Sentences
+        ("Paint it. Count! Who? Go", ["Paint it.", " Count!", " Who?", " Go"]),
+        ("Paint it; count", ["Paint it;", " count"]),
+        ("Paint it?\tCount", ["Paint it?", "\tCount"]),
+        ('Say "hi." Count', ['Say "hi."', " Count"]),
+        ("Say “hi!” Count (a lot.) Go", ["Say “hi!”", " Count (a lot.)", " Go"]),
+        ("Take 3.5 apples at 10.30", ["Take 3.5 apples at 10.30"]),
+        ("Take a fruit, e.g. an apple", ["Take a fruit, e.g. an apple"]),
+        ("Well... go on", ["Well... go on"]),
+        ("Well... Go on", ["Well...", " Go on"]),
+        ("Paint it. then count", ["Paint it.", " then count"]),
+        # Words that join
+        ("Paint it, and then count", ["Paint it", ", and then count"]),
+        ("Paint it and count", ["Paint it", " and count"]),
+        ("Paint it then count AND go", ["Paint it", " then count", " AND go"]),
+        ("Mal es rot, dann zähle und geh", ["Mal es rot", ", dann zähle", " und geh"]),
+        ("Píntalo y luego cuenta", ["Píntalo", " y luego cuenta"]),
+        ("Then count", ["Then count"]),
+        ("  and then count", ["  and then count"]),
+        ("Andrew, thence and", ["Andrew, thence", " and"]),
+        # Scripts
+        ("涂成红色。数到二", ["涂成红色。", "数到二"]),
+        (
+            "「赤く。」数えて。。。はい！？いいえ",
+            ["「赤く。」", "数えて。。。", "はい！？", "いいえ"],
+        ),
+        ("इसे लाल करो। दो तक गिनो", ["इसे लाल करो।", " दो तक गिनो"]),
+        ("كيف حالك؟ اكتب", ["كيف حالك؟", " اكتب"]),
+        # Nothing much
+        ("\n\nPaint it", ["\n\nPaint it"]),
+        ("Paint it.\n\n ", ["Paint it.\n\n "]),
+        (" ", [" "]),
+        ("\n", ["\n"]),
+        ("...", ["..."]),
+        ("?", ["?"]),
+        ("。。", ["。。"]),
     ],
 )
-def test_the_lines_of_a_request_as_if_each_were_the_last(
-    tokenizer: PreTrainedTokenizerFast, message: str, lines: list[str]
+def test_parts(text: str, expected: list[str]) -> None:
+    assert cut(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "is_next"),
+    [
+        ("Paint it\nCount", True),
+        ("Paint it. \r\n\n Count", True),
+        ("Paint it then count", True),
+        ("Paint it. Then count", True),
+        ("Paint it, and also count", True),
+        ("Paint it and count", False),
+        ("Paint it. Count", False),
+        ("涂成红色。数到二", False),
+    ],
+)
+def test_what_begins_the_next_request(text: str, is_next: bool) -> None:
+    _, part = parts(list(text), 0, len(text))
+    assert part.is_next == is_next
+
+
+def test_a_request_of_many_parts_is_a_text() -> None:
+    assert cut("Go. " * MOST_PARTS) == ["Go.", *[" Go."] * (MOST_PARTS - 2), " Go. "]
+    for num in (MOST_PARTS + 1, MOST_PARTS + 2, 500):
+        assert cut("Go. " * num) == ["Go. " * num]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text",
+    ["\n ", " ", "and ", ", and then ", "1. ", "a.\n", ".", "。", ": ", '" ', ".\n", "a\n:\n"],
+)
+def test_texts_of_any_length_are_read_at_once(text: str) -> None:
+    assert "".join(cut(f"a{text * 20_000}b")) == f"a{text * 20_000}b"
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [" ", "\n", "\r\n", "\t", ". ", ".", "? ", "。", "」", '"', ":", "1.", "-", ", ", ";\n"]
+        ),
+        st.sampled_from(["and", "then", " e", "y ", "Red", "count ", "", "é", "数", ".\n"]),
+        st.text(max_size=3),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(pieces=PIECES, start=st.integers(0, 3), num_after=st.integers(0, 3))
+def test_parts_cover_a_request_without_a_gap(pieces: list[str], start: int, num_after: int) -> None:
+    """Of any text, in any tokens, within any template."""
+    stop = start + len(pieces)
+    whole = ["<|x|>\n"] * start + pieces + ["\n"] * num_after
+    found = parts(whole, start, stop)
+    assert found[0].start == start and found[-1].stop == stop
+    assert all(part.start < part.stop for part in found)
+    assert all(one.stop == other.start for one, other in itertools.pairwise(found))
+    assert len(found) <= MOST_PARTS
+    alone = parts(pieces, 0, len(pieces))
+    assert [(p.start - start, p.stop - start, p.is_next) for p in found] == [
+        (p.start, p.stop, p.is_next) for p in alone
+    ], "the template plays no part"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["Paint", " it", ".\n", "Count"], [["Paint", " it", ".\n"], ["Count"]]),
+        (["Paint", "?\n\n", "Then", " go"], [["Paint", "?\n\n"], ["Then", " go"]]),
+        (["Paint", " it", " and", " go"], [["Paint", " it"], [" and", " go"]]),
+        # The bytes of a character come one by one, and its text with the last of them.
+        (["红", "。", "", "", "数", "二"], [["红", "。"], ["", "", "数", "二"]]),
+        (["Go. Now"], [["Go. Now"]]),
+    ],
+)
+def test_a_token_belongs_to_the_part_in_which_it_begins(
+    pieces: list[str], expected: list[list[str]]
 ) -> None:
+    found = parts(pieces, 0, len(pieces))
+    assert [pieces[part.start : part.stop] for part in found] == expected
+    if "\n" in "".join(pieces):
+        assert found[1].is_next, "the line ended with the token before"
+
+
+def test_bytes_of_a_character_stay_together(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = encode(tokenizer, "涂成红色。数到二\nÀ pied？É")
+    start, stop = Template.of(tokenizer).request(ids)
+    found = parts(token_pieces(tokenizer, ids), start, stop)
+    texts = [tokenizer.decode(ids[part.start : part.stop]) for part in found]
+    assert texts == ["涂成红色。", "数到二", "\nÀ pied？", "É"]
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_the_request_between_opening_and_closing(
+    tokenizer: PreTrainedTokenizerFast, system: str | None
+) -> None:
+    template = Template.of(tokenizer)
     turns = [
-        {"role": "user", "content": "Hello\nthere"},
-        {"role": "assistant", "content": "Hi\n!"},
-        {"role": "user", "content": message},
+        *([{"role": "system", "content": system}] if system else []),
+        {"role": "user", "content": "First?\nYes"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Second?\nNo"},
     ]
-    ids = encode(tokenizer, turns)
-    start = request_start(ids, template_opening(tokenizer), user_turn(tokenizer))
-    found = request_lines(ids, start, template_closing(tokenizer), newline_ids(tokenizer))
-    assert len(found) == len(lines)
-    read = ""
-    for (prompt, line_start), line in zip(found, lines, strict=True):
-        read += line
-        assert prompt == encode(tokenizer, [*turns[:2], {"role": "user", "content": read}])
-        assert tokenizer.decode(prompt[line_start:]) == f"{line}<|im_end|>\n<|im_start|>assistant\n"
-    assert found[-1][0] == ids
+    for messages, request in ((turns[:-2], "First?\nYes"), (turns, "Second?\nNo")):
+        ids = encode(tokenizer, messages)
+        start, stop = template.request(ids)
+        assert tokenizer.decode(ids[start:stop]) == request
+        assert ids[stop:] == template.closing
 
 
-def test_lines_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_request_has_one_token_at_least(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also where nothing was said in the last turn."""
+    template = Template.of(tokenizer)
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    for content in ("", " ", "x"):
+        ids = encode(tokenizer, [*said, {"role": "user", "content": content}])
+        start, stop = template.request(ids)
+        assert start < stop <= len(ids)
+    for ids in ([], template.opening[:1], template.closing):
+        if ids:
+            start, stop = template.request(ids)
+            assert 0 <= start < stop <= len(ids)
+
+
+def test_a_request_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
     plain = deepcopy(tokenizer)
     plain.chat_template = None
-    assert template_closing(plain) == []
-    ids = encode(plain, "One\nTwo\n")
-    found = request_lines(ids, 0, [], newline_ids(plain))
-    assert [(plain.decode(prompt), start) for prompt, start in found] == [
-        ("One\n", 0),
-        ("One\nTwo\n", 4),
-    ]
-
-
-def test_newlines_of_a_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert [tokenizer.decode([i]) for i in newline_ids(tokenizer)] == ["\n"]
+    template = Template.of(plain)
+    assert template == Template(opening=[], closing=[], user_turn=[])
+    assert template.request(encode(plain, "Hi\nyou")) == (0, 6)
 
 
 def test_pad_left() -> None:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from spectr_demo.config import RouterConfig
-from spectr_demo.routing.context import lead
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.routing.spectr import arrow_scores, lag_scores, norm_scores, select, spectr_scores
 
@@ -69,11 +68,6 @@ def test_no_expert_where_the_best_is_not_above_the_least() -> None:
     assert weights.tolist() == [[0.0], [1.0]]
 
 
-def test_a_lead_is_over_the_mean_of_all_experts() -> None:
-    assert lead(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[-2.0, -1.0, 3.0]]
-    assert lead(torch.tensor([[4.0]])).tolist() == [[4.0]], "one expert has nobody to lead"
-
-
 @given(
     scores=st.lists(st.floats(0, 100, width=32), min_size=1, max_size=12),
     top_k=st.integers(1, 12),
@@ -118,8 +112,9 @@ def test_a_presets_k_shrinks_to_the_library_and_an_explicit_one_does_not() -> No
         parse_router(RouterConfig(name="lag", top_k=3, prefilter=2), NAMES)
 
 
-def test_overrides_reach_scoring_routers_only() -> None:
-    changed = parse_router("spectr", NAMES, top_k=2, weighting="softmax", composition="outputs")
+@pytest.mark.parametrize("name", ["spectr", "spectr-context"])
+def test_overrides_reach_routers_that_choose_only(name: str) -> None:
+    changed = parse_router(name, NAMES, top_k=2, weighting="softmax", composition="outputs")
     assert (changed.top_k, changed.weighting, changed.composition) == (2, "softmax", "outputs")
     assert parse_router("base", NAMES, top_k=2) == ROUTERS["base"].preset
     assert parse_router("uniform", NAMES, composition="parameters").composition == "parameters"
@@ -136,6 +131,7 @@ def test_overrides_reach_scoring_routers_only() -> None:
         ("", "unknown router ''"),
         (RouterConfig(name="arow"), "Did you mean 'arrow'"),
         (RouterConfig(name="lag", calibrated=True), "'lag' cannot be calibrated"),
+        (RouterConfig(name="spectr-context", calibrated=True), "cannot be calibrated.*'spectr'"),
     ],
 )
 def test_unknown_names_say_what_exists(spec: str | RouterConfig, message: str) -> None:
@@ -144,8 +140,9 @@ def test_unknown_names_say_what_exists(spec: str | RouterConfig, message: str) -
 
 
 def test_no_experts_to_choose_from() -> None:
-    with pytest.raises(ValueError, match="no expert to choose from"):
-        parse_router("spectr", [])
+    for name in ("spectr", "spectr-context"):
+        with pytest.raises(ValueError, match="no expert to choose from"):
+            parse_router(name, [])
     assert parse_router("base", []).name == "base"
 
 
@@ -161,13 +158,9 @@ def test_no_experts_to_choose_from() -> None:
         {"weighting": "loud"},
         {"composition": "both"},
         {"prefilter": 0},
-        {"decay": 0.0},
-        {"decay": 1.1},
         {"confidence": 1.1},
-        {"confidence": 0.5},
-        {"reads_first": True},
-        {"reads_first": True, "decay": 0.9},
-        {"reads_first": True, "calibrated": True},
+        {"confidence": -0.1},
+        {"confidence": True},
     ],
 )
 def test_a_config_checks_itself(wrong: dict[str, object]) -> None:
@@ -181,6 +174,8 @@ def test_the_table_is_whole() -> None:
         assert row.display_name
         assert row.equation
         assert row.paper
+        assert not (row.score and row.reads_request), "each token, or the request"
+        assert row.chooses == (key not in ("base", "single", "uniform"))
 
 
 def test_a_filtered_router_cannot_be_measured_by_its_output() -> None:
