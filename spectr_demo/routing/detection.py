@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spectr_demo.routing.bank import ExpertBank
 
+_MOST_TOKENS = 2048  # for a covariance, whose cost is their number
 _NOISE = 0.07  # standard deviations by which experts differ in ordinary text
 
 
@@ -58,7 +59,7 @@ def detector(bank: ExpertBank, inputs: Tensor) -> Detector:
     Their covariance is shrunk half way to the identity of its own size: N is not much larger than
     D_in, and what the base rarely says must not count for everything.
     """
-    inputs = inputs.float()
+    inputs = inputs[:: -(-len(inputs) // _MOST_TOKENS)].float()  # evenly, if they are more
     mean = inputs.mean(0)
     centred = inputs - mean
     covariance = centred.T @ centred / len(inputs)
