@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from spectr_demo.base.generic import generic_prompts
-from spectr_demo.config import RouterConfig, unknown_name
+from spectr_demo.config import DEFAULT_ROUTER, RouterConfig, unknown_name
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
@@ -37,8 +37,15 @@ from spectr_demo.evaluation.composition_figures import composition_figures
 from spectr_demo.evaluation.contenders import COMPOSED, CONTENDERS, MERGE_SEEDS, QUICK, Contender
 from spectr_demo.evaluation.generation import continue_texts, routed_answers
 from spectr_demo.evaluation.merging import dare_merge, ties_merge
+from spectr_demo.evaluation.ordinary import (
+    Asked,
+    ByConfidence,
+    chosen_experts,
+    ordinary_figures,
+)
 from spectr_demo.evaluation.parts import ORDINARY, Parts
 from spectr_demo.evaluation.reading import Reading, Text, read
+from spectr_demo.evaluation.requests import Detectors, by_metric, detectors_of, whom_figures
 from spectr_demo.evaluation.results import (
     accuracies,
     conditions,
@@ -50,7 +57,7 @@ from spectr_demo.evaluation.robustness.retrained import attach, read_retrained, 
 from spectr_demo.evaluation.robustness.stress import stress
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
 from spectr_demo.experts.adapters import Adapter
-from spectr_demo.routing.routers import ROUTERS
+from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.trace import NOT_ROUTED
 
 EXAMPLES_AT_ONCE = 16  # a part of the results; more examples than before are new parts alone
@@ -66,15 +73,18 @@ class Settings:
 
     num_examples: prompts of each domain; half of them are in held-out wordings. num_pairs,
     num_triples: messages with two and with three requests, see `make_messages`. num_offdomain:
-    prompts of ordinary chat. stress_texts: of each domain, see `stress`. A 0 leaves a test out, and
-    two of them that of messages. labels: of the `CONTENDERS` that are compared. retrained: experts
-    that were trained again, as NAME=FOLDER, see `retrained`.
+    prompts of ordinary chat. num_ordinary, num_requests: ordinary prompts of each length and single
+    requests of each domain, see `ordinary.py`. stress_texts: of each domain, see `stress`. A 0
+    leaves a test out, and two of them that of messages. labels: of the `CONTENDERS` that are
+    compared. retrained: experts that were trained again, as NAME=FOLDER, see `retrained`.
     """
 
     num_examples: int = 16
     num_pairs: int = 90
     num_triples: int = 60
     num_offdomain: int = 16
+    num_ordinary: int = 150
+    num_requests: int = 100
     labels: tuple[str, ...] = tuple(contender.label for contender in CONTENDERS)
     stress_texts: int = 2
     retrained: tuple[str, ...] = ()
@@ -94,6 +104,7 @@ class Settings:
             num_pairs=5,
             num_triples=0,
             num_offdomain=4,
+            num_ordinary=0,
             labels=QUICK,
             stress_texts=0,
         )
@@ -126,6 +137,13 @@ class Evaluation:
         self.merges = [c for c in chosen if c.is_merge]
         ordinary = json.loads(ORDINARY.read_text(encoding="utf-8"))
         self.offdomain: list[str] = ordinary["chat"][: settings.num_offdomain]
+        self.ordinary: dict[str, list[dict[str, str]]] = {
+            length: entries[: settings.num_ordinary] for length, entries in ordinary["test"].items()
+        }
+        self.requests = {name: list(held[name][: settings.num_requests]) for name in self.names}
+        self.reads_requests = bool(
+            settings.num_ordinary and settings.num_requests and DEFAULT_ROUTER in settings.labels
+        )
         self.parts = Parts(engine)
         self.rows_at_once = 256 if engine.base.device.type == "cuda" else 32
 
@@ -141,6 +159,7 @@ class Evaluation:
             domains = {c.label: self._domains(c) for c in self.contenders}
             chat = {c.label: self._chat_shift(c) for c in beyond if self.settings.num_offdomain}
             composed, bounds = self._composed_rows(self.contenders), self._bounds()
+            requests = self._requests() if self.reads_requests else {}
             stressed = self._stress() if self.settings.stress_texts else None
             retrained = [self._retrained(name, adapter) for name, adapter in self.retrained]
             if self.merges:
@@ -154,6 +173,7 @@ class Evaluation:
             "likelihood": likelihoods(readings),
             "accuracy": accuracies(readings),
             "offdomain": chat,
+            **requests,
             "composition": self._composition(composed, bounds),
             "stress": stressed,
             "retrained": retrained,
@@ -188,6 +208,7 @@ class Evaluation:
         num_domains = (len(self.contenders) + len(self.merges)) * len(self.names)
         chat = num_beyond * (settings.num_offdomain > 0)
         others = (settings.stress_texts > 0) + len(self.retrained)
+        others += self.reads_requests * (len(self.ordinary) + 2 * len(self.names))
         return 2 * num_domains * len(self._spans) + chat + self._num_composed_parts + others
 
     def _part(
@@ -348,6 +369,43 @@ class Evaluation:
         scores = {label: scores for label, (scores, _) in composed.items()} | bounds
         routing = {label: routing for label, (_, routing) in composed.items()}
         return composition_figures(self.messages, scores, routing)
+
+    def _requests(self) -> dict[str, Any]:
+        """Ordinary prompts and single requests: whom the default router takes them for."""
+        config = parse_router(DEFAULT_ROUTER, self.engine.library.names)
+        assert config.confidence is not None
+        ordinary = {
+            length: self._chosen(config, [entry["prompt"] for entry in entries], length)
+            for length, entries in self.ordinary.items()
+        }
+        asked, named = {}, {}
+        for name, examples in self.requests.items():
+            prompts = [example.prompt for example in examples]
+            asked[name] = Asked(
+                chosen=self._chosen(config, prompts, name),
+                is_heldout=[example.is_heldout_wording for example in examples],
+            )
+            compute = partial(self._by_metric, prompts=prompts, name=name)
+            named[name] = self._part("metrics", config, compute, name, len(prompts))
+        return {
+            "ordinary": ordinary_figures(self.ordinary, ordinary, asked, config.confidence),
+            "whom": whom_figures(named, {name: of.is_heldout for name, of in asked.items()}),
+        }
+
+    def _by_metric(self, config: RouterConfig, prompts: Sequence[str], name: str) -> Any:
+        expert = self.engine.library.index(name)
+        return by_metric(self.engine, prompts, expert, self._detectors)
+
+    @cached_property
+    def _detectors(self) -> dict[str, Detectors]:
+        return detectors_of(self.engine)
+
+    def _chosen(self, config: RouterConfig, prompts: Sequence[str], of: str) -> ByConfidence:
+        def compute(config: RouterConfig) -> ByConfidence:
+            return chosen_experts(self.engine, config, prompts, of)
+
+        chosen: ByConfidence = self._part("lanes", config, compute, of, len(prompts))
+        return chosen
 
     def _stress(self) -> dict[str, Any]:
         num = self.settings.stress_texts

@@ -15,6 +15,7 @@ from spectr_demo.evaluation.composition import SEGMENTS, SINGLE
 from spectr_demo.evaluation.composition_figures import ENOUGH, PLACES, SIZES, TARGETS
 from spectr_demo.evaluation.findings import HEAD, SUBJECT, in_words
 from spectr_demo.evaluation.messages import FORMATS
+from spectr_demo.evaluation.ordinary import TARGETS as LIMITS
 
 RESULTS = ASSETS / "results" / "evaluation.json"
 
@@ -39,8 +40,13 @@ def to_markdown(results: Mapping[str, Any]) -> str:
             "## Routing accuracy\n\n" + accuracy_table(results),
             "## Where in the model\n\n" + depth_table(results),
         ]
+    if results.get("whom"):
+        sections.append("## Whom a request is for\n\n" + whom_table(results["whom"]))
+    if results.get("ordinary"):
+        title = "## Ordinary prompts, where no expert fits\n\n"
+        sections.append(title + ordinary_tables(results["ordinary"]))
     if results.get("offdomain"):
-        sections.append("## Ordinary chat, where no expert fits\n\n" + offdomain_table(results))
+        sections.append("## Ordinary chat: how far it is moved\n\n" + offdomain_table(results))
     if composition := results.get("composition"):
         title = "## Messages with two and three requests\n\n"
         sections.append(title + composition_tables(composition))
@@ -145,7 +151,8 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
         _table([*header, "answer, seen wordings", "answer, held-out wordings"], rows)
         + "\nA decision is one token in one layer and projection. The columns give the share of "
         "decisions whose first choice is the right expert, as the mean over domains. `majority "
-        "vote`: share of texts whose commonest choice is the right expert.\n"
+        "vote`: share of texts whose commonest choice is the right expert. A router that reads the "
+        "request chooses once for all decisions of a text.\n"
     )
 
 
@@ -173,6 +180,86 @@ def depth_table(results: Mapping[str, Any]) -> str:
     depths = [f"layers {a}-{b - 1}" for a, b in pairwise(edges)]
     header = ["router", *depths, *results["meta"]["projections"]]
     return _table(header, rows) + "\nRouting accuracy on answer tokens by depth and projection.\n"
+
+
+def whom_table(whom: Mapping[str, Any]) -> str:
+    """What one choice for all layers gives, and the metric."""
+    keys = {"one": "one choice", "vote": "vote of the layers", "layers": "each layer for itself"}
+    header = ["metric", "wordings", *keys.values()]
+    lines = [
+        [metric, group, *(f"{row[key]:.1%}" for key in keys)]
+        for metric, groups in whom.items()
+        for group, row in groups.items()
+    ]
+    return _table(header, lines) + (
+        "\nShare of held-out single requests for which the right expert is named. One is named for "
+        "each of them. Means over the domains. `one choice`: that of `spectr-context`, from the "
+        "mean over the layers. `vote of the layers`: the commonest choice of the layers. `each "
+        "layer for itself`: share of the layers whose own choice is right. `raw metric`: SpectR's "
+        "score, standardised by ordinary text, without the metric of that text.\n"
+    )
+
+
+def ordinary_tables(ordinary: Mapping[str, Any]) -> str:
+    """How many ordinary prompts get an expert, how many requests lose theirs, and the trade-off."""
+    of = ordinary["ordinary"]
+    requests = ordinary["requests"]
+    lost = {group: row["base"] + row["wrong"] for group, row in requests.items()}
+    measured = [
+        *(
+            (f"{length} ordinary prompts with an expert", row["mean"], row["num"], "ordinary")
+            for length, row in of["lengths"].items()
+        ),
+        *(
+            (f"requests lost, {group}", lost[group], row["num"], "lost")
+            for group, row in requests.items()
+        ),
+    ]
+    targets = [
+        [
+            *(what, str(num), f"{share:.1%}", f"<= {LIMITS[key]:.0%}"),
+            "yes" if share <= LIMITS[key] else "no",
+        ]
+        for what, share, num, key in measured
+    ]
+    curve = [
+        [
+            *(f"{float(level):.2f}", *(f"{row[length]:.1%}" for length in of["lengths"])),
+            *(f"{row[key]:.1%}" for key in ("base", "wrong")),
+        ]
+        for level, row in ordinary["curve"].items()
+    ]
+    domains = [
+        [name, str(row["num"]), *(f"{row[key]:.1%}" for key in ("base", "wrong"))]
+        for name, row in ordinary["domains"].items()
+    ]
+
+    def taken(name: str, key: str) -> str:
+        rows = [
+            [group, str(row["num"]), f"{row['mean']:.1%} ({row['low']:.1%}-{row['high']:.1%})"]
+            for group, row in of[key].items()
+        ]
+        return _table([name, "prompts", "with an expert"], rows)
+
+    ends = ["requests left to the base", "requests given to a wrong expert"]
+    lengths = [f"{length} prompts with an expert" for length in of["lengths"]]
+    return "\n".join(
+        (
+            f"`{SUBJECT}` as it is served, with its confidence of {ordinary['confidence']}. A "
+            "prompt has an expert if one of its lanes has. A request is lost if it is not one lane "
+            "for its own expert. The ordinary prompts are the list `test` of "
+            "`evaluation/ordinary.json`; the router was tuned on another list.\n",
+            _table(["what", "prompts", "measured", "target", "met"], targets),
+            "The trade-off, by confidence:\n",
+            _table(["confidence", *lengths, *ends], curve),
+            "Requests by domain:\n",
+            _table(["domain", "requests", *ends], domains),
+            "Ordinary prompts by kind and by language, short and longer ones together. A near miss "
+            "is about an expert's domain without being a request to it:\n",
+            taken("kind", "kinds"),
+            taken("language", "languages"),
+        )
+    )
 
 
 def offdomain_table(results: Mapping[str, Any]) -> str:
@@ -226,7 +313,9 @@ def composition_tables(composition: Mapping[str, Any]) -> str:
             "Routing accuracy, as a router reads a message and its reference answer: share of the "
             "decisions in a part's request, and in its answer, for the part's own expert. `tokens "
             "until the switch`: in a second or third answer, before most decisions of a token are "
-            "for its own expert. `switched`: share of these answers where that happens:\n",
+            "for its own expert. `switched`: share of these answers where that happens. "
+            f"`{SUBJECT}` has one expert for all of a lane: it switches at once or never, and "
+            "where there are more or fewer lanes than requests all answers count as wrong:\n",
             segments_table(rows),
         )
     )
@@ -331,7 +420,9 @@ def stress_tables(stress: Mapping[str, Any]) -> str:
     return "\n".join(
         (
             f"Routing accuracy on the answer tokens of {num_texts} texts, scored on the "
-            "activations of each text's own expert. Nothing is trained again.\n",
+            "activations of each text's own expert. `spectr in context` chooses once for a text, "
+            "as the bare base reads its prompt, and always takes an expert here. Nothing is "
+            "trained again.\n",
             "Experts cut to a lower rank (truncated SVD):\n",
             table("rank", stress["rank"]),
             "An expert against its noisy twin. The noise is relative to the LoRA factors; in "

@@ -8,7 +8,7 @@ from spectr_demo.evaluation.evaluate import Settings
 from spectr_demo.evaluation.tasks import TASKS, Split
 from tests.conftest import BuildModel, SaveExpert
 
-SETTINGS = Settings(num_examples=2, num_pairs=2, num_offdomain=2, stress_texts=0)
+SETTINGS = Settings(num_examples=2, num_pairs=2, num_offdomain=2, num_ordinary=0, stress_texts=0)
 
 
 @pytest.fixture

@@ -34,6 +34,10 @@ def results() -> dict[str, Any]:
             "spectr": {"kl": 2.5},
             "spectr-context": {"kl": 0.25, "unrouted": 0.75},
         },
+        "ordinary": {
+            "ordinary": {"lengths": {"short": {"mean": 0.25}, "longer": {"mean": 0.2}}},
+            "requests": {"all": {"base": 0.01, "wrong": 0.02}},
+        },
         "composition": {
             "rows": {
                 "base": shared(all=0.05),
@@ -54,6 +58,9 @@ def test_each_finding_has_its_figures(results: dict[str, Any]) -> None:
     assert "and 0.80 with its own expert alone" in text
     assert "by 0.25 nats a token (KL). It uses no expert in 75%" in text
     assert "(`spectr`): 2.50." in text
+    assert "gives an expert to 25% of the short ones and 20% of the longer ones" in text
+    assert "3.0% of the domains' own single requests do not get theirs (1.0% are left" in text
+    assert "The targets of 5% and 1% are not reached." in text
     assert "reaches 0.50 of the score that each request's own expert reaches alone" in text
     assert "0.65 in the first place, 0.35 in the second place." in text
     assert "by hand, it is 0.95. The base without experts (`base`): 0.05." in text
@@ -61,10 +68,11 @@ def test_each_finding_has_its_figures(results: dict[str, Any]) -> None:
 
 def test_what_was_not_measured_is_not_mentioned(results: dict[str, Any]) -> None:
     few = copy.deepcopy(results)
-    few |= {"accuracy": {}, "offdomain": {}, "composition": None}
+    few |= {"accuracy": {}, "offdomain": {}, "composition": None, "ordinary": None}
     text = in_words(few)
     assert "right expert" not in text
     assert "chat" not in text
+    assert "rdinary" not in text
     assert "three requests" not in text
     del few["scores"]["spectr-context"]
     assert in_words(few) == ""
