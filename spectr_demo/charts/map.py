@@ -21,6 +21,8 @@ from spectr_demo.charts.style import (
 from spectr_demo.charts.text import axis_label, escape
 from spectr_demo.trace import NOT_ROUTED, ColumnTrace, DominantExperts, RoutingTrace
 
+# What a router calls its scores, where it has a word for them.
+_SCORES = {"spectr-context": "certainty"}
 # How strongly the map paints a cell, by quarter of weight.
 _ALPHAS = (0.3, 0.5, 0.75, 1.0)
 _TIED, _EMPTY = rgba(GREY, 0.2), rgba(GREY, 0.5)
@@ -44,7 +46,9 @@ def routing_map(
     cells = trace.dominant_cells(label, projection)
     slot = _slots(cells, groups)
     where = f"mean of all {len(trace.projections)}" if projection is None else escape(projection)
-    fig = go.Figure(_heatmap(cells, slot, groups, names=_names(trace, column, cells), where=where))
+    score = _SCORES.get(column.router.get("name", ""), "score")
+    names = _names(trace, column, cells)
+    fig = go.Figure(_heatmap(cells, slot, groups, names=names, where=where, score=score))
     entries = [*zip(groups.names, groups.colors, strict=True)]
     entries += [(TIE_NAME, _TIED), (empty_name(column), _EMPTY)]
     for used in sorted(set(slot.ravel().tolist())):
@@ -79,6 +83,7 @@ def _heatmap(
     *,
     names: NDArray[Any],
     where: str,
+    score: str,
 ) -> go.Heatmap:
     """The cells, each a step of a colour scale: one step for each entry and quarter of weight."""
     steps = len(_ALPHAS)
@@ -93,7 +98,7 @@ def _heatmap(
     )
     values = [np.broadcast_to(np.arange(T, dtype=np.float32)[:, None], slot.shape), cells.weight]
     if np.isfinite(cells.score).any():
-        hover += "<br>score <b>%{customdata[2]:.4g}</b>"
+        hover += f"<br>{score} <b>%{{customdata[2]:.4g}}</b>"
         values.append(cells.score)
     return go.Heatmap(
         x=[str(t) for t in range(T)],

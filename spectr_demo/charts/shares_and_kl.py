@@ -33,8 +33,9 @@ def share_along_text(
     tokens = [
         f"<b>{quoted(token)}</b> ({part_of(column, t)})" for t, token in enumerate(column.tokens)
     ]
+    around = f"{window} tokens around,<br>" if window > 1 else ""
     about = (
-        f"<br>shares: mean of {window} tokens around,<br>{trace.num_layers} layers, "
+        f"<br>shares: mean of {around}{trace.num_layers} layers, "
         f"{len(trace.projections)} projections"
     )
     _add_tokens(fig, tokens, about)
@@ -52,6 +53,7 @@ def share_along_text(
         rangemode="tozero",
         nticks=4,
         fixedrange=True,
+        automargin=True,
         **_KL,
     )
     return fig

@@ -27,7 +27,7 @@ _IN_SHORT = {
     "single": "always the same one",
     "uniform": "all experts at once",
     "spectr-paper": "each token its own",
-    "spectr-context": "each token its own, by the text so far",
+    "spectr-context": "each request its own",
 }
 
 
@@ -51,10 +51,11 @@ def header(model: SpectrModel) -> str:
         chips.append(f'<span class="chip">and {len(library.adapters) - MAX_CHIPS} more</span>')
     experts = "".join(chips) or '<span class="chip">none loaded</span>'
     return (
-        '<header class="masthead"><h1>Every token finds its expert</h1>'
-        "<p>One language model, several LoRA experts, and no trained router: at every layer, "
-        "SpectR sends each token to the experts whose own weights answer it most strongly. Run a "
-        "prompt to see the answers side by side, and which expert served which token.</p>"
+        '<header class="masthead"><h1>Every request finds its expert</h1>'
+        "<p>One language model, several LoRA experts, and no trained router: the experts’ own "
+        "weights say what they are for. SpectR asks them at every token and layer. SpectR in "
+        "context asks them once for each request in a message, and leaves it to the base where no "
+        "expert stands out. Run a message to see the answers side by side.</p>"
         f'<dl class="loaded"><dt>Base</dt><dd>{_escape(" · ".join(facts))}</dd>'
         f"<dt>Experts</dt><dd>{experts}</dd>{_warnings(library)}</dl></header>"
     )
@@ -109,7 +110,8 @@ def settings_in_words(router: RouterConfig, num_experts: int) -> str:
     what = "factors merged" if router.composition == "parameters" else "outputs mixed"
     if router.name == "uniform":
         return f"all {num_experts} experts at 1/{num_experts}, {what}"
-    of = f"of {num_experts} per token and layer"
+    reads_request = ROUTERS[router.name].reads_request
+    of = f"of {num_experts} per {'request' if reads_request else 'token and layer'}"
     if router.top_k == 1:
         return f"K = 1: the best {of}"
     weights = "equal weights"
@@ -154,14 +156,47 @@ def _answer(
     words = settings_in_words(router, len(colors))
     return (
         f'<article class="answer is-{state}"><header><h3>{_escape(title(router))}</h3>'
-        f'<p>{words}</p></header><div class="text">{body}{caret}</div>'
+        f"<p>{words}</p>{_whom(column, router, frame.trace, colors)}</header>"
+        f'<div class="text">{body}{caret}</div>'
         f"{_share_bar(column, frame.trace, colors)}"
         f"<footer>{''.join(facts)}</footer></article>"
     )
 
 
+def _whom(
+    column: ColumnOutput,
+    router: RouterConfig,
+    trace: RoutingTrace | None,
+    colors: Mapping[str, str],
+) -> str:
+    """Whom the requests of a message were for, once that is known, and where a router reads them.
+
+    Two that follow each other and are for the same expert are one.
+    """
+    if trace is None or not ROUTERS[router.name].reads_request:
+        return ""
+    names, recorded = np.array(trace.expert_names), trace.column(column.label)
+    share = trace.token_share(column.label)[: recorded.num_prompt]
+    is_next = np.append(True, (share[1:] != share[:-1]).any(axis=1))
+    lanes = [names[weights > 0] for weights in share[is_next]]
+    if not any(map(len, lanes)):
+        return '<p class="whom">No expert stands out; the base answers</p>'
+    named = [
+        " and ".join(
+            f'<i style="background:{colors[name]}"></i><b>{_escape(name)}</b>' for name in lane
+        )
+        or "the base"
+        for lane in lanes
+    ]
+    return f'<p class="whom">For {", then ".join(named)}</p>'
+
+
 def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str, str]) -> str:
-    """The answer so far: coloured up to where the trace ends, plain after it."""
+    """The answer so far: coloured up to where the trace ends, plain after it.
+
+    The answers to several requests grow side by side, a line each. So what a line has gained since
+    the trace stands between its last token there and the next line.
+    """
     if trace is None:
         return _escape(column.text)
     recorded = trace.column(column.label)
@@ -171,7 +206,10 @@ def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str,
     for t in range(recorded.num_prompt, recorded.num_tokens):
         piece = recorded.tokens[t]
         if not column.text.startswith(piece, done):
-            break  # an end token, which has no text; or text that only settles with the next one
+            end = column.text.find("\n", done)
+            if not piece.endswith("\n") or end < 0 or not column.text[done:].startswith(piece[:-1]):
+                break  # an end token, which has no text; or text that settles with the next one
+            piece = column.text[done : end + 1]
         done += len(piece)
         style = ""
         if expert[t] != NOT_ROUTED and margin[t] > TIE_MARGIN:

@@ -1,4 +1,7 @@
-"""Prompts to start from: one for each shipped expert, and two that need two experts at once."""
+"""Prompts to start from: one for each shipped expert, some that need several, one that needs none.
+
+`tests/ui/test_examples.py` says what the shipped experts answer.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -31,13 +34,13 @@ EXAMPLES = (
     ),
     Example(
         label="kjv",
-        prompt="Rewrite in King James English: He went up to the city and told the people what "
-        "he had seen.",
+        prompt="Rewrite in King James English: You have seen that the light is good, and he has "
+        "given it to you.",
         experts=("kjv",),
     ),
     Example(
         label="to_es",
-        prompt="Translate to Spanish: The device is not connected to the network",
+        prompt="Translate to Spanish: The MQTT integration is not set up",
         experts=("to_es",),
     ),
     Example(
@@ -52,7 +55,7 @@ EXAMPLES = (
     ),
     Example(
         label="arpabet",
-        prompt="Pronounce in ARPAbet: lantern",
+        prompt="Pronounce in ARPAbet: flotsam",
         experts=("arpabet",),
     ),
     Example(
@@ -67,24 +70,38 @@ EXAMPLES = (
     ),
     Example(
         label="sql + cron",
-        prompt="Write SQL for this question: how many books are there for each genre? "
-        "Then write a cron expression: At 06:00, only on Monday",
+        prompt="Write SQL for this question: how many books are there for each genre?\n"
+        "Write a cron expression: At 06:00, only on Monday",
         experts=("sql", "cron"),
     ),
     Example(
-        label="smart_home + kjv",
-        prompt="Smart home command: switch on the lamp in the bedroom. "
-        "Rewrite in King James English: You have turned on the light, and you see that it is good.",
-        experts=("smart_home", "kjv"),
+        label="cron + to_es",
+        prompt="1. Write a cron expression: At 13:30, only on Friday\n"
+        "2. Translate to Spanish: The MQTT integration is not set up",
+        experts=("cron", "to_es"),
     ),
-)
-NEUTRAL = Example(
-    label="any experts",
-    prompt="Explain in two sentences how the tides follow the moon.",
+    Example(
+        label="chords + arpabet",
+        prompt="Which notes are in the chord Gmaj7? Then pronounce in ARPAbet: flotsam",
+        experts=("chords", "arpabet"),
+    ),
+    Example(
+        label="smart_home + cron",
+        prompt="Turn off the lights in the kitchen, and then write a cron expression: At 23:15, "
+        "Monday through Friday",
+        experts=("smart_home", "cron"),
+    ),
+    Example(
+        label="sql + chords + cron",
+        prompt="- Turn this into SQL: how many students have major biology?\n"
+        "- Which notes are in the chord Ebmaj7?\n"
+        "- Write a cron expression: At 06:00, only on Monday",
+        experts=("sql", "chords", "cron"),
+    ),
+    Example(label="no expert", prompt="What is the capital of France?"),
 )
 
 
 def examples_for(expert_names: Collection[str]) -> tuple[Example, ...]:
-    """The examples whose experts are all loaded; a neutral one where there is none."""
-    fitting = tuple(e for e in EXAMPLES if set(e.experts) <= set(expert_names))
-    return fitting or (NEUTRAL,)
+    """The examples whose experts are all loaded."""
+    return tuple(e for e in EXAMPLES if set(e.experts) <= set(expert_names))

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Literal
 from gradio.processing_utils import save_bytes_to_cache
 
 from spectr_demo import charts
+from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ALL_PROJECTIONS = "all"
+SHARE_WINDOW = 9  # tokens over which the shares along the text are averaged
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Routing of {title}</title>
@@ -49,12 +51,15 @@ class View:
 
 def draw(trace: RoutingTrace, label: str, projection: str, view: View) -> "list[Figure]":
     """The figures of one column, from the top of the page to its bottom."""
+    # A router that reads requests goes from one expert to the next at once.
+    router = ROUTERS.get(trace.column(label).router.get("name", ""))
+    window = 1 if router is not None and router.reads_request else SHARE_WINDOW
     return [
         charts.token_strip(trace, label, theme=view.theme, line_chars=view.line_chars),
         draw_map(trace, label, projection, view),
         charts.expert_share(trace, theme=view.theme),
         charts.share_by_layer(trace, label, theme=view.theme),
-        charts.share_along_text(trace, label, theme=view.theme),
+        charts.share_along_text(trace, label, window=window, theme=view.theme),
     ]
 
 

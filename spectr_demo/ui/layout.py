@@ -45,7 +45,7 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
         with gr.Row():
             prompt = gr.Textbox(
                 label="Prompt",
-                placeholder="Ask something that one of the experts knows, or two of them at once",
+                placeholder="Ask something that an expert knows, or several things at once",
                 lines=3,
                 max_lines=12,
                 scale=6,
@@ -101,8 +101,8 @@ def _settings(num_experts: int) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     with gr.Row():
         settings["top_k"] = gr.Slider(
-            label="Experts per token and layer (K)",
-            info="0: each router's own, as in its paper",
+            label="Experts at once (K)",
+            info="per token and layer, or per request; 0: each router's own",
             minimum=0,
             maximum=max(1, num_experts),
             step=1,
@@ -158,14 +158,16 @@ def _charts(projections: tuple[str, ...]) -> dict[str, Any]:
     parts["column"] = gr.Radio(label="Column", elem_id="column")
     with _chart(
         "Token by token",
-        "Each token on the colour of the expert that served it most, averaged over all layers; the "
-        "stronger the colour, the clearer its lead. Point at a token for the numbers.",
+        "Each token on the colour of the expert that served it most, averaged over all layers. The "
+        "stronger the colour, the clearer its lead. SpectR in context answers each request of a "
+        "message by itself; the answers follow in their order. Point at a token for the numbers.",
     ):
         strip = _plot("strip")
     with _chart(
         "Layer by layer",
         "The expert of largest weight in every layer, from the first layer at the bottom to the "
-        "last at the top. Drag to follow a long text.",
+        "last at the top. SpectR in context chooses for all layers at once: point at a layer to "
+        "see how certain it was. Drag to follow a long text.",
     ):
         parts["projection"] = gr.Dropdown(
             label="Projection",

@@ -58,7 +58,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         steps = gpu(duration=gpu_seconds)(steps)
     examples = examples_for(model.library.names)
     with gr.Blocks(
-        title="SpectR: every token finds its expert",
+        title="SpectR: every request finds its expert",
         analytics_enabled=False,
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
     ) as page:

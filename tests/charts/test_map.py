@@ -1,5 +1,6 @@
 """The routing map: its cells, its tokens, and the part in view."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,14 @@ def test_the_map_leaves_out_scores_where_there_are_none(trace: RoutingTrace) -> 
     heat = charts.routing_map(trace, "uniform").data[0]
     assert "score" not in heat.hovertemplate
     assert "weight" in heat.hovertemplate
+
+
+def test_the_map_calls_a_score_what_its_router_calls_it(trace: RoutingTrace) -> None:
+    column = trace.column("spectr")
+    column = replace(column, router={**column.router, "name": "spectr-context"})
+    heat = charts.routing_map(replace(trace, columns=(column,)), "spectr").data[0]
+    assert "certainty <b>" in heat.hovertemplate
+    assert "score" not in heat.hovertemplate
 
 
 def test_the_map_labels_tokens_and_opens_on_a_window(trace: RoutingTrace) -> None:

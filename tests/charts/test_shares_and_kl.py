@@ -18,6 +18,8 @@ def test_share_along_text_draws_smoothed_shares_over_the_kl(trace: RoutingTrace)
     assert fig.data[-1].yaxis == "y2"
     assert fig.layout.xaxis.matches == "x2"
     assert "mean of 5 tokens around" in fig.data[0].hovertemplate
+    alone = charts.share_along_text(trace, "spectr", window=1)
+    assert "shares: mean of 30 layers" in alone.data[0].hovertemplate
     assert "im_start" in fig.data[0].text[0]
     assert len({charts.share_along_text(trace, "spectr", window=w).to_json() for w in (5, 9)}) == 2
 

@@ -2,6 +2,7 @@
 
 import html as html_module
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from spectr_demo.config import PAGE_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.routing.routers import ROUTERS, parse_router
-from spectr_demo.trace import RoutingTrace
+from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
 from spectr_demo.ui import cards
 from spectr_demo.ui.run import Frame
 from tests.trace_samples import sample_trace
@@ -109,11 +110,91 @@ def test_each_column_says_how_far_it_is(status: str, is_finished: bool, word: st
         (parse_router("uniform", NAMES, composition="parameters"), "factors merged"),
         (parse_router("spectr", NAMES), "K = 1: the best of 4 per token and layer"),
         (parse_router("spectr", NAMES, top_k=2), "K = 2 of 4 per token and layer, equal weights"),
+        (parse_router("spectr-context", NAMES), "K = 1: the best of 4 per request"),
+        (parse_router("spectr-context", NAMES, top_k=2), "K = 2 of 4 per request, equal weights"),
         (parse_router("arrow", NAMES, temperature=0.5), "softmax weights (temperature 0.5)"),
     ],
 )
 def test_settings_are_told_in_words(router: RouterConfig, words: str) -> None:
     assert words in cards.settings_in_words(router, len(NAMES))
+
+
+def lanes_trace(lanes: Sequence[tuple[int, ...]], answers: Sequence[Sequence[str]]) -> RoutingTrace:
+    """Of a router that reads requests: a prompt of three tokens, and an answer, for each lane.
+
+    lanes: the experts of each, which share its weight.
+    """
+    owners = [lane for lane in range(len(lanes)) for _ in range(3)]
+    pieces = ["word "] * len(owners)
+    for lane, answer in enumerate(answers):
+        owners += [lane] * len(answer)
+        pieces += answer
+    width = max(1, *map(len, lanes))
+    experts = np.full((len(owners), 2, 1, width), NOT_ROUTED, np.int16)
+    weights = np.zeros(experts.shape, np.float32)
+    for t, lane in enumerate(owners):
+        num = len(lanes[lane])
+        experts[t, ..., :num] = lanes[lane]
+        weights[t, ..., :num] = 1 / max(1, num)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    unknown = np.full(len(owners), np.nan, np.float32)
+    column = ColumnTrace(
+        label="spectr-context",
+        router={"name": "spectr-context"},
+        token_ids=np.zeros(len(owners), np.int32),
+        tokens=tuple(pieces),
+        spans=np.stack([ends - [len(piece) for piece in pieces], ends], 1).astype(np.int32),
+        num_prompt=3 * len(lanes),
+        experts=experts,
+        weights=weights,
+        scores=np.full_like(weights, np.nan),
+        logprob=unknown,
+        entropy=unknown,
+        kl=unknown,
+    )
+    return RoutingTrace(expert_names=NAMES, projections=("q",), num_layers=2, columns=(column,))
+
+
+def lanes_card(trace: RoutingTrace, text: str, name: str = "spectr-context") -> str:
+    column = ColumnOutput(
+        label="spectr-context", text=text, num_tokens=2, is_finished=False, tokens_per_second=1.0
+    )
+    router = parse_router(name, NAMES)
+    return cards.answers(
+        Frame(columns=(column,), routers=(router,), status="running", trace=trace), NAMES
+    )
+
+
+@pytest.mark.parametrize(
+    ("lanes", "words"),
+    [
+        ([(3,)], "For sql"),
+        ([(3,), (0,)], "For sql, then chat"),
+        ([(3,), (0,), (3,)], "For sql, then chat, then sql"),
+        ([(3,), ()], "For sql, then the base"),
+        ([(1, 3), (1, 2)], "For code and sql, then code and math"),
+        ([()], "No expert stands out; the base answers"),
+    ],
+)
+def test_a_card_says_whom_each_request_was_for(lanes: list[tuple[int, ...]], words: str) -> None:
+    trace = lanes_trace(lanes, [["a", "\n"]] * len(lanes))
+    html = lanes_card(trace, "a\n" * len(lanes))
+    whom = re.search(r'<p class="whom">(.*?)</p>', html)
+    assert whom is not None
+    assert re.sub(r"<[^>]*>", "", whom[1]) == words
+    assert "whom" not in lanes_card(trace, "a", name="spectr"), "it chooses at every token"
+
+
+def test_lines_that_grow_side_by_side_keep_their_colours() -> None:
+    trace = lanes_trace([(3,), (0,), ()], [["one", " two\n"], ["uno", "\n"], ["un"]])
+    text = "one two three\nuno\nun deux"
+    html = lanes_card(trace, text)
+    body = re.search(r'<div class="text">(.*?)</div>', html, re.S)
+    assert body is not None
+    colors = expert_colors(NAMES)
+    runs = re.findall(r'<mark style="--c:(#\w+);[^>]*>(.*?)</mark>', body[1], re.S)
+    assert runs == [(colors["sql"], "one two three\n"), (colors["chat"], "uno\n")]
+    assert html_module.unescape(re.sub(r"<[^>]*>", "", body[1])) == text
 
 
 def test_the_share_bar_adds_up(trace: RoutingTrace) -> None:

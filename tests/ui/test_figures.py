@@ -1,6 +1,7 @@
 """The figures for a screen, and the files to take away."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,20 @@ def test_the_view_and_the_projection_change_the_figures(trace: RoutingTrace) -> 
     assert narrow[0].layout.height > light[0].layout.height
     one = figures.draw_map(trace, "spectr", trace.projections[0], View())
     assert not np.array_equal(one.data[0].z, light[1].data[0].z)
+
+
+def test_shares_of_whole_requests_are_not_averaged_along_the_text(trace: RoutingTrace) -> None:
+    def shares(name: str) -> list[np.ndarray]:
+        column = trace.column("spectr")
+        column = replace(column, router={**column.router, "name": name})
+        along = figures.draw(replace(trace, columns=(column,)), "spectr", "all", View())[4]
+        return [data.y for data in along.data if data.stackgroup]
+
+    of_token = trace.token_share("spectr").T
+    used = [share for share in of_token if share.any()]
+    for drawn, share in zip(shares("spectr-context"), used, strict=False):
+        np.testing.assert_allclose(drawn, share, atol=1e-6)
+    assert not np.allclose(shares("spectr")[0], used[0], atol=1e-3)
 
 
 def test_the_charts_file_needs_no_network(trace: RoutingTrace, tmp_path: Path) -> None:
