@@ -53,7 +53,7 @@ class ConstantRows:
             return
         used = (self._weights != 0).any(0)
         is_few = not used.all()
-        is_one = bool((self._weights == self._weights[0]).all())
+        is_one = len(set(is_merged)) == 1 and bool((self._weights == self._weights[0]).all())
         self.is_folded = is_one and bool(is_few or self._is_merged)
         if self.is_folded:
             self._used = self._weights[0]

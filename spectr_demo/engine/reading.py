@@ -28,6 +28,9 @@ from spectr_demo.routing.spectr import select
 
 # A token that is n tokens before a request's end says 0.85^n as much of whom it is for.
 _FADING = 0.85
+# Tokens in all runs of a message's parts, padded to the longest: about as many as ordinary prompts
+# have, so it takes no more memory. A longer message is a text, and read as one.
+_MOST_READ = 8192
 
 
 class Listening:
@@ -150,10 +153,10 @@ class Lane:
 
     @property
     def expert(self) -> int | None:
-        """The one with the largest weight; None where no expert stands out."""
-        if self.weights is None or not self.weights.any():
+        """The one that stands out most; None where none does."""
+        if self.certainty is None or self.weights is None or not self.weights.any():
             return None
-        return int(self.weights.argmax())
+        return int(self.certainty.argmax())
 
     @classmethod
     def whole(cls, ids: Sequence[int]) -> "Lane":
@@ -215,6 +218,8 @@ class Reader:
         which is the whole of it."""
         start, stop = self.template.request(ids)
         found = parts(token_pieces(self._base.tokenizer, ids), start, stop)
+        if len(spans(len(found))) * (stop - start) > _MOST_READ:
+            found = [Part(start=start, stop=stop, is_next=False)]
         read = self._read_spans(router, ids, found)
         is_next = [part.is_next for part in found]
         lengths = [part.stop - part.start for part in found]

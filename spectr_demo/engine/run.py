@@ -75,8 +75,8 @@ class Run:
         record: bool,
         trace_every: int | None,
     ) -> None:
-        """find_lanes: the lanes of each router, called in the run's own thread, since the prompt may
-        be read. make_plan: from the router and the lane of each row."""
+        """find_lanes: the lanes of each router; called in the run's own thread, since it may read
+        the prompt. make_plan: from the router and the lane of each row."""
         self.base = base
         self.library = library
         self.routers = routers
@@ -152,9 +152,9 @@ class Run:
             if not row.is_finished:
                 row.answer.append(token_id)
                 row.clock = [*row.clock[:1], now]
-                row.is_finished = (
-                    token_id in self.end_ids or len(row.answer) == self.settings.max_new_tokens
-                )
+                row.has_end = token_id in self.end_ids
+                is_full = len(row.answer) == self.settings.max_new_tokens
+                row.is_finished = row.has_end or is_full
         num_tokens = max(len(row.answer) for row in self.rows)
         is_due = self.trace_every is not None and num_tokens % self.trace_every == 0
         is_last = all(row.is_finished for row in self.rows)

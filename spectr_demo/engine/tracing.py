@@ -29,13 +29,14 @@ TokenStatistics = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.flo
 
 @dataclass(eq=False)
 class Row:
-    """One row of a run's batch: a lane of a column, and what is generated in it. clock: the times
-    of its first and its last token."""
+    """One row of a run's batch: a lane of a column, and what is generated in it. has_end: whether
+    its last token is an end token. clock: the times of its first and its last token."""
 
     column: int
     lane: Lane
     answer: list[int] = field(default_factory=list)
     is_finished: bool = False
+    has_end: bool = False
     clock: list[float] = field(default_factory=list)
 
     @property
@@ -74,9 +75,8 @@ def build_trace(
         token_ids = [rows[row].token_ids[t] for row, t in places]
         pieces = _with_line_ends(token_pieces(tokenizer, token_ids), rows, places)
         ends = np.cumsum([len(piece) for piece in pieces])
-        width = max(len(row.token_ids) for row in rows)
         experts, weights, scores = _in_order(
-            {row: _routing(library, plan, row, rows[row], width) for row in numbers}, places
+            {row: _routing(library, plan, row, rows[row]) for row in numbers}, places
         )
         (logprob, entropy, kl) = _in_order({row: statistics[row] for row in numbers}, places)
         columns.append(
@@ -135,7 +135,7 @@ def _with_line_ends(
     for i, ((row, t), (following, _)) in enumerate(itertools.pairwise(places)):
         is_last = t == len(rows[row].token_ids) - 1
         if following != row and is_last:
-            out[i] = "\n" if rows[row].is_finished else f"{pieces[i]}\n"
+            out[i] = "\n" if rows[row].has_end else f"{pieces[i]}\n"
     return out
 
 
@@ -156,9 +156,9 @@ def _in_order(
 
 
 def _routing(
-    library: ExpertLibrary, plan: RoutingPlan, number: int, row: Row, width: int
+    library: ExpertLibrary, plan: RoutingPlan, number: int, row: Row
 ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
-    """Experts, weights and scores (T, L, P, K) of a row. width: of the longest row's tokens."""
+    """Experts, weights and scores (T, L, P, K) of a row."""
     router, num_tokens = plan.routers[number], len(row.token_ids)
     if ROUTERS[router.name].score is not None:
         assert plan.recorder is not None and router.top_k is not None
@@ -179,6 +179,11 @@ def _routing(
     weights, scores = weights[..., used], scores[..., used]
     experts = np.where(weights > 0, used, NOT_ROUTED).astype(np.int16)
     scores = np.where(weights > 0, scores, np.nan)
+    if ROUTERS[router.name].reads_request:  # in each lane it may choose other experts, or none
+        free = [(0, 0)] * 3 + [(0, (router.top_k or 0) - len(used))]
+        experts = np.pad(experts, free, constant_values=NOT_ROUTED)
+        weights = np.pad(weights, free)
+        scores = np.pad(scores, free, constant_values=np.nan)
     shape = (num_tokens, *weights.shape[1:])
     return (
         np.broadcast_to(experts, shape),
@@ -227,17 +232,19 @@ def _read_as_base(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Ten
             text = torch.tensor(texts, device=device)
             return decoder(input_ids=text, use_cache=False).last_hidden_state
         num_shared = min(shared_length(texts[0], text) for text in texts)
+        width = max(map(len, texts)) - num_shared
+        padded = torch.zeros(len(texts), width, dtype=torch.long)
+        for row, one in enumerate(texts):
+            padded[row, : len(one) - num_shared] = torch.tensor(one[num_shared:])
+        if num_shared == 0:  # lanes of a base without a template
+            return decoder(input_ids=padded.to(device), use_cache=False).last_hidden_state
         shared = torch.tensor([texts[0][:num_shared]], device=device)
         first = decoder(input_ids=shared, use_cache=True)
         hidden = first.last_hidden_state.expand(len(texts), -1, -1)
-        width = max(map(len, texts)) - num_shared
-        if width < 1:
+        if width == 0:
             return hidden
         cache = first.past_key_values
         cache.batch_repeat_interleave(len(texts))
-        padded = torch.zeros(len(texts), width, dtype=torch.long)
-        for row, text in enumerate(texts):
-            padded[row, : len(text) - num_shared] = torch.tensor(text[num_shared:])
         rest = decoder(input_ids=padded.to(device), past_key_values=cache, use_cache=True)
     return torch.cat([hidden, rest.last_hidden_state], dim=1)
 

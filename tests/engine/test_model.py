@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from spectr_demo.base.generic import generic_prompts
-from spectr_demo.base.prompts import request_start
 from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine.layers import RoutedLinear, routed
 from spectr_demo.engine.model import SpectrModel
@@ -82,10 +80,11 @@ def test_weights_are_distributions_over_at_most_k(routed_model: SpectrModel) -> 
         top_k = column.router["top_k"]
         if top_k is not None:
             assert ((read > 0).sum(-1) <= top_k).all()
+        if ROUTERS[column.router["name"]].score:
             assert (column.experts[-1] == NOT_ROUTED).all()
             is_routed = column.experts[:-1] != NOT_ROUTED
             assert (np.isfinite(column.scores[:-1]) == is_routed).all()
-    assert [c.experts.shape[3] for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1, 1, 2]
+    assert [c.experts.shape[3] for c in trace.columns] == [0, 1, 3, 3, 1, 3, 1, 1, 1, 1]
 
 
 def test_lag_is_spectr_with_a_full_filter_and_arrow_with_a_filter_of_one(
@@ -540,8 +539,8 @@ def _ids(column: ColumnTrace) -> Tensor:
 
 def _plan(model: SpectrModel, column: ColumnTrace) -> RoutingPlan:
     router = parse_router(RouterConfig(**column.router), model.library.names)
-    ids = column.token_ids[:-1].tolist()
-    return model.plan([router], [ids], num_prompt=[column.num_prompt])
+    ids = column.token_ids[: column.num_prompt].tolist()
+    return model.plan([router], [ids])
 
 
 def _forward(model: SpectrModel, column: ColumnTrace, plan: RoutingPlan | None) -> Tensor:
@@ -556,7 +555,8 @@ class _Replay(RoutingPlan):
     def __init__(self, model: SpectrModel, trace: RoutingTrace, column: ColumnTrace) -> None:
         names = model.library.names
         router = parse_router(RouterConfig(**column.router), names)
-        router = replace(router, reads_first=False, confidence=None)
+        if ROUTERS[router.name].reads_request:
+            router = parse_router("uniform", names)
         super().__init__([router], names, calibration=model.calibration)
         self.trace, self.column = trace, column
 
@@ -569,22 +569,12 @@ class _Replay(RoutingPlan):
         return torch.from_numpy(dense[None, ..., bank.expert_ids.numpy()])
 
 
-def test_a_longer_memory_changes_its_mind_less(routed_model: SpectrModel) -> None:
-    routers = [
-        RouterConfig(name="spectr-context", calibrated=True, decay=decay) for decay in (0.01, 1.0)
-    ]
-    trace = trace_of(run(routed_model, routers))
-    first = len(routed_model.template.opening)
-    changes = [
-        (np.diff(column.experts[first:-1, ..., 0], axis=0) != 0).mean() for column in trace.columns
-    ]
-    assert changes[1] < changes[0] / 2
-
-
-def test_the_base_answers_alone_where_no_expert_leads(routed_model: SpectrModel) -> None:
+def test_the_base_answers_alone_where_no_expert_stands_out(routed_model: SpectrModel) -> None:
+    ordinary = routed_model.reader.ordinary
     unsure = parse_router(replace(IN_CONTEXT, confidence=0.5), routed_model.library.names)
-    for least, label in ((1e9, "base"), (-1e9, "spectr-context")):
-        routed_model.reader._leads[unsure.name, unsure.decay] = torch.tensor([least])
+    for least, label in ((9.0, "base"), (-9.0, "spectr-context")):
+        known = replace(ordinary, certainty=torch.tensor([least]))
+        routed_model.reader._ordinary = known
         step = run(routed_model, ["base", IN_CONTEXT, unsure])
         expected = {"base": 0, "spectr-context": 1}[label]
         assert texts(step)[2] == texts(step)[expected]
@@ -592,69 +582,11 @@ def test_the_base_answers_alone_where_no_expert_leads(routed_model: SpectrModel)
         assert is_routed.all() if expected else not is_routed.any()
 
 
-def test_the_least_lead_is_that_of_so_many_generic_prompts(routed_model: SpectrModel) -> None:
-    prompts = generic_prompts(routed_model.base)
-    leads = []
-    for prompt in prompts:
-        ids = routed_model.encode(prompt)
-        pool = routed_model.reader.read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
-        leads.append(float((pool.latest - pool.latest.mean()).max()))
-    for confidence in (0.0, 0.8, 1.0):
-        least = routed_model.reader.least_lead(replace(IN_CONTEXT, confidence=confidence))
-        assert least == pytest.approx(np.quantile(leads, confidence), abs=1e-5)
-
-
-def test_only_the_last_request_is_read_first(routed_model: SpectrModel) -> None:
-    def choices(messages: list[dict[str, str]]) -> np.ndarray:
-        step = routed_model.compare(messages, [IN_CONTEXT], max_new_tokens=2)
-        (column,) = trace_of(step).columns
-        return column.experts[column.num_prompt - 1, ..., 0]
-
-    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    last = {"role": "user", "content": PROMPT}
-    ids = routed_model.encode([*turns, last])
-    start = request_start(ids, routed_model.template.opening, routed_model.template.user_turn)
-    assert routed_model.tokenizer.decode(ids[start:]).startswith(PROMPT)
-    pool = routed_model.reader.read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT)
-    best = int(pool.latest.argmax())
-    assert (choices([*turns, last]) == best).all(), "in every layer alike"
-
-
-def test_each_line_of_a_request_is_evidence(routed_model: SpectrModel) -> None:
-    def evidence(prompt: str) -> Tensor:
-        ids = routed_model.encode(prompt)
-        latest = routed_model.reader.read_first([IN_CONTEXT], [ids]).pool(IN_CONTEXT).latest
-        assert len(latest) == len(prompt.splitlines())
-        return latest
-
-    lines = evidence("paint it red\ncount to two")
-    assert_close(lines[:1], evidence("paint it red\n"), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(lines[1:], evidence("count to two"), atol=1e-2), "it knows the first"
-
-
-def test_a_new_line_of_the_answer_takes_up_the_request_again(routed_model: SpectrModel) -> None:
-    """In prefill; decoding is the same, see the tests of the pool and of cached decoding."""
-    prompt = routed_model.encode(PROMPT)
-    answer = routed_model.tokenizer("a quite different text\nand another")["input_ids"]
-    newline = len(prompt) + answer.index(*routed_model.template.newline_ids)
+def test_a_router_that_reads_the_request_needs_what_comes_of_it(
+    routed_model: SpectrModel,
+) -> None:
     router = parse_router(IN_CONTEXT, routed_model.library.names)
-    recorder = Recorder()
-    ids = [*prompt, *answer]
-    plan = routed_model.plan([router], [ids], recorder, num_prompt=[len(prompt)])
-    with torch.inference_mode(), routed(plan):
-        routed_model.model(torch.tensor([ids]))
-    is_the_same = []
-    for bank in routed_model.library.banks:
-        experts, weights, _ = recorder.choices(bank, 0)
-        assert torch.equal(experts[newline], experts[len(prompt) - 1])
-        assert_close(weights[newline], weights[len(prompt) - 1], atol=1e-4, rtol=1e-3)
-        is_the_same.append(torch.allclose(weights[newline], weights[newline - 1], atol=1e-3))
-    assert not all(is_the_same), "else the line before had said nothing"
-
-
-def test_a_router_that_reads_first_needs_that_reading(routed_model: SpectrModel) -> None:
-    router = parse_router(IN_CONTEXT, routed_model.library.names)
-    with pytest.raises(ValueError, match="its plan needs that reading"):
+    with pytest.raises(ValueError, match="needs the weights that come of it"):
         RoutingPlan([router], routed_model.library.names, calibration=routed_model.calibration)
 
 

@@ -169,13 +169,12 @@ def test_uniform_parameters_has_the_cross_terms(pair: Pair) -> None:
         assert_close(ours, x @ A.mT @ B, atol=1e-4, rtol=1e-4)
 
 
-# A router that pools leaves a text to the base where nothing speaks for any expert.
-ALWAYS_ROUTES = [key for key, row in ROUTERS.items() if row.score and row.preset.decay is None]
+SCORED = [key for key, row in ROUTERS.items() if row.score]
 
 
-@pytest.mark.parametrize("router", ["uniform", *ALWAYS_ROUTES])
+@pytest.mark.parametrize("router", ["uniform", *SCORED, IN_CONTEXT], ids=str)
 def test_one_expert_alone_is_that_expert_for_every_router(
-    router: str, build_model: BuildModel, expert_folders: list[str]
+    router: str | RouterConfig, build_model: BuildModel, expert_folders: list[str]
 ) -> None:
     model = build_model(expert_folders[:1])
     pair = Pair(model=model, folders=expert_folders[:1])
@@ -185,11 +184,12 @@ def test_one_expert_alone_is_that_expert_for_every_router(
         pair.assert_same(pair.logits(router, composition=composition), theirs)
 
 
-def test_one_expert_alone_serves_context(
+def test_one_expert_alone_serves_every_lane(
     build_model: BuildModel, expert_folders: list[str]
 ) -> None:
     model = build_model(expert_folders[:1])
-    trace = model.compare(TEXT, ["single:red", IN_CONTEXT], max_new_tokens=4).trace
+    text = f"{TEXT}\nThen count to two. Go."
+    trace = model.compare(text, ["single:red", IN_CONTEXT], max_new_tokens=4).trace
     assert trace is not None
     single, context = trace.columns
     np.testing.assert_array_equal(context.token_ids, single.token_ids)

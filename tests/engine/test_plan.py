@@ -60,42 +60,46 @@ def test_every_path_gives_the_reference(
 
 
 def test_a_pass_begins_by_position_too(routed_model: SpectrModel) -> None:
-    """Token ids may come by position; a newline among them counts as well."""
-    router = parse_router("spectr-context", routed_model.library.names)
-    ids = [*routed_model.encode("hi"), *routed_model.tokenizer("a\nb")["input_ids"]]
-    passes = []
-    for is_named in (True, False):
-        plan = routed_model.plan([router], [ids], num_prompt=[len(ids) - 3])
-        seen: list[torch.Tensor] = []
-        begin = plan.begin_pass
-
-        def spy(input_ids: torch.Tensor, begin=begin, seen=seen) -> None:  # type: ignore[no-untyped-def]
-            seen.append(input_ids)
-            begin(input_ids)
-
-        plan.begin_pass = spy  # type: ignore[method-assign]
-        input_ids = torch.tensor([ids])
-        with torch.inference_mode(), routed(plan):
-            decoder = routed_model.model.get_decoder()
-            decoder(input_ids=input_ids) if is_named else decoder(input_ids)
-        assert [each.tolist() for each in seen] == [[ids]]
-        pool = plan.groups[0].pool
-        assert pool is not None and pool.current.is_newline is not None
-        passes.append(pool.latest)
-        assert pool.current.is_newline.any()
-    assert torch.equal(*passes)
-
-
-def test_embeddings_have_no_newline(routed_model: SpectrModel) -> None:
+    """Token ids may come by name, by position, or as embeddings."""
     names = routed_model.library.names
     plan = RoutingPlan([parse_router("spectr", names)], names)
-    embed = routed_model.model.get_input_embeddings()
+    seen: list[torch.Tensor] = []
+    plan.begin_pass = seen.append  # type: ignore[method-assign]
     ids = torch.tensor([routed_model.encode("hi\nthere")])
+    embed = routed_model.model.get_input_embeddings()
     decoder = routed_model.model.get_decoder()
     with torch.inference_mode(), routed(plan):
-        by_ids = decoder(input_ids=ids).last_hidden_state
+        by_name = decoder(input_ids=ids).last_hidden_state
+        by_position = decoder(ids).last_hidden_state
         by_embeddings = decoder(inputs_embeds=embed(ids)).last_hidden_state
-    assert_close(by_ids, by_embeddings)
+    assert_close(by_name, by_position)
+    assert_close(by_name, by_embeddings)
+    assert torch.equal(seen[0], ids) and torch.equal(seen[1], ids)
+    assert (seen[2] == -1).all() and seen[2].shape == ids.shape
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_same_experts_are_composed_in_each_rows_own_way(
+    order: tuple[int, int], routed_model: SpectrModel
+) -> None:
+    """Where a request is read, two rows may have the same weights and two compositions."""
+    names = routed_model.library.names
+    ways = [
+        RouterConfig(name="spectr-context", top_k=2, composition=composition, confidence=None)
+        for composition in ("parameters", "outputs")  # type: ignore[arg-type]
+    ]
+    ids = [routed_model.encode("paint it red")] * 2
+
+    def logits(routers: list[RouterConfig]) -> torch.Tensor:
+        prompts = ids[: len(routers)]
+        with torch.inference_mode(), routed(routed_model.plan(routers, prompts)):
+            return routed_model.model(torch.tensor(prompts)).logits
+
+    routers = [parse_router(ways[i], names) for i in order]
+    alone = [logits([router])[0] for router in routers]
+    assert not torch.allclose(*alone, atol=0.1)
+    for found, expected in zip(logits(routers), alone, strict=True):
+        assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_experts_are_attached_once(routed_model: SpectrModel) -> None:
