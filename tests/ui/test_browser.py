@@ -110,9 +110,10 @@ def test_an_example_runs_and_its_charts_follow_the_column(
     expect(page.locator("#column").get_by_label("SpectR in context")).to_be_checked()
 
     strip = page.locator("#strip")
-    expect(strip).to_contain_text("green")
+    expect(page.locator(".answer .whom")).to_have_text("No expert stands out; the base answers")
+    expect(strip).to_contain_text("base model only")
     page.locator("#column").get_by_label("Single expert: red").check()
-    expect(strip).not_to_contain_text("green")
+    expect(strip).not_to_contain_text("base model only")
     expect(strip).to_contain_text("red")
 
     with page.expect_download() as trace_file:

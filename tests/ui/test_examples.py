@@ -67,7 +67,7 @@ def shipped() -> Iterator[SpectrModel]:
 
 def run(model: SpectrModel, prompt: str, *columns: str) -> Frame:
     """A run's last frame. Columns share a batch, whose size decides how a CPU rounds."""
-    step = model.compare(prompt, columns, max_new_tokens=96)
+    step = model.compare(prompt, columns, max_new_tokens=48)
     routers = tuple(parse_router(column, model.library.names) for column in columns)
     return Frame(columns=step.columns, routers=routers, status="finished", trace=step.trace)
 
