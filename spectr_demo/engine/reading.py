@@ -7,6 +7,7 @@ run: which requests it holds, and which expert each of them is for (`Reader.lane
 Axes: R rows, T tokens, N tokens of all rows that count, M linear layers, E experts.
 """
 
+import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ _FADING = 0.85
 # Tokens in all runs of a message's parts, padded to the longest: about as many as ordinary prompts
 # have, so it takes no more memory. A longer message is a text, and read as one.
 _MOST_READ = 8192
+_RUNS_AT_ONCE = 8
 
 
 class Listening:
@@ -138,8 +140,9 @@ class Ordinary:
 class Lane:
     """A part of a prompt that is read and answered by itself.
 
-    start, stop: its own tokens in the prompt. ids: all that is read in it: what stands before the
-    request (the template's opening, earlier turns), its own tokens, the template's closing.
+    start, stop: its own tokens in the prompt; line ends between two lanes are in none. ids: all
+    that is read in it: what stands before the request (the template's opening, earlier turns), its
+    own tokens, the template's closing.
     Of a router that read it: weights (E,) of the experts, all 0 where none stands out; certainty
     (E,), and of each layer (P, E), see `Evidence`. None, and empty, for other routers.
     """
@@ -190,22 +193,25 @@ class Reader:
             own.append(ids[start:stop])
         requests = Requests.of(own, self.template.closing)
         measuring = _Measuring(requests, self._library)
-        self._read(self.template.opening, requests, measuring)
+        self._read(self.template.opening, [(requests, measuring)])
         certainty = measuring.evidence.certainty.amax(-1)
         return Ordinary(measuring.measurement.calibration(), measuring.detectors, certainty)
 
     @torch.inference_mode()
-    def _read(self, beginning: Sequence[int], requests: Requests, listener: Listening) -> None:
-        """The bare base reads the requests, each after the same beginning, which is read once."""
+    def _read(self, beginning: Sequence[int], some: Sequence[tuple[Requests, Listening]]) -> None:
+        """The bare base reads requests, each after the same beginning, which is read once."""
         decoder, device = self._base.model.get_decoder(), self._base.device
-        cache = None
+        begun = None
         if beginning:
             ids = torch.tensor([list(beginning)], device=device)
             with routed(None):
-                cache = decoder(input_ids=ids, use_cache=True).past_key_values
-            cache.batch_repeat_interleave(len(requests.ids))
-        with routed(listener):
-            decoder(input_ids=requests.ids.to(device), past_key_values=cache, use_cache=True)
+                begun = decoder(input_ids=ids, use_cache=True).past_key_values
+        for requests, listener in some:
+            cache = copy.deepcopy(begun)
+            if cache is not None:
+                cache.batch_repeat_interleave(len(requests.ids))
+            with routed(listener):
+                decoder(input_ids=requests.ids.to(device), past_key_values=cache, use_cache=True)
 
     def least_certainty(self, router: RouterConfig) -> float | None:
         """What an expert must exceed: what this share of ordinary prompts reach at most."""
@@ -233,34 +239,49 @@ class Reader:
         part = Part(start=start, stop=stop, is_next=False)
         return self._read_spans(router, ids, [part])[0, 1][0]
 
+    def _is_blank(self, token: int) -> bool:
+        return not str(self._base.tokenizer.decode([token])).strip()
+
     def _read_spans(
         self, router: RouterConfig, ids: Sequence[int], found: Sequence[Part]
     ) -> dict[Span, tuple[Lane, Tensor]]:
         """Each run of parts, read as if it were all that is asked: its lane, and (E,) how much of
-        it each expert explains."""
+        it each expert explains. Blank tokens at which a message may be cut belong to no run."""
         start, stop = found[0].start, found[-1].stop
-        runs = spans(len(found))
-        bounds = [(found[first].start, found[end - 1].stop) for first, end in runs]
-        requests = Requests.of([ids[a:b] for a, b in bounds], ids[stop:])
-        listener = _Listener(requests, self._library, self.ordinary.detectors)
-        self._read(ids[:start], requests, listener)
-        evidence, least = listener.evidence, self.least_certainty(router)
-        return {
-            run: (
-                Lane(
+        bounds = {}
+        for first, end in spans(len(found)):
+            a, b = found[first].start, found[end - 1].stop
+            while first > 0 and a < b - 1 and self._is_blank(ids[a]):
+                a += 1
+            while end < len(found) and a < b - 1 and self._is_blank(ids[b - 1]):
+                b -= 1
+            bounds[first, end] = a, b
+        # Those of similar length together, since they are padded to the longest.
+        order = sorted(bounds, key=lambda run: bounds[run][1] - bounds[run][0])
+        batches = [order[i : i + _RUNS_AT_ONCE] for i in range(0, len(order), _RUNS_AT_ONCE)]
+        some = []
+        for runs in batches:
+            own = [ids[slice(*bounds[run])] for run in runs]
+            requests = Requests.of(own, ids[stop:])
+            some.append((requests, _Listener(requests, self._library, self.ordinary.detectors)))
+        self._read(ids[:start], some)
+        least = self.least_certainty(router)
+        read = {}
+        for runs, (_, listener) in zip(batches, some, strict=True):
+            certainty, explained = listener.evidence.certainty, listener.evidence.explained
+            for row, run in enumerate(runs):
+                a, b = bounds[run]
+                by_layer = listener.evidence.by_layer
+                lane = Lane(
                     start=a,
                     stop=b,
                     ids=[*ids[:start], *ids[a:b], *ids[stop:]],
-                    weights=_weights(certainty, router, least),
-                    certainty=certainty,
-                    by_layer={bank: layers[row] for bank, layers in evidence.by_layer.items()},
-                ),
-                evidence.explained[row],
-            )
-            for row, (run, (a, b), certainty) in enumerate(
-                zip(runs, bounds, evidence.certainty, strict=True)
-            )
-        }
+                    weights=_weights(certainty[row], router, least),
+                    certainty=certainty[row],
+                    by_layer={bank: layers[row] for bank, layers in by_layer.items()},
+                )
+                read[run] = lane, explained[row]
+        return read
 
 
 def _weights(certainty: Tensor, router: RouterConfig, least: float | None) -> Tensor:

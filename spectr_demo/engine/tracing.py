@@ -25,6 +25,7 @@ from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
 _POSITIONS_AT_ONCE, _COMPARED_AT_ONCE = 64, 8
 
 TokenStatistics = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+Place = tuple[int, int]  # a row of the batch, and a token of it
 
 
 @dataclass(eq=False)
@@ -72,7 +73,7 @@ def build_trace(
     for column, label in enumerate(labels):
         numbers = [i for i, row in enumerate(rows) if row.column == column]
         places = _places(prompt_ids, rows, numbers)
-        token_ids = [rows[row].token_ids[t] for row, t in places]
+        token_ids = [*prompt_ids, *(token for i in numbers for token in rows[i].answer)]
         pieces = _with_line_ends(token_pieces(tokenizer, token_ids), rows, places)
         ends = np.cumsum([len(piece) for piece in pieces])
         experts, weights, scores = _in_order(
@@ -106,17 +107,17 @@ def build_trace(
 
 def _places(
     prompt_ids: Sequence[int], rows: Sequence[Row], numbers: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Where each token of a column was read or written: the row, and the place in it.
+) -> list[Place | None]:
+    """Where each token of a column was read or written; None for a line end between two lanes.
 
     What lanes have in common is taken from the first one before the request, and from the last one
     after it.
     """
-    places = []
     first, last = rows[numbers[0]].lane, rows[numbers[-1]].lane
-    places += [(numbers[0], t) for t in range(first.start)]
+    places: list[Place | None] = [(numbers[0], t) for t in range(first.start)]
     for row in numbers:
         lane = rows[row].lane
+        places += [None] * (lane.start - len(places))
         places += [(row, first.start + t) for t in range(lane.stop - lane.start)]
     closing = len(prompt_ids) - last.stop
     places += [(numbers[-1], len(last.ids) - closing + t) for t in range(closing)]
@@ -127,31 +128,39 @@ def _places(
 
 
 def _with_line_ends(
-    pieces: list[str], rows: Sequence[Row], places: Sequence[tuple[int, int]]
+    pieces: list[str], rows: Sequence[Row], places: Sequence[Place | None]
 ) -> list[str]:
     """Answers of different lanes are different lines: an end token between them is written as a
     line end."""
     out = list(pieces)
-    for i, ((row, t), (following, _)) in enumerate(itertools.pairwise(places)):
+    for i, (place, following) in enumerate(itertools.pairwise(places)):
+        if place is None or following is None:
+            continue
+        row, t = place
         is_last = t == len(rows[row].token_ids) - 1
-        if following != row and is_last:
+        if following[0] != row and is_last:
             out[i] = "\n" if rows[row].has_end else f"{pieces[i]}\n"
     return out
 
 
 def _in_order(
-    arrays: Mapping[int, tuple[NDArray[Any], ...]], places: Sequence[tuple[int, int]]
+    arrays: Mapping[int, tuple[NDArray[Any], ...]], places: Sequence[Place | None]
 ) -> tuple[NDArray[Any], ...]:
-    """The arrays (T_row, ...) of some rows, token by token as `places` has them. One row alone is
-    taken as it is, since it may be a view of one token."""
+    """The arrays (T_row, ...) of some rows, token by token as `places` has them: `NOT_ROUTED` or 0
+    where there is none. One row alone is taken as it is, since it may be a view of one token.
+    """
     if len(arrays) == 1:
         return next(iter(arrays.values()))
-    kinds = zip(*arrays.values(), strict=True)
-    by_row = dict.fromkeys(arrays)
     out = []
-    for kind in kinds:
-        of_row = dict(zip(by_row, kind, strict=True))
-        out.append(np.stack([of_row[row][t] for row, t in places]))
+    for kind in zip(*arrays.values(), strict=True):
+        of_row = dict(zip(arrays, kind, strict=True))
+        joined = np.zeros((len(places), *kind[0].shape[1:]), kind[0].dtype)
+        for i, place in enumerate(places):
+            if place is not None:
+                joined[i] = of_row[place[0]][place[1]]
+            elif joined.dtype.kind == "i":
+                joined[i] = NOT_ROUTED
+        out.append(joined)
     return tuple(out)
 
 
