@@ -171,12 +171,15 @@ def _whom(
 ) -> str:
     """Whom the requests of a message were for, once that is known, and where a router reads them.
 
-    Two that follow each other and are for the same expert are one.
+    The answer says it: each request has tokens there, in the order of the message.
+    Two requests that follow each other and are for the same expert are one.
     """
     if trace is None or not ROUTERS[router.name].reads_request:
         return ""
     names, recorded = np.array(trace.expert_names), trace.column(column.label)
-    share = trace.token_share(column.label)[: recorded.num_prompt]
+    share = trace.token_share(column.label)[recorded.part_slice("answer")]
+    if not len(share):
+        return ""
     is_next = np.append(True, (share[1:] != share[:-1]).any(axis=1))
     lanes = [names[weights > 0] for weights in share[is_next]]
     if not any(map(len, lanes)):

@@ -122,9 +122,9 @@ def test_settings_are_told_in_words(router: RouterConfig, words: str) -> None:
 def lanes_trace(lanes: Sequence[tuple[int, ...]], answers: Sequence[Sequence[str]]) -> RoutingTrace:
     """Of a router that reads requests: a prompt of three tokens, and an answer, for each lane.
 
-    lanes: the experts of each, which share its weight.
+    lanes: the experts of each, which share its weight. A line end of the prompt is in no lane.
     """
-    owners = [lane for lane in range(len(lanes)) for _ in range(3)]
+    owners = [lane for i in range(len(lanes)) for lane in (i, i, i, -1)][:-1]
     pieces = ["word "] * len(owners)
     for lane, answer in enumerate(answers):
         owners += [lane] * len(answer)
@@ -133,6 +133,8 @@ def lanes_trace(lanes: Sequence[tuple[int, ...]], answers: Sequence[Sequence[str
     experts = np.full((len(owners), 2, 1, width), NOT_ROUTED, np.int16)
     weights = np.zeros(experts.shape, np.float32)
     for t, lane in enumerate(owners):
+        if lane < 0:
+            continue
         num = len(lanes[lane])
         experts[t, ..., :num] = lanes[lane]
         weights[t, ..., :num] = 1 / max(1, num)
@@ -144,7 +146,7 @@ def lanes_trace(lanes: Sequence[tuple[int, ...]], answers: Sequence[Sequence[str
         token_ids=np.zeros(len(owners), np.int32),
         tokens=tuple(pieces),
         spans=np.stack([ends - [len(piece) for piece in pieces], ends], 1).astype(np.int32),
-        num_prompt=3 * len(lanes),
+        num_prompt=4 * len(lanes) - 1,
         experts=experts,
         weights=weights,
         scores=np.full_like(weights, np.nan),
