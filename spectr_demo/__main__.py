@@ -62,9 +62,9 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     routers, settings = _columns(arguments, [arguments.router], model.library.names)
     written = 0
     for step in model.stream(arguments.prompt, routers, settings, record=bool(arguments.trace)):
-        text = step.columns[0].text
-        print(text[written:], end="", flush=True)
-        written = len(text)
+        column = step.columns[0]
+        print(column.text[written : column.num_settled], end="", flush=True)
+        written = column.num_settled
     print()
     if step.trace is not None:
         step.trace.save(arguments.trace)

@@ -39,11 +39,13 @@ from spectr_demo.trace import RoutingTrace
 @dataclass(frozen=True, kw_only=True)
 class ColumnOutput:
     """One column so far. text: the answers to its requests, a line each where there are several.
+    num_settled: its first characters that stay, while several answers grow side by side.
     num_tokens counts generated tokens, end tokens included; tokens_per_second is the rate of
     decoding, from the first token on (0 before the second)."""
 
     label: str
     text: str
+    num_settled: int
     num_tokens: int
     is_finished: bool
     tokens_per_second: float
@@ -165,10 +167,13 @@ class Run:
         columns = []
         for column, label in enumerate(self.labels):
             rows = [row for row in self.rows if row.column == column]
+            texts = [self._text(row.answer) for row in rows]
+            num_settled = next((i for i, row in enumerate(rows) if not row.is_finished), len(rows))
             columns.append(
                 ColumnOutput(
                     label=label,
-                    text="\n".join(self._text(row.answer) for row in rows),
+                    text="\n".join(texts),
+                    num_settled=len("\n".join(texts[: num_settled + 1])),
                     num_tokens=sum(len(row.answer) for row in rows),
                     is_finished=all(row.is_finished for row in rows),
                     tokens_per_second=sum(_rate(len(row.answer), row.clock) for row in rows),

@@ -112,7 +112,14 @@ def frames(
     this iterator ends the run too, as Gradio does when the visitor leaves.
     """
     empty = [
-        ColumnOutput(label=label, text="", num_tokens=0, is_finished=False, tokens_per_second=0.0)
+        ColumnOutput(
+            label=label,
+            text="",
+            num_settled=0,
+            num_tokens=0,
+            is_finished=False,
+            tokens_per_second=0.0,
+        )
         for label in unique_labels(routers)
     ]
     frame = Frame(columns=tuple(empty), routers=tuple(routers), status="waiting")

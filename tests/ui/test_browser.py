@@ -82,6 +82,7 @@ class Endless:
                     ColumnOutput(
                         label=column.label,
                         text="word " * num_tokens,
+                        num_settled=0,
                         num_tokens=num_tokens,
                         is_finished=False,
                         tokens_per_second=20.0,

@@ -29,7 +29,12 @@ def trace() -> RoutingTrace:
 
 def frame_of(text: str, trace: RoutingTrace | None = None, **changes: object) -> Frame:
     column = ColumnOutput(
-        label="spectr", text=text, num_tokens=2, is_finished=False, tokens_per_second=12.34
+        label="spectr",
+        text=text,
+        num_settled=0,
+        num_tokens=2,
+        is_finished=False,
+        tokens_per_second=12.34,
     )
     frame = Frame(
         columns=(column,),
@@ -159,7 +164,12 @@ def lanes_trace(lanes: Sequence[tuple[int, ...]], answers: Sequence[Sequence[str
 
 def lanes_card(trace: RoutingTrace, text: str, name: str = "spectr-context") -> str:
     column = ColumnOutput(
-        label="spectr-context", text=text, num_tokens=2, is_finished=False, tokens_per_second=1.0
+        label="spectr-context",
+        text=text,
+        num_settled=0,
+        num_tokens=2,
+        is_finished=False,
+        tokens_per_second=1.0,
     )
     router = parse_router(name, NAMES)
     return cards.answers(

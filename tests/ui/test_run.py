@@ -47,6 +47,7 @@ class FakeSteps:
                 column = ColumnOutput(
                     label="spectr",
                     text="x" * n,
+                    num_settled=0,
                     num_tokens=n,
                     is_finished=is_last,
                     tokens_per_second=1.0,
