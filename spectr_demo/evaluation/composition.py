@@ -293,17 +293,20 @@ def _lane_routing(lanes: Sequence[Lane], experts: Sequence[int], owners: Any) ->
 
     Part i is answered in lane i; a message of more or fewer lanes than parts has no right answer.
     A right answer has its expert from the first token, so `switch` is 0; for the others it is not
-    known. owners: (T,) of the prompt's tokens.
+    known. Line ends between lanes count nowhere. owners: (T,) of the prompt's tokens.
     """
     chosen = np.full(len(owners), NOT_ROUTED)
+    is_read = np.zeros(len(owners), np.bool_)
     for lane in lanes:
         chosen[lane.start : lane.stop] = NOT_ROUTED if lane.expert is None else lane.expert
+        is_read[lane.start : lane.stop] = True
     of_lanes = [lane.expert for lane in lanes]
     is_cut_right = len(lanes) == len(experts)
     result: Figures = {"prompt": [], "answer": [], "switch": [], "switched": []}
     for part, expert in enumerate(experts):
         is_own = float(is_cut_right and of_lanes[part] == expert)
-        result["prompt"].append(float((chosen[owners == part] == expert).mean()))
+        asked = chosen[(owners == part) & is_read]
+        result["prompt"].append(float((asked == expert).mean()) if len(asked) else 0.0)
         result["answer"].append(is_own)
         result["switch"].append(0.0)
         result["switched"].append(is_own)

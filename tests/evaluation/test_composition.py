@@ -221,7 +221,7 @@ def lane(start: int, stop: int, expert: int | None) -> Lane:
     weights = torch.zeros(3)
     if expert is not None:
         weights[expert] = 1
-    return Lane(start=start, stop=stop, ids=[], weights=weights)
+    return Lane(start=start, stop=stop, ids=[], weights=weights, certainty=weights)
 
 
 def test_figures_of_lanes_by_hand() -> None:
@@ -232,6 +232,8 @@ def test_figures_of_lanes_by_hand() -> None:
     assert right["switch"] == [0, 0]
     late = of([lane(1, 4, 2), lane(4, 5, 0)], [2, 0], owners)
     assert late["prompt"] == [1, 0.5] and late["answer"] == [1, 1]
+    apart = of([lane(1, 3, 2), lane(4, 5, 0)], [2, 0], owners)
+    assert apart == right, "what is in no lane does not count"
     one = of([lane(1, 5, 2)], [2, 0], owners)
     assert one["prompt"] == [1, 0] and one["answer"] == [0, 0], "one line answers no second part"
     unsure = of([lane(1, 3, None), lane(3, 5, 0)], [2, 0], owners)
