@@ -76,10 +76,10 @@ def build_trace(
         token_ids = [*prompt_ids, *(token for i in numbers for token in rows[i].answer)]
         pieces = _with_line_ends(token_pieces(tokenizer, token_ids), rows, places)
         ends = np.cumsum([len(piece) for piece in pieces])
-        experts, weights, scores = _in_order(
-            {row: _routing(library, plan, row, rows[row]) for row in numbers}, places
-        )
-        (logprob, entropy, kl) = _in_order({row: statistics[row] for row in numbers}, places)
+        routing = {row: _routing(library, plan, row, rows[row]) for row in numbers}
+        experts, weights, scores = _in_order(routing, places, (NOT_ROUTED, 0, np.nan))
+        of_rows = {row: statistics[row] for row in numbers}
+        logprob, entropy, kl = _in_order(of_rows, places, (np.nan,) * 3)
         columns.append(
             ColumnTrace(
                 label=label,
@@ -108,7 +108,7 @@ def build_trace(
 def _places(
     prompt_ids: Sequence[int], rows: Sequence[Row], numbers: Sequence[int]
 ) -> list[Place | None]:
-    """Where each token of a column was read or written; None for a line end between two lanes.
+    """Where each token of a column was read or written; None for blanks between two lanes.
 
     What lanes have in common is taken from the first one before the request, and from the last one
     after it.
@@ -144,22 +144,24 @@ def _with_line_ends(
 
 
 def _in_order(
-    arrays: Mapping[int, tuple[NDArray[Any], ...]], places: Sequence[Place | None]
+    arrays: Mapping[int, tuple[NDArray[Any], ...]],
+    places: Sequence[Place | None],
+    unread: Sequence[float],
 ) -> tuple[NDArray[Any], ...]:
-    """The arrays (T_row, ...) of some rows, token by token as `places` has them: `NOT_ROUTED` or 0
-    where there is none. One row alone is taken as it is, since it may be a view of one token.
+    """The arrays (T_row, ...) of some rows, token by token as `places` has them.
+
+    unread: what each array has for a token that no lane read. One row alone is taken as it is,
+    since it may be a view of one token.
     """
     if len(arrays) == 1:
         return next(iter(arrays.values()))
     out = []
-    for kind in zip(*arrays.values(), strict=True):
+    for kind, value in zip(zip(*arrays.values(), strict=True), unread, strict=True):
         of_row = dict(zip(arrays, kind, strict=True))
-        joined = np.zeros((len(places), *kind[0].shape[1:]), kind[0].dtype)
+        joined = np.full((len(places), *kind[0].shape[1:]), value, kind[0].dtype)
         for i, place in enumerate(places):
             if place is not None:
                 joined[i] = of_row[place[0]][place[1]]
-            elif joined.dtype.kind == "i":
-                joined[i] = NOT_ROUTED
         out.append(joined)
     return tuple(out)
 

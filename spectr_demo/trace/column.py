@@ -36,10 +36,12 @@ class ColumnTrace:
         chat template. spans: (T, 2) int32, characters [start, end) of each token in that text.
     num_prompt: tokens[:num_prompt] are the prompt, the rest is the answer.
     experts: (T, L, P, K) int16, the selected experts; `NOT_ROUTED` where there is none (the base
-        model, an absent projection, the last generated token, which was never read).
+        model, an absent projection, and tokens that were never read: the last generated one, and
+        blanks between requests that were read one by one).
     weights: (T, L, P, K) float32, >= 0, and 0 where not routed.
     scores: (T, L, P, K) float32, NaN where the router computes none or nothing was routed.
-    logprob, entropy, kl: (T,) float32 in nats, NaN where undefined (token 0, a run in progress).
+    logprob, entropy, kl: (T,) float32 in nats, NaN where undefined (token 0, such blanks, a run in
+        progress).
         logprob[t] is that of token t given the tokens before it; entropy[t] and kl[t] are of
         the distribution that token t was drawn from, kl being KL(routed || base).
 

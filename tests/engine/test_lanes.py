@@ -22,8 +22,8 @@ from spectr_demo.routing.lanes import Span
 from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
 from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert
 
-PARTS = ("paint it a warm red", "\nthen count", "\nand go")
-MESSAGE = "".join(PARTS)
+PARTS = ("paint it a warm red", "then count", "and go")
+MESSAGE = "\n".join(PARTS)
 NAMES = ("red", "green", "blue")
 Choose = Callable[[Sequence[int | None]], None]
 
@@ -63,7 +63,7 @@ def run(model: SpectrModel, columns: Sequence[str | RouterConfig], **options: ob
 
 
 def alone(model: SpectrModel, part: int, column: str, **options: object) -> Step:
-    """A lane's request as a prompt of its own, answered by the expert of the lane."""
+    """A lane's request, without its line end, as a prompt of its own for the lane's expert."""
     options = {"max_new_tokens": 12, **options}
     return model.compare(PARTS[part], [column], **options)  # type: ignore[arg-type]
 
@@ -71,6 +71,15 @@ def alone(model: SpectrModel, part: int, column: str, **options: object) -> Step
 def column_of(step: Step, number: int = 0) -> ColumnTrace:
     assert step.trace is not None
     return step.trace.columns[number]
+
+
+def own_tokens(model: SpectrModel) -> list[slice]:
+    """Where each part stands in the prompt, without the line ends between them."""
+    start, stop = model.template.request(model.encode(MESSAGE))
+    starts = [start + MESSAGE.index(part) for part in PARTS]
+    own = [slice(at, at + len(part)) for at, part in zip(starts, PARTS, strict=True)]
+    assert own[-1].stop == stop
+    return own
 
 
 def name(expert: int | None) -> str:
@@ -116,9 +125,7 @@ def test_a_trace_tells_of_all_lanes(
     assert trace.token_ids[: len(ids)].tolist() == ids
     assert trace.text.startswith(routed_model.tokenizer.decode(ids))
     # The prompt: what lanes share is told of the first one before the request, the last after it.
-    bounds = [start, *(start + np.cumsum([len(part) for part in PARTS]))]
-    assert bounds[-1] == stop
-    own = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    own = own_tokens(routed_model)
     places = {0: [slice(0, start), own[0]], 1: [own[1]], 2: [own[2], slice(stop, len(ids))]}
     at = len(ids)
     for lane, expert in enumerate(experts):
@@ -146,6 +153,13 @@ def test_a_trace_tells_of_all_lanes(
             assert (chosen == (NOT_ROUTED if expert is None else expert)).all()
             assert (np.isfinite(trace.scores[here]) == (chosen != NOT_ROUTED)).all()
     assert at == trace.num_tokens
+    # No lane has read the line ends.
+    ends = [part.stop for part in own[:-1]]
+    assert routed_model.tokenizer.decode([ids[end] for end in ends]) == "\n\n"
+    assert (trace.experts[ends] == NOT_ROUTED).all() and not trace.weights[ends].any()
+    assert np.isnan(trace.scores[ends]).all()
+    for array in ("logprob", "entropy", "kl"):
+        assert np.flatnonzero(np.isnan(getattr(trace, array))).tolist() == [0, *ends]
 
 
 def test_scores_of_a_lane_are_the_certainty_of_its_layers(
@@ -251,7 +265,8 @@ def test_partial_traces_come_while_lanes_run(routed_model: SpectrModel, choose: 
             whole = slice(num_prompt + lane * 9, num_prompt + lane * 9 + num)
             assert np.array_equal(column.token_ids[part], last.token_ids[whole])
             assert np.array_equal(column.experts[part], last.experts[whole])
-    assert np.isfinite(last.kl).sum() >= last.num_tokens - 1
+    ends = [part.stop for part in own_tokens(routed_model)[:-1]]
+    assert np.flatnonzero(np.isnan(last.kl)).tolist() == [0, *ends]
 
 
 def test_closing_cancels_a_run_with_lanes(routed_model: SpectrModel, choose: Choose) -> None:
@@ -290,8 +305,11 @@ def test_lanes_of_several_experts(
     step = run(routed_model, [router, "base"])
     trace = column_of(step)
     assert trace.experts.shape[-1] == top_k
-    assert ((trace.weights > 0).sum(-1) == top_k).all()
-    np.testing.assert_allclose(trace.weights.sum(-1), 1)
+    ends = [part.stop for part in own_tokens(routed_model)[:-1]]
+    is_read = ~np.isin(np.arange(trace.num_tokens), ends)
+    assert ((trace.weights > 0).sum(-1)[is_read] == top_k).all()
+    np.testing.assert_allclose(trace.weights.sum(-1)[is_read], 1)
+    assert (trace.experts[ends] == NOT_ROUTED).all() and not trace.weights[ends].any()
     lines = [routed_model.generate(part, router, max_new_tokens=12) for part in PARTS]
     assert step.columns[0].text == "\n".join(lines)
 
@@ -317,10 +335,10 @@ def test_a_chosen_expert_that_some_layers_lack(
     )
     choose([0, 1, None])
     trace = column_of(run(model, ["spectr", IN_CONTEXT]), 1)
-    start, _ = model.template.request(model.encode(MESSAGE))
+    own = own_tokens(model)
     q_proj = model.library.projections.index("q_proj")
     other = [p for p in range(len(model.library.projections)) if p != q_proj]
-    first, second = trace.experts[start], trace.experts[start + len(PARTS[0])]
+    first, second = trace.experts[own[0].start], trace.experts[own[1].start]
     assert (first[:, q_proj] == 0).all() and (first[:, other] == NOT_ROUTED).all()
     assert (second == 1).all()
     expected = model.generate(PARTS[0], "single:red", max_new_tokens=12)

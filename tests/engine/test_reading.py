@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spectr_demo.base import generic
+from spectr_demo.base.checkpoint import whole_embedded_checkpoint
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.base.prompts import Part, parts, shared_length, token_pieces
 from spectr_demo.config import RouterConfig
@@ -21,13 +22,14 @@ from spectr_demo.engine import reading
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.reading import Lane, Listening, Reader, Requests
+from spectr_demo.experts.library import load_experts
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration
 from spectr_demo.routing.detection import certainty, detector
 from spectr_demo.routing.lanes import Span
 from spectr_demo.routing.routers import calibrated_scores, parse_router
 from spectr_demo.routing.spectr import Score
-from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert
+from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert, tiny_llama
 
 PROMPTS = ["How are you?", "Tell me of a walk in the rain"]
 TWO_LINES = "paint it red\ncount to two"
@@ -152,7 +154,7 @@ def test_each_part_is_read_as_if_it_were_all_that_is_asked(
     router = context(routed_model)
     ids = routed_model.encode(TWO_LINES)
     lanes = routed_model.lanes(router, ids)
-    for lane, text in zip(lanes, ["paint it red", "\ncount to two"], strict=True):
+    for lane, text in zip(lanes, ["paint it red", "count to two"], strict=True):
         assert routed_model.tokenizer.decode(ids[lane.start : lane.stop]) == text
         assert lane.ids == routed_model.encode(text)
         alone = routed_model.reader.whole(router, routed_model.encode(text))
@@ -169,22 +171,95 @@ def test_the_turns_before_are_read_in_every_lane(
     turns = [{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": "three."}]
     ids = routed_model.encode([*turns, {"role": "user", "content": TWO_LINES}])
     lanes = routed_model.lanes(context(routed_model), ids)
-    for lane, text in zip(lanes, ["paint it red", "\ncount to two"], strict=True):
+    for lane, text in zip(lanes, ["paint it red", "count to two"], strict=True):
         assert lane.ids == routed_model.encode([*turns, {"role": "user", "content": text}])
     alone = routed_model.reader.whole(context(routed_model), routed_model.encode("paint it red"))
     assert lanes[0].certainty is not None and alone.certainty is not None
     assert not torch.allclose(lanes[0].certainty, alone.certainty, atol=1e-3), "they are known"
 
 
-@pytest.mark.parametrize("text", ["paint it red", "paint it red\ncount to two, and then go"])
-def test_lanes_cover_the_request(routed_model: SpectrModel, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "requests"),
+    [
+        ("paint it red", ["paint it red"]),
+        (TWO_LINES, ["paint it red", "count to two"]),
+        ("paint it red \r\n\n  count to two", ["paint it red", "count to two"]),
+        ("One two. Three?\n\nFour, and five", ["One two.", "Three?", "Four", ", and five"]),
+        ("\npaint it\ncount\n", ["\npaint it", "count\n"]),
+        ("paint it:\n\nred\nthen go", ["paint it:\n\nred", "then go"]),
+    ],
+)
+def test_a_lane_is_its_request_asked_alone(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, text: str, requests: list[str]
+) -> None:
+    """All of a message is in a lane but the blanks between two; those at its ends are kept."""
+    cut_at(monkeypatch, [(i, i + 1) for i in range(len(requests))])
     ids = routed_model.encode(text)
     lanes = routed_model.lanes(context(routed_model), ids)
-    bounds = [part for lane in lanes for part in (lane.start, lane.stop)]
-    assert (bounds[0], bounds[-1]) == routed_model.template.request(ids)
-    assert bounds[1:-1:2] == bounds[2::2]
-    if "\n" not in text:
-        assert lanes[0].ids == ids
+    assert [lane.ids for lane in lanes] == [routed_model.encode(each) for each in requests]
+    start, stop = routed_model.template.request(ids)
+    read = [t for lane in lanes for t in range(lane.start, lane.stop)]
+    assert read == sorted(set(read)) and (read[0], read[-1]) == (start, stop - 1)
+    left = [ids[t] for t in range(start, stop) if t not in read]
+    assert not str(routed_model.tokenizer.decode(left)).strip()
+
+
+@pytest.mark.usefixtures("few_prompts")
+@pytest.mark.embedded
+@pytest.mark.parametrize("between", ["\n", "\n\n", "\r\n", " \n", "\n \n"])
+@pytest.mark.parametrize(
+    "requests",
+    [
+        ("What is 3 + 4?", "Name a colour"),
+        ("Translate to Spanish: hello", "2. Count to two.", "- Sag Grüße!"),
+        ("日本語で答えて", "SELECT * FROM t;", "¿Qué hora es?"),
+    ],
+)
+def test_lines_in_the_tokens_of_the_embedded_default(
+    routed_model: SpectrModel,
+    expert_folders: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    requests: tuple[str, ...],
+    between: str,
+) -> None:
+    """Its tokens may be several characters, or part of one."""
+    checkpoint = whole_embedded_checkpoint(torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    llama = tiny_llama(len(tokenizer))
+    base = replace(routed_model.base, model=llama, tokenizer=tokenizer)
+    model = SpectrModel(base, load_experts(expert_folders, llama))
+    cut_at(monkeypatch, [(i, i + 1) for i in range(len(requests))])
+    router = context(model)
+    lanes = model.lanes(router, model.encode(between.join(requests)))
+    for lane, request in zip(lanes, requests, strict=True):
+        ids = model.encode(request)
+        assert lane.ids == ids
+        alone = model.reader.whole(router, ids)
+        assert lane.certainty is not None and alone.certainty is not None
+        assert_close(lane.certainty, alone.certainty, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_runs_are_read_alike_however_many_at_once(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """None knows of those that were read before it, after the same beginning."""
+    monkeypatch.setattr(reading, "_RUNS_AT_ONCE", at_once)
+    router = context(routed_model)
+    lines = ["a much longer line than the others are", "go", "count to two"]
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    for before in ([], turns):
+        for cut in ([(0, 1), (1, 2), (2, 3)], [(0, 2), (2, 3)], [(0, 1), (1, 3)], [(0, 3)]):
+            cut_at(monkeypatch, cut)
+            messages = [*before, {"role": "user", "content": "\n".join(lines)}]
+            lanes = routed_model.lanes(router, routed_model.encode(messages))
+            for (first, end), lane in zip(cut, lanes, strict=True):
+                text = "\n".join(lines[first:end])
+                ids = routed_model.encode([*before, {"role": "user", "content": text}])
+                alone = routed_model.reader.whole(router, ids)
+                assert lane.ids == ids
+                assert lane.certainty is not None and alone.certainty is not None
+                assert_close(lane.certainty, alone.certainty, atol=1e-3, rtol=1e-3)
 
 
 def test_a_message_is_cut_where_that_explains_it_better(
@@ -204,7 +279,7 @@ def test_a_message_is_cut_where_that_explains_it_better(
             explained = torch.tensor(best.get(span, [0.4, 0.4, 0.4]))
             weights = (explained == explained.max()).float()
             out[span] = replace(lane, weights=weights, certainty=explained), explained
-        found.append(list(out))
+        found.append(sorted(out))
         return out
 
     monkeypatch.setattr(Reader, "_read_spans", told)
@@ -228,9 +303,9 @@ def test_a_long_message_is_a_text(
     sizes = []
     read = Reader._read
 
-    def spy(self: Reader, beginning: list[int], requests: Requests, listener: Listening) -> None:
-        sizes.append(tuple(requests.ids.shape))
-        read(self, beginning, requests, listener)
+    def spy(self: Reader, beginning: list[int], some: list[tuple[Requests, Listening]]) -> None:
+        sizes.append([tuple(requests.ids.shape) for requests, _ in some])
+        read(self, beginning, some)
 
     assert routed_model.reader.ordinary is not None
     monkeypatch.setattr(Reader, "_read", spy)
@@ -238,10 +313,11 @@ def test_a_long_message_is_a_text(
     lines = "\n".join(["paint it red"] * 5)
     closing = len(routed_model.template.closing)
     routed_model.lanes(router, routed_model.encode(lines))
-    assert sizes.pop() == (15, len(lines) + closing)
+    two_lines = len("paint it red\npaint it red")
+    assert sizes == [[(8, two_lines + closing), (7, len(lines) + closing)]], "short ones together"
     monkeypatch.setattr(reading, "_MOST_READ", 15 * len(lines) - 1)
     (lane,) = routed_model.lanes(router, routed_model.encode(lines))
-    assert sizes.pop() == (1, len(lines) + closing)
+    assert sizes[1:] == [[(1, len(lines) + closing)]]
     assert lane.ids == routed_model.encode(lines)
 
 
@@ -256,12 +332,13 @@ def test_a_base_without_a_template(
     model = SpectrModel(replace(routed_model.base, tokenizer=plain), routed_model.library)
     cut_at(monkeypatch, [(0, 1), (1, 2)])
     lanes = model.lanes(context(model), model.encode(TWO_LINES))
-    assert [plain.decode(lane.ids) for lane in lanes] == ["paint it red", "\ncount to two"]
+    assert [plain.decode(lane.ids) for lane in lanes] == ["paint it red", "count to two"]
     assert all(lane.expert is not None for lane in lanes)
     step = model.compare(TWO_LINES, ["base", IN_CONTEXT], max_new_tokens=4)
     assert step.trace is not None
-    for column in step.trace.columns:
-        assert np.isfinite(column.kl[1:]).sum() >= len(column.kl) - 2
+    end = len("paint it red")  # nothing stands before a lane's first token, and none reads the end
+    for column, unknown in zip(step.trace.columns, [[0], [0, end, end + 1]], strict=True):
+        assert np.flatnonzero(np.isnan(column.kl)).tolist() == unknown
     model.detach()
 
 
