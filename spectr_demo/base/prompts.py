@@ -104,6 +104,7 @@ _JOINS = re.compile(rf"[\s,;]*(?:{_WORD}[\s,:]*)*", re.IGNORECASE)
 _GOES_ON = re.compile(rf"\s*\n|[\s,;.]*(?:(?:{_AND})\s+)?(?:{_NEXT})\b", re.IGNORECASE)
 _BEGINS = re.compile(_WORD, re.IGNORECASE)
 _MARK = re.compile(r"(?:\d+|[a-z])[.)]", re.IGNORECASE)
+_ITEM = re.compile(r"\s*(?:\d+[.)]|[-*•])\s")
 MOST_PARTS = 8  # of a request; one with more is a text, and is not taken apart
 
 
@@ -111,12 +112,13 @@ MOST_PARTS = 8  # of a request; one with more is a text, and is not taken apart
 class Part:
     """A part of a request that may be a request of its own: tokens start to stop of the prompt.
 
-    is_next: it begins with a new line, or with a word such as "then".
+    is_next: it begins with a new line, or with a word such as "then". is_item: with a list mark.
     """
 
     start: int
     stop: int
     is_next: bool
+    is_item: bool = False
 
 
 def parts(pieces: Sequence[str], start: int, stop: int) -> list[Part]:
@@ -138,7 +140,15 @@ def parts(pieces: Sequence[str], start: int, stop: int) -> list[Part]:
     if len(is_next) > MOST_PARTS:
         is_next = {0: is_next[0]}
     bounds = itertools.pairwise([*is_next, stop - start])
-    return [Part(start=start + a, stop=start + b, is_next=is_next[a]) for a, b in bounds]
+    return [
+        Part(
+            start=start + a,
+            stop=start + b,
+            is_next=is_next[a],
+            is_item=bool(_ITEM.match("".join(pieces[start + a : start + b]))),
+        )
+        for a, b in bounds
+    ]
 
 
 def _cuts(text: str) -> list[int]:

@@ -24,7 +24,7 @@ from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration, Measurement
 from spectr_demo.routing.detection import Detector, Evidence, detector
-from spectr_demo.routing.lanes import Span, best_cut, joined, spans
+from spectr_demo.routing.lanes import Span, best_cut, cost_of_cut, joined, spans
 from spectr_demo.routing.spectr import select
 
 # A token that is n tokens before a request's end says 0.85^n as much of whom it is for.
@@ -229,7 +229,8 @@ class Reader:
         read = self._read_spans(router, ids, found)
         is_next = [part.is_next for part in found]
         lengths = [part.stop - part.start for part in found]
-        cut = best_cut(lengths, is_next, {span: explained for span, (_, explained) in read.items()})
+        costs = [cost_of_cut(is_next=part.is_next, is_item=part.is_item) for part in found]
+        cut = best_cut(lengths, costs, {span: explained for span, (_, explained) in read.items()})
         experts = [read[span][0].expert for span in cut]
         return [read[span][0] for span in joined(cut, experts, is_next)]
 

@@ -19,7 +19,7 @@ from spectr_demo.base.prompts import parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.scores import summarize
-from spectr_demo.routing.lanes import best_cut, joined
+from spectr_demo.routing.lanes import best_cut, cost_of_cut, joined
 
 CONFIDENCES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99)
 # What was aimed at: shares of ordinary prompts with an expert, and of requests that are lost.
@@ -69,7 +69,8 @@ def _lanes(
     read = engine.reader._read_spans(replace(router, confidence=None), ids, found)
     is_next = [part.is_next for part in found]
     explained = {span: of_span for span, (_, of_span) in read.items()}
-    cut = best_cut([part.stop - part.start for part in found], is_next, explained)
+    costs = [cost_of_cut(is_next=part.is_next, is_item=part.is_item) for part in found]
+    cut = best_cut([part.stop - part.start for part in found], costs, explained)
 
     def expert(span: tuple[int, int], level: str) -> int | None:
         certainty, at_least = read[span][0].certainty, least[level]

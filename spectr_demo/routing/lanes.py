@@ -15,8 +15,9 @@ from torch import Tensor
 
 Span = tuple[int, int]  # of parts: the first, and one past the last
 
-# Of a cut that only a full stop or an "and" suggests, in units of `Evidence.explained`.
-COST_INSIDE_A_LINE = 0.03
+# Of a cut, in units of `Evidence.explained`: before the item of a list; before another new line or
+# a word such as "then"; where only a full stop or an "and" suggests it.
+COST_OF_ITEM, COST_OF_LINE, COST_INSIDE_A_LINE = 0.0, 0.01, 0.03
 
 
 def spans(num_parts: int) -> list[Span]:
@@ -24,13 +25,20 @@ def spans(num_parts: int) -> list[Span]:
     return [(i, j) for i in range(num_parts) for j in range(i + 1, num_parts + 1)]
 
 
+def cost_of_cut(*, is_next: bool, is_item: bool) -> float:
+    """What a cut costs before a part that begins so, see `base.prompts.Part`."""
+    if is_item:
+        return COST_OF_ITEM
+    return COST_OF_LINE if is_next else COST_INSIDE_A_LINE
+
+
 def best_cut(
-    lengths: Sequence[int], is_next: Sequence[bool], explained: Mapping[Span, Tensor]
+    lengths: Sequence[int], costs: Sequence[float], explained: Mapping[Span, Tensor]
 ) -> list[Span]:
     """The lanes of a message; of equally good cuts the one with the fewest.
 
-    lengths: tokens of each part. is_next: whether a part begins in a way that costs no cut, with a
-    new line or a word such as "then". explained: (E,) of each of the `spans`.
+    lengths: tokens of each part. costs: of a cut before each part; before the first there is none.
+    explained: (E,) of each of the `spans`.
     """
     best: list[tuple[float, list[Span]]] = [(0.0, [])]  # of the first parts, by their number
     for end in range(1, len(lengths) + 1):
@@ -38,7 +46,7 @@ def best_cut(
         for start in range(end):
             before, lanes = best[start]
             share = sum(lengths[start:end]) / sum(lengths)
-            cost = 0.0 if start == 0 or is_next[start] else COST_INSIDE_A_LINE
+            cost = costs[start] if start > 0 else 0.0
             gain = share * float(explained[start, end].max()) - cost
             options.append((before + gain, [*lanes, (start, end)]))
         best.append(max(options, key=lambda option: (round(option[0], 9), -len(option[1]))))

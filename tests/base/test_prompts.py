@@ -290,3 +290,17 @@ def test_shared_length(one: list[int], other: list[int], length: int) -> None:
 def test_an_empty_prompt_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="empty"):
         encode(tokenizer, "  ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1. paint it\n2. count to two", [True, True]),
+        ("- paint it\n- count to two", [True, True]),
+        ("paint it\ncount to two", [False, False]),
+        ("paint it in 2. count to two", [False]),
+    ],
+)
+def test_items_of_a_list(text: str, expected: list[bool]) -> None:
+    pieces = list(text)  # a token each
+    assert [part.is_item for part in parts(pieces, 0, len(pieces))] == expected
