@@ -103,7 +103,7 @@ _BOUNDARY = re.compile(
 _JOINS = re.compile(rf"[\s,;]*(?:{_WORD}[\s,:]*)*", re.IGNORECASE)
 _GOES_ON = re.compile(rf"\s*\n|[\s,;.]*(?:(?:{_AND})\s+)?(?:{_NEXT})\b", re.IGNORECASE)
 _BEGINS = re.compile(_WORD, re.IGNORECASE)
-_MARK = re.compile(r"(?:\d+|[a-z])[.)]", re.IGNORECASE)
+_MARK = re.compile(r"(?:\d+|[a-z])[.)]|[-*•]", re.IGNORECASE)
 _ITEM = re.compile(r"\s*(?:\d+[.)]|[-*•])\s")
 MOST_PARTS = 8  # of a request; one with more is a text, and is not taken apart
 

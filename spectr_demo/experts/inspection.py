@@ -16,7 +16,7 @@ from spectr_demo.routing.spectr import Aligned
 # Mean subspace overlap from which two experts cannot be told apart, and the share of the median
 # update below which one is called weak: docs/results.md, "Weak and alike experts" and "Experts
 # trained again".
-ALIKE, WEAK = 0.95, 0.5
+ALIKE, WEAK = 0.95, 0.33
 
 
 @dataclass(frozen=True, kw_only=True)
