@@ -31,7 +31,8 @@ from spectr_demo.experts.adapters import WEIGHTS_FILE
 from spectr_demo.experts.library import ExpertLibrary, load_experts
 from spectr_demo.routing.routers import parse_router
 
-PROMPT = "Explain what an aeroplane is, and how it stays in the air."
+# A request for `cron`: a router that reads requests gives it an expert, and is timed with it.
+PROMPT = "Write a cron expression: At 07:30, Monday through Friday"
 
 
 def arguments(description: str | None, **paths: str) -> argparse.Namespace:
@@ -98,7 +99,7 @@ def decoding(model: Any, prompt: Tensor, plan: RoutingPlan | None = None) -> Dec
 
     prompt: (R, T) token ids; they are read here, so this takes no time of the decoding. The same
     token is fed whatever the logits say. At the end of a call the cache is back at the end of the
-    prompt. What a router has pooled is not; it is as large, and costs the same.
+    prompt.
     """
     token = prompt[:, -1:]
     with torch.inference_mode(), routed(plan):

@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,7 @@ from spectr_demo.experts.adapters import WEIGHTS_FILE, Adapter
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.experts.shared_inputs import shared_inputs
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.calibration import Calibration
-from spectr_demo.routing.routers import ROUTERS, parse_router
-from spectr_demo.routing.spectr import spectr_scores
+from spectr_demo.routing.routers import parse_router
 
 RANK = 8
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -176,16 +173,11 @@ def kernels(decoder: Decoder) -> int:
 
 
 def in_context(library: ExpertLibrary, num_rows: int) -> RoutingPlan:
-    """The default router, without its reading of the prompt; random experts need no scale."""
+    """The default router after it has read a request for each row, as if for an expert each."""
     names = library.names
-    preset = replace(ROUTERS["spectr-context"].preset, reads_first=False, confidence=None)
-    statistics = {}
-    for bank in library.banks:
-        shape = bank.singular_values.shape[:2]
-        ones = torch.ones(shape, device=bank.A.device)
-        statistics[bank, spectr_scores] = torch.zeros_like(ones), ones
-    routers = [parse_router(preset, names)] * num_rows
-    return RoutingPlan(routers, names, calibration=Calibration(statistics))
+    routers = [parse_router("spectr-context", names)] * num_rows
+    weights = torch.eye(len(names))
+    return RoutingPlan(routers, names, weights={row: weights[row] for row in range(num_rows)})
 
 
 def decoders(

@@ -41,7 +41,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "03_train_an_expert": {"steps": 4, "batch_size": 2, "num_eval": 2},
     "04_evaluate_routing": {
         "domains": "cron, chords",
-        "routers": "base; oracle; spectr; spectr-calibrated; calibrated, pooled; spectr-context",
+        "routers": "base; oracle; spectr-calibrated; context, always an expert; spectr-context",
         "num_examples": 2,
     },
     "05_bring_your_own": {"experts": ", ".join(shipped_experts()[:3]), "max_new_tokens": 8},
