@@ -34,8 +34,8 @@ clock = [time.perf_counter()]
 lap = lambda: clock.append(time.perf_counter())
 import spectr_demo as sd
 from spectr_demo.config import shipped_experts
-from spectr_demo.experts import load_experts
-from spectr_demo.loading import load_base
+from spectr_demo.experts.library import load_experts
+from spectr_demo.base.loading import load_base
 lap()
 base = load_base()
 lap()

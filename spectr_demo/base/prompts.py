@@ -52,7 +52,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tenso
 def template_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids with which every prompt opens: the chat template's, before what is asked.
 
-    They say nothing about the request. So routers that pool evidence leave them out.
+    They say nothing about the request, and are read once for many of them.
     """
     one, other = (encode(tokenizer, word) for word in ("A", "b"))
     return one[: shared_length(one, other)]
