@@ -71,7 +71,9 @@ def _run() -> argparse.ArgumentParser:
     run.add_argument("--top-p", type=float, help="nucleus of sampling (default: 1, all)")
     run.add_argument("--seed", type=int, help="of sampling, the same noise for all columns")
     run.add_argument(
-        "--top-k", type=int, help="experts per token and layer, or per request (default: the preset's)"
+        "--top-k",
+        type=int,
+        help="experts per token and layer, or per request (default: the preset's)",
     )
     run.add_argument("--weighting", choices=get_args(Weighting), help="of the selected experts")
     run.add_argument("--router-temperature", type=float, help="of the softmax weighting")
