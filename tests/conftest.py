@@ -147,19 +147,25 @@ def expert_folders(save_expert: SaveExpert) -> list[str]:
 BuildModel = Callable[..., SpectrModel]
 
 
-def _build_model(tokenizer: PreTrainedTokenizerFast, folders: Sequence[str]) -> SpectrModel:
-    model = tiny_llama(len(tokenizer))
-    base = LoadedBase(
+def loaded_base(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str = "tiny"
+) -> LoadedBase:
+    """A dense float32 base, as `load_base` would give it. name: its fingerprint too."""
+    return LoadedBase(
         model=model,
         tokenizer=tokenizer,
-        source="tiny",
-        name="tiny",
+        source=name,
+        name=name,
         quantization="none",
         bits=32,
         compute_dtype=torch.float32,
-        fingerprint="tiny",
+        fingerprint=name,
     )
-    return SpectrModel(base, load_experts(folders, model))
+
+
+def _build_model(tokenizer: PreTrainedTokenizerFast, folders: Sequence[str]) -> SpectrModel:
+    model = tiny_llama(len(tokenizer))
+    return SpectrModel(loaded_base(model, tokenizer), load_experts(folders, model))
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ _JOINS = re.compile(rf"[\s,;]*(?:{_WORD}[\s,:]*)*", re.IGNORECASE)
 _GOES_ON = re.compile(rf"\s*\n|[\s,;.]*(?:(?:{_AND})\s+)?(?:{_NEXT})\b", re.IGNORECASE)
 _BEGINS = re.compile(_WORD, re.IGNORECASE)
 _MARK = re.compile(r"(?:\d+|[a-z])[.)]|[-*•]", re.IGNORECASE)
-_ITEM = re.compile(r"\s*(?:\d+[.)]|[-*•])\s")
+LIST_MARK = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
 MOST_PARTS = 8  # of a request; one with more is a text, and is not taken apart
 
 
@@ -145,7 +145,7 @@ def parts(pieces: Sequence[str], start: int, stop: int) -> list[Part]:
             start=start + a,
             stop=start + b,
             is_next=is_next[a],
-            is_item=bool(_ITEM.match("".join(pieces[start + a : start + b]))),
+            is_item=bool(LIST_MARK.match("".join(pieces[start + a : start + b]))),
         )
         for a, b in bounds
     ]

@@ -89,6 +89,13 @@ class Requests:
         """(N,) int64: the row of each token that counts."""
         return self.counts.nonzero()[:, 0]
 
+    def evidence(self, library: ExpertLibrary) -> Evidence:
+        """Room for what they tell about the experts of a library."""
+        expert_layers = torch.zeros(len(library.names))
+        for bank in library.banks:
+            expert_layers[bank.expert_ids] += len(bank.paths)
+        return Evidence(self.owners, self.late, self.whole, expert_layers)
+
 
 class _Listener(Listening):
     """Collects the evidence of requests with the detectors that are there."""
@@ -101,10 +108,7 @@ class _Listener(Listening):
     ) -> None:
         self.counts = requests.counts
         self.detectors = detectors or {}
-        expert_layers = torch.zeros(len(library.names))
-        for bank in library.banks:
-            expert_layers[bank.expert_ids] += len(bank.paths)
-        self.evidence = Evidence(requests.owners, requests.late, requests.whole, expert_layers)
+        self.evidence = requests.evidence(library)
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
         inputs = x[self.counts.to(x.device)]
@@ -186,19 +190,20 @@ class Reader:
             return self._ordinary
 
     def _measure(self) -> Ordinary:
-        own = []
-        for prompt in generic_prompts(self._base):
-            ids = encode(self._base.tokenizer, prompt)
-            start, stop = self.template.request(ids)
-            own.append(ids[start:stop])
-        requests = Requests.of(own, self.template.closing)
+        prompts = generic_prompts(self._base)
+        requests = self.requests([encode(self._base.tokenizer, prompt) for prompt in prompts])
         measuring = _Measuring(requests, self._library)
-        self._read(self.template.opening, [(requests, measuring)])
+        self.read(self.template.opening, [(requests, measuring)])
         certainty = measuring.evidence.certainty.amax(-1)
         return Ordinary(measuring.measurement.calibration(), measuring.detectors, certainty)
 
+    def requests(self, prompts: Sequence[Sequence[int]]) -> Requests:
+        """Those of prompts' token ids, each taken for one request after the template's opening."""
+        own = [ids[slice(*self.template.request(ids))] for ids in prompts]
+        return Requests.of(own, self.template.closing)
+
     @torch.inference_mode()
-    def _read(self, beginning: Sequence[int], some: Sequence[tuple[Requests, Listening]]) -> None:
+    def read(self, beginning: Sequence[int], some: Sequence[tuple[Requests, Listening]]) -> None:
         """The bare base reads requests, each after the same beginning, which is read once."""
         decoder, device = self._base.model.get_decoder(), self._base.device
         begun = None
@@ -265,7 +270,7 @@ class Reader:
             own = [ids[slice(*bounds[run])] for run in runs]
             requests = Requests.of(own, ids[stop:])
             some.append((requests, _Listener(requests, self._library, self.ordinary.detectors)))
-        self._read(ids[:start], some)
+        self.read(ids[:start], some)
         least = self.least_certainty(router)
         read = {}
         for runs, (_, listener) in zip(batches, some, strict=True):

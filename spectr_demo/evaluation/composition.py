@@ -9,14 +9,13 @@ each request alone, of its own expert.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spectr_demo.base.prompts import encode_answer
+from spectr_demo.base.prompts import LIST_MARK, encode_answer
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.reading import Lane
@@ -31,7 +30,6 @@ from spectr_demo.trace import NOT_ROUTED
 SEGMENTS, SINGLE = "segment oracle", "single-request oracle"
 MESSAGE_SEED = 0
 MARK_TOKENS = 6  # of an answer, for a list mark that was not asked for and the end of the line
-_MARK = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
 
 Scores = list[list[float]]  # of each message, by part
 Figures = dict[str, list[float]]  # of a message: what was measured, by part
@@ -132,7 +130,7 @@ def part_score(name: str, answer: str, example: Example) -> float:
     better one counts.
     """
     score = get_task(name).score
-    readings = {answer, _MARK.sub("", answer, count=1)}
+    readings = {answer, LIST_MARK.sub("", answer, count=1)}
     return max(float(score(reading, example)) for reading in readings)
 
 

@@ -107,7 +107,7 @@ def _ordinary_prompts(results: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"**Ordinary prompts, where no expert fits.** `{SUBJECT}` still gives an expert to "
-        f"{' and '.join(taken.values())}, and {lost:.1%} of the domains' own single requests do "
+        f"{' and '.join(taken.values())}. {lost:.1%} of the domains' own single requests do "
         f"not get theirs ({row['base']:.1%} are left to the base). The targets of "
         f"{limits['ordinary']:.0%} and {limits['lost']:.0%} are "
         f"{'reached' if is_met else 'not reached'}."

@@ -10,7 +10,6 @@ Axes: R requests, N tokens, P projections of a bank, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.evaluation.listening import listen, requests_of
+from spectr_demo.evaluation.listening import listen
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.detection import Detector, Evidence
 
@@ -34,34 +33,22 @@ def detectors_of(engine: SpectrModel) -> dict[str, Detectors]:
         raw[bank] = raw_detector(bank, x)
 
     prompts = [engine.encode(prompt) for prompt in generic_prompts(engine.base)]
-    listen(engine, requests_of(engine, prompts), measure)
+    listen(engine, engine.reader.requests(prompts), measure)
     return dict(zip(METRICS, (engine.reader.ordinary.detectors, raw), strict=True))
 
 
 def raw_detector(bank: ExpertBank, inputs: Tensor) -> Detector:
     """SpectR's own score, standardised by inputs (N, D_in) of ordinary text."""
-    P, E, _ = bank.singular_values.shape
-    zeros = bank.singular_values.new_zeros(P, E)
-    plain = Detector(
-        input_mean=inputs.new_zeros(inputs.shape[-1], dtype=torch.float32),
-        factors=bank.A.float(),
-        mean=zeros,
-        std=zeros + 1,
-    )
-    std, mean = torch.std_mean(plain.scores(inputs), dim=0, correction=0)
-    # An expert that never responds has no deviation, and its scores stay 0.
-    return replace(plain, mean=mean, std=torch.where(std <= 1e-6 * mean + 1e-12, 1.0, std))
+    origin = inputs.new_zeros(inputs.shape[-1], dtype=torch.float32)
+    return Detector.standardised(bank, origin, bank.A.float(), inputs)
 
 
 def evidence(
     engine: SpectrModel, prompts: Sequence[Sequence[int]], detectors: Detectors
 ) -> Evidence:
     """What token ids of prompts tell in one metric."""
-    requests = requests_of(engine, prompts)
-    expert_layers = torch.zeros(len(engine.library.names))
-    for bank in engine.library.banks:
-        expert_layers[bank.expert_ids] += len(bank.paths)
-    found = Evidence(requests.owners, requests.late, requests.whole, expert_layers)
+    requests = engine.reader.requests(prompts)
+    found = requests.evidence(engine.library)
     listen(engine, requests, lambda bank, x: found.add(bank, detectors[bank].scores(x)))
     return found
 

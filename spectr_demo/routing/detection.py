@@ -18,7 +18,7 @@ request is for, and how much of the text each expert accounts for.
 Axes: N tokens, R requests, P projections of a bank, E experts, r rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,18 @@ class Detector:
     factors: Tensor
     mean: Tensor
     std: Tensor
+
+    @classmethod
+    def standardised(
+        cls, bank: ExpertBank, input_mean: Tensor, factors: Tensor, inputs: Tensor
+    ) -> "Detector":
+        """One whose scores have mean 0 and deviation 1 over inputs (N, D_in)."""
+        P, E, _ = bank.singular_values.shape
+        zeros = input_mean.new_zeros(P, E)
+        plain = cls(input_mean=input_mean, factors=factors, mean=zeros, std=zeros + 1)
+        std, mean = torch.std_mean(plain.scores(inputs), dim=0, correction=0)
+        # An expert that never responds has no deviation, and its scores stay 0.
+        return replace(plain, mean=mean, std=torch.where(std <= 1e-6 * mean + 1e-12, 1.0, std))
 
     def scores(self, x: Tensor) -> Tensor:
         """(..., P, E) float32 from inputs (..., D_in): 0 for the mean of ordinary tokens, in their
@@ -71,13 +83,7 @@ def detector(bank: ExpertBank, inputs: Tensor) -> Detector:
     matched = torch.cholesky_solve(A.T, torch.linalg.cholesky(covariance)).T  # A C^-1
     gram = matched.view(P, E, r, -1) @ A.view(P, E, r, -1).mT
     factors = _whitened(gram, matched.view(P, E, r, -1)).flatten(0, 2)
-    unscaled = Detector(
-        input_mean=mean, factors=factors, mean=mean.new_zeros(P, E), std=mean.new_ones(P, E)
-    )
-    std, of_tokens = torch.std_mean(unscaled.scores(inputs), dim=0, correction=0)
-    # An expert that never responds has no deviation, and its scores stay 0.
-    std = torch.where(std <= 1e-6 * of_tokens + 1e-12, 1.0, std)
-    return Detector(input_mean=mean, factors=factors, mean=of_tokens, std=std)
+    return Detector.standardised(bank, mean, factors, inputs)
 
 
 def _whitened(gram: Tensor, matched: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from spectr_demo.base.generic import (
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import encode, template_opening
 from spectr_demo.config import ASSETS
-from tests.conftest import tiny_llama
+from tests.conftest import loaded_base, tiny_llama
 
 WORDS = ("grey", "blue", "soft", "tall", "late", "warm", "kind", "open")
 
@@ -33,16 +33,7 @@ WORDS = ("grey", "blue", "soft", "tall", "late", "warm", "kind", "open")
 def base(tokenizer: PreTrainedTokenizerFast) -> LoadedBase:
     """The tiny base, of which nothing is shipped."""
     tokenizer = deepcopy(tokenizer)
-    return LoadedBase(
-        model=tiny_llama(len(tokenizer)),
-        tokenizer=tokenizer,
-        source="new",
-        name="new",
-        quantization="none",
-        bits=32,
-        compute_dtype=torch.float32,
-        fingerprint="new",
-    )
+    return loaded_base(tiny_llama(len(tokenizer)), tokenizer, "new")
 
 
 Speak = Callable[..., list[torch.Tensor]]

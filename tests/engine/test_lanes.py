@@ -287,7 +287,7 @@ def test_an_error_while_the_request_is_read_reaches_the_reader(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "_read", broken)
+        patch.setattr(Reader, "read", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             run(routed_model, [IN_CONTEXT])
     assert run(routed_model, [IN_CONTEXT]).is_last

@@ -301,14 +301,14 @@ def test_a_long_message_is_a_text(
 ) -> None:
     """All runs of its parts would take too long to read."""
     sizes = []
-    read = Reader._read
+    read = Reader.read
 
     def spy(self: Reader, beginning: list[int], some: list[tuple[Requests, Listening]]) -> None:
         sizes.append([tuple(requests.ids.shape) for requests, _ in some])
         read(self, beginning, some)
 
     assert routed_model.reader.ordinary is not None
-    monkeypatch.setattr(Reader, "_read", spy)
+    monkeypatch.setattr(Reader, "read", spy)
     router = context(routed_model)
     lines = "\n".join(["paint it red"] * 5)
     closing = len(routed_model.template.closing)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.evaluation.listening import late_means, listen, requests_of
+from spectr_demo.evaluation.listening import late_means, listen
 from spectr_demo.evaluation.requests import (
     METRICS,
     detectors_of,
@@ -54,7 +54,7 @@ def test_prompts_are_heard_without_padding_and_late_tokens_count_most(
     ids = [routed_model.encode(prompt) for prompt in PROMPTS]
     bank, heard = routed_model.library.banks[0], []
     for some in (ids, ids[:1]):
-        requests = requests_of(routed_model, some)
+        requests = routed_model.reader.requests(some)
         inputs: list[torch.Tensor] = []
         listen(
             routed_model,
@@ -66,7 +66,7 @@ def test_prompts_are_heard_without_padding_and_late_tokens_count_most(
         assert len(x) == num
         heard.append(late_means(requests, x)[0])
     torch.testing.assert_close(*heard, atol=1e-4, rtol=1e-4)
-    requests = requests_of(routed_model, ids)
+    requests = routed_model.reader.requests(ids)
     assert late_means(requests, torch.ones(len(requests.owners))).tolist() == pytest.approx([1] * 3)
     last = requests.owners == 2
     assert (requests.late[last].diff() > 0).all()

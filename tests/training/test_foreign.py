@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import encode
 from spectr_demo.training import foreign
 from spectr_demo.training.foreign import ANSWER_TOKENS, foreign_requests, pair, shorten
+from tests.conftest import loaded_base
 
 
 @pytest.mark.parametrize(
@@ -36,16 +36,7 @@ def test_a_prompt_without_an_answer_is_left_out() -> None:
 def test_the_base_answers_its_own_prompts_greedily(
     llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = LoadedBase(
-        model=llama,
-        tokenizer=tokenizer,
-        source="tiny",
-        name="tiny",
-        quantization="none",
-        bits=32,
-        compute_dtype=torch.float32,
-        fingerprint="tiny",
-    )
+    base = loaded_base(llama, tokenizer)
     prompts = ["Hello there", "a\n b", "  ", "x" * 1000]
     monkeypatch.setattr(foreign, "generic_prompts", lambda base: prompts)
     requests = foreign_requests(base)

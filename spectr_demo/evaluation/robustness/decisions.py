@@ -19,7 +19,7 @@ from spectr_demo.base.prompts import decoder_inputs, shared_length
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.evaluation.listening import late_means, listen, requests_of
+from spectr_demo.evaluation.listening import late_means, listen
 from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.robustness.libraries import Key, Library
 from spectr_demo.evaluation.robustness.variants import Variants
@@ -43,7 +43,7 @@ def hear(
     generic: read in the same pass. They give the variants their statistics, and the detectors,
     which are too large to keep. prompts: token ids.
     """
-    requests = requests_of(engine, [*map(engine.encode, generic), *prompts])
+    requests = engine.reader.requests([*map(engine.encode, generic), *prompts])
     is_generic = requests.owners < len(generic)
     heard: list[dict[str, Tensor]] = [{} for _ in prompts]
 
