@@ -116,7 +116,7 @@ class SpectrModel:
             routers,
             prompt_ids,
             settings,
-            lambda: [self.lanes(router, prompt_ids) for router in routers],
+            lambda: self.lanes_of(routers, prompt_ids),
             self.plan_lanes,
             record=record,
             trace_every=trace_every,
@@ -128,11 +128,20 @@ class SpectrModel:
         return encode(self.tokenizer, prompt)
 
     def lanes(self, router: RouterConfig, ids: Sequence[int]) -> list[Lane]:
-        """What a router answers one by one of a prompt's token ids: its requests, for a router that
-        reads them, else all of it at once."""
-        if ROUTERS[router.name].reads_request:
-            return self.reader.lanes(router, ids)
-        return [Lane.whole(ids)]
+        """What a router answers one by one of a prompt's token ids, see `lanes_of`."""
+        return self.lanes_of([router], ids)[0]
+
+    def lanes_of(self, routers: Sequence[RouterConfig], ids: Sequence[int]) -> list[list[Lane]]:
+        """What each router answers one by one of a prompt's token ids: its requests, for a router
+        that reads them, else all of it at once. The prompt is read once for all of them."""
+        reads = [ROUTERS[router.name].reads_request for router in routers]
+        read = self.reader.prompt(ids) if any(reads) else None
+        return [
+            read.lanes(router, self.reader.least_certainty(router))
+            if read and is_reader
+            else [Lane.whole(ids)]
+            for router, is_reader in zip(routers, reads, strict=True)
+        ]
 
     def plan(
         self,

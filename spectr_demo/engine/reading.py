@@ -2,7 +2,7 @@
 
 Two things are read so. Ordinary prompts, which the base wrote itself, show what each layer's inputs
 are like where no expert is needed (`Reader.ordinary`). And the prompt itself is read before the
-run: which requests it holds, and which expert each of them is for (`Reader.lanes`).
+run: which requests it holds, and which expert each of them is for (`Reader.prompt`).
 
 Axes: R rows, T tokens, N tokens of all rows that count, M linear layers, E experts.
 """
@@ -10,7 +10,7 @@ Axes: R rows, T tokens, N tokens of all rows that count, M linear layers, E expe
 import copy
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -171,6 +171,35 @@ class Lane:
         return cls(start=0, stop=len(ids), ids=list(ids))
 
 
+@dataclass(frozen=True)
+class ReadPrompt:
+    """A prompt's parts, each run of which was read as if it were all that is asked.
+
+    runs: the lane that each run would be, of no router yet. explained: (E,) of each run, how much
+    of it each expert accounts for.
+    """
+
+    parts: Sequence[Part]
+    runs: Mapping[Span, Lane]
+    explained: Mapping[Span, Tensor]
+
+    def lanes(self, router: RouterConfig, least: float | None) -> list[Lane]:
+        """The runs that are requests of their own, in order, with the weights of their experts.
+        least: what an expert must exceed, see `Reader.least_certainty`."""
+        lengths = [part.stop - part.start for part in self.parts]
+        costs = [cost_of_cut(is_next=part.is_next, is_item=part.is_item) for part in self.parts]
+        cut = best_cut(lengths, costs, self.explained)
+        experts = [self.lane(run, router, least).expert for run in cut]
+        runs = joined(cut, experts, [part.is_next for part in self.parts])
+        return [self.lane(run, router, least) for run in runs]
+
+    def lane(self, run: Span, router: RouterConfig, least: float | None) -> Lane:
+        """One run of parts as a lane."""
+        lane = self.runs[run]
+        assert lane.certainty is not None
+        return replace(lane, weights=_weights(lane.certainty, router, least))
+
+
 class Reader:
     """Reads with one base, for one library of experts; what it finds out is kept."""
 
@@ -224,35 +253,26 @@ class Reader:
             return None
         return float(self.ordinary.certainty.quantile(router.confidence))
 
-    def lanes(self, router: RouterConfig, ids: Sequence[int]) -> list[Lane]:
-        """The requests of a prompt, in order, and whom each is for. A prompt of one has one lane,
-        which is the whole of it."""
+    def prompt(self, ids: Sequence[int]) -> ReadPrompt:
+        """Reads a prompt, and each part of it that may be a request of its own. One of a single
+        request has one lane, which is the whole of it."""
         start, stop = self.template.request(ids)
         found = parts(token_pieces(self._base.tokenizer, ids), start, stop)
         if len(spans(len(found))) * (stop - start) > _MOST_READ:
             found = [Part(start=start, stop=stop, is_next=False)]
-        read = self._read_spans(router, ids, found)
-        is_next = [part.is_next for part in found]
-        lengths = [part.stop - part.start for part in found]
-        costs = [cost_of_cut(is_next=part.is_next, is_item=part.is_item) for part in found]
-        cut = best_cut(lengths, costs, {span: explained for span, (_, explained) in read.items()})
-        experts = [read[span][0].expert for span in cut]
-        return [read[span][0] for span in joined(cut, experts, is_next)]
+        return self._read_parts(ids, found)
 
     def whole(self, router: RouterConfig, ids: Sequence[int]) -> Lane:
         """A prompt that is taken for one request."""
         start, stop = self.template.request(ids)
         part = Part(start=start, stop=stop, is_next=False)
-        return self._read_spans(router, ids, [part])[0, 1][0]
+        return self._read_parts(ids, [part]).lane((0, 1), router, self.least_certainty(router))
 
     def _is_blank(self, token: int) -> bool:
         return not str(self._base.tokenizer.decode([token])).strip()
 
-    def _read_spans(
-        self, router: RouterConfig, ids: Sequence[int], found: Sequence[Part]
-    ) -> dict[Span, tuple[Lane, Tensor]]:
-        """Each run of parts, read as if it were all that is asked: its lane, and (E,) how much of
-        it each expert explains. Blank tokens at which a message may be cut belong to no run."""
+    def _read_parts(self, ids: Sequence[int], found: Sequence[Part]) -> ReadPrompt:
+        """Blank tokens at which a message may be cut belong to no run of parts."""
         start, stop = found[0].start, found[-1].stop
         bounds = {}
         for first, end in spans(len(found)):
@@ -267,27 +287,25 @@ class Reader:
         batches = [order[i : i + _RUNS_AT_ONCE] for i in range(0, len(order), _RUNS_AT_ONCE)]
         some = []
         for runs in batches:
-            own = [ids[slice(*bounds[run])] for run in runs]
-            requests = Requests.of(own, ids[stop:])
+            requests = Requests.of([ids[slice(*bounds[run])] for run in runs], ids[stop:])
             some.append((requests, _Listener(requests, self._library, self.ordinary.detectors)))
         self.read(ids[:start], some)
-        least = self.least_certainty(router)
-        read = {}
+        read: dict[Span, Lane] = {}
+        explained: dict[Span, Tensor] = {}
         for runs, (_, listener) in zip(batches, some, strict=True):
-            certainty, explained = listener.evidence.certainty, listener.evidence.explained
+            evidence = listener.evidence
+            certainty, of_runs = evidence.certainty, evidence.explained
             for row, run in enumerate(runs):
                 a, b = bounds[run]
-                by_layer = listener.evidence.by_layer
-                lane = Lane(
+                read[run] = Lane(
                     start=a,
                     stop=b,
                     ids=[*ids[:start], *ids[a:b], *ids[stop:]],
-                    weights=_weights(certainty[row], router, least),
                     certainty=certainty[row],
-                    by_layer={bank: layers[row] for bank, layers in by_layer.items()},
+                    by_layer={bank: layers[row] for bank, layers in evidence.by_layer.items()},
                 )
-                read[run] = lane, explained[row]
-        return read
+                explained[run] = of_runs[row]
+        return ReadPrompt(found, read, explained)
 
 
 def _weights(certainty: Tensor, router: RouterConfig, least: float | None) -> Tensor:

@@ -12,14 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from spectr_demo.base.prompts import parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.scores import summarize
-from spectr_demo.routing.lanes import best_cut, cost_of_cut, joined
 
 CONFIDENCES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99)
 # What was aimed at: shares of ordinary prompts with an expert, and of requests that are lost.
@@ -42,14 +39,17 @@ def chosen_experts(
     engine: SpectrModel, router: RouterConfig, prompts: Sequence[str], description: str = "prompts"
 ) -> ByConfidence:
     """Whom the lanes of each prompt are for, at each of the `levels`."""
+    names = engine.library.names
     least = {
         str(level): engine.reader.least_certainty(replace(router, confidence=level))
         for level in levels(router)
     }
     result: ByConfidence = {level: [] for level in least}
     for prompt in tqdm(prompts, desc=description, unit="prompt", leave=False):
-        for level, lanes in _lanes(engine, router, prompt, least).items():
-            result[level].append(lanes)
+        read = engine.reader.prompt(engine.encode(prompt))
+        for level, at_least in least.items():
+            experts = [lane.expert for lane in read.lanes(router, at_least)]
+            result[level].append([None if e is None else names[e] for e in experts])
     return result
 
 
@@ -57,33 +57,6 @@ def levels(router: RouterConfig) -> list[float]:
     """The confidences that are compared, the router's own among them."""
     own = () if router.confidence is None else (router.confidence,)
     return sorted({*CONFIDENCES, *own})
-
-
-@torch.inference_mode()
-def _lanes(
-    engine: SpectrModel, router: RouterConfig, prompt: str, least: Mapping[str, float | None]
-) -> dict[str, Chosen]:
-    """As `Reader.lanes` has them, at each level, from one reading."""
-    ids = engine.encode(prompt)
-    found = parts(token_pieces(engine.tokenizer, ids), *engine.template.request(ids))
-    read = engine.reader._read_spans(replace(router, confidence=None), ids, found)
-    is_next = [part.is_next for part in found]
-    explained = {span: of_span for span, (_, of_span) in read.items()}
-    costs = [cost_of_cut(is_next=part.is_next, is_item=part.is_item) for part in found]
-    cut = best_cut([part.stop - part.start for part in found], costs, explained)
-
-    def expert(span: tuple[int, int], level: str) -> int | None:
-        certainty, at_least = read[span][0].certainty, least[level]
-        assert certainty is not None
-        is_sure = at_least is None or float(certainty.max()) > at_least
-        return int(certainty.argmax()) if is_sure else None
-
-    result: dict[str, Chosen] = {}
-    for level in least:
-        lanes = joined(cut, [expert(span, level) for span in cut], is_next)
-        experts = [expert(span, level) for span in lanes]
-        result[level] = [None if e is None else engine.library.names[e] for e in experts]
-    return result
 
 
 def outcome(lanes: Sequence[str | None], name: str) -> str:

@@ -9,13 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from spectr_demo.base.prompts import Part
 from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine import reading
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.engine.reading import Lane, Reader
+from spectr_demo.engine.reading import Lane, Reader, ReadPrompt
 from spectr_demo.engine.run import Step
 from spectr_demo.engine.tracing import Row, _with_line_ends
 from spectr_demo.routing.lanes import Span
@@ -33,23 +32,23 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
     """Says which expert each part of the message is for. With random experts that is chance."""
     monkeypatch.setattr(reading, "best_cut", lambda lengths, *_: spans_of_one(len(lengths)))
     monkeypatch.setattr(reading, "joined", lambda lanes, *_: lanes)
-    read_spans = Reader._read_spans
+    read_parts = Reader._read_parts
 
     def choose(experts: Sequence[int | None]) -> None:
-        def told(
-            self: Reader, router: RouterConfig, ids: list[int], found: list[Part]
-        ) -> dict[Span, tuple[Lane, Tensor]]:
-            read = read_spans(self, router, ids, found)
+        def told(self: Reader, ids: Sequence[int], found: Sequence[Part]) -> ReadPrompt:
+            read = read_parts(self, ids, found)
+            runs = dict(read.runs)
             for part in range(len(found)):
-                lane, explained = read[part, part + 1]
-                expert = experts[part]
-                weights = torch.zeros(len(explained))
+                lane, expert = runs[part, part + 1], experts[part]
+                assert lane.certainty is not None
+                certainty = torch.full_like(lane.certainty, -1)
                 if expert is not None:
-                    weights[expert] = 1
-                read[part, part + 1] = replace(lane, weights=weights, certainty=weights), explained
-            return read
+                    certainty[expert] = 1
+                runs[part, part + 1] = replace(lane, certainty=certainty)
+            return replace(read, runs=runs)
 
-        monkeypatch.setattr(Reader, "_read_spans", told)
+        monkeypatch.setattr(Reader, "_read_parts", told)
+        monkeypatch.setattr(Reader, "least_certainty", lambda *_: 0.0)
 
     return choose
 

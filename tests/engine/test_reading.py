@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from spectr_demo.config import RouterConfig
 from spectr_demo.engine import reading
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.engine.reading import Lane, Listening, Reader, Requests
+from spectr_demo.engine.reading import Lane, Listening, Reader, ReadPrompt, Requests
 from spectr_demo.experts.library import load_experts
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration
@@ -267,22 +268,17 @@ def test_a_message_is_cut_where_that_explains_it_better(
 ) -> None:
     """With two experts, each of which is known by the words of its line."""
     found: list[list[Span]] = []
-    read_spans = Reader._read_spans
+    read_parts = Reader._read_parts
 
-    def told(
-        self: Reader, router: RouterConfig, ids: list[int], of_message: list[Part]
-    ) -> dict[Span, tuple[Lane, Tensor]]:
-        read = read_spans(self, router, ids, of_message)
+    def told(self: Reader, ids: Sequence[int], of_message: Sequence[Part]) -> ReadPrompt:
+        read = read_parts(self, ids, of_message)
         best = {(0, 1): [0.9, 0, 0], (1, 2): [0, 0, 0.9]}
-        out = {}
-        for span, (lane, _) in read.items():
-            explained = torch.tensor(best.get(span, [0.4, 0.4, 0.4]))
-            weights = (explained == explained.max()).float()
-            out[span] = replace(lane, weights=weights, certainty=explained), explained
-        found.append(sorted(out))
-        return out
+        explained = {run: torch.tensor(best.get(run, [0.4, 0.4, 0.4])) for run in read.runs}
+        runs = {run: replace(lane, certainty=explained[run]) for run, lane in read.runs.items()}
+        found.append(sorted(runs))
+        return ReadPrompt(of_message, runs, explained)
 
-    monkeypatch.setattr(Reader, "_read_spans", told)
+    monkeypatch.setattr(Reader, "_read_parts", told)
     lanes = routed_model.lanes(context(routed_model), routed_model.encode(TWO_LINES))
     assert found == [[(0, 1), (0, 2), (1, 2)]]
     assert [lane.expert for lane in lanes] == [0, 2]
