@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from spectr_demo.evaluation.claims import EACH_LAYER, ONE_CHOICE, RAW_METRIC
+from spectr_demo.evaluation.findings import SUBJECT, judged_claims
 from spectr_demo.evaluation.report import load_results, to_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +23,22 @@ CODE_PATH = re.compile(
 MODULE = re.compile(r"`(spectr_demo(?:\.\w+)+)`")
 # Pages that tell what was: a path in them may be gone.
 HISTORY = {"CHANGELOG.md", "log.md"}
+# What README.md says of two rows, and the claims (figure, more, less) that must be shown for it.
+SAID = {
+    "**The request says what one token cannot.**": [
+        ("scores", SUBJECT, other)
+        for other in ("base", "arrow", "spectr-paper", "spectr", "spectr-calibrated")
+    ],
+    "**SpectR beats Arrow and merging, by little.**": [
+        ("scores", "spectr", other) for other in ("arrow", "TIES", "uniform (outputs)")
+    ],
+    "Standardised scores help": [("scores", "spectr-calibrated", "spectr")],
+    "**Messages with two and three requests.**": [("messages", SUBJECT, "spectr")],
+    "**A choice for each layer does not help.**": [
+        ("requests", ONE_CHOICE, EACH_LAYER),
+        ("requests", ONE_CHOICE, RAW_METRIC),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +78,17 @@ def test_the_report_is_that_of_the_shipped_results() -> None:
     assert results is not None
     report = to_markdown(results)
     assert text(ROOT / "docs" / "results.md") == report, "run python -m spectr_demo evaluate"
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_the_readme_says_what_paired_tests_show(said: str) -> None:
+    assert said in text(ROOT / "README.md"), "other words: name them in SAID, with their claims"
+    shown = {
+        (c["figure"], c["more"], c["less"]): c["shown"] for c in judged_claims(load_results() or {})
+    }
+    if not shown:
+        pytest.skip("the shipped results were made before there were tests")
+    assert {claim: shown.get(claim) for claim in SAID[said]} == dict.fromkeys(SAID[said], "yes")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

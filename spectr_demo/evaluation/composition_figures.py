@@ -92,6 +92,15 @@ class Resampled:
         means = np.divide(ratios.sum(1), num, out=np.full(len(num), np.nan), where=num > 0)
         return None if np.isnan(means[0]) else means
 
+    def summands(self, values: Scores, reference: Scores, group: str) -> Floats | None:
+        """(M,) what each message adds to the share; None where the messages have nothing to divide
+        by. `shares` has their sum first."""
+        bottom = self._sums(reference, group).sum(0)  # (D,)
+        has = bottom > 0
+        if not has.any():
+            return None
+        return (self._sums(values, group)[:, has] / bottom[has]).mean(1)
+
     def _sums(self, values: Scores, group: str) -> Floats:
         """(M, D) sums of the scores of a group's parts."""
         sums = np.zeros((len(self._messages), len(self._names)))

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from spectr_demo.base.generic import generic_prompts
@@ -20,6 +19,13 @@ from spectr_demo.config import DEFAULT_ROUTER, RouterConfig, unknown_name
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.accuracy import routing_accuracy
+from spectr_demo.evaluation.claims import (
+    chat_claims,
+    message_claims,
+    reading_claims,
+    request_claims,
+    score_claims,
+)
 from spectr_demo.evaluation.composition import (
     SEGMENTS,
     SINGLE,
@@ -48,6 +54,7 @@ from spectr_demo.evaluation.reading import Reading, Text, read
 from spectr_demo.evaluation.requests import Detectors, by_metric, detectors_of, whom_figures
 from spectr_demo.evaluation.results import (
     accuracies,
+    chat_shifts,
     conditions,
     join_readings,
     likelihoods,
@@ -159,7 +166,7 @@ class Evaluation:
             domains = {c.label: self._domains(c) for c in self.contenders}
             chat = {c.label: self._chat_shift(c) for c in beyond if self.settings.num_offdomain}
             composed, bounds = self._composed_rows(self.contenders), self._bounds()
-            requests = self._requests() if self.reads_requests else {}
+            requests, named = self._requests() if self.reads_requests else ({}, {})
             stressed = self._stress() if self.settings.stress_texts else None
             retrained = [self._retrained(name, adapter) for name, adapter in self.retrained]
             if self.merges:
@@ -167,16 +174,23 @@ class Evaluation:
             domains |= {c.label: self._domains(c) for c in self.merges}
             composed |= self._composed_rows(self.merges)
         readings = {label: row for label, (_, row) in domains.items()}
+        answers = {label: row for label, (row, _) in domains.items()}
         return {
             "meta": meta,
-            "scores": task_scores({label: row for label, (row, _) in domains.items()}),
+            "scores": task_scores(answers),
             "likelihood": likelihoods(readings),
             "accuracy": accuracies(readings),
-            "offdomain": chat,
+            "offdomain": chat_shifts(chat),
             **requests,
             "composition": self._composition(composed, bounds),
             "stress": stressed,
             "retrained": retrained,
+            "claims": [
+                *score_claims(answers),
+                *reading_claims(readings),
+                *chat_claims(chat),
+                *(request_claims(named) if named else []),
+            ],
         }
 
     def with_composition(self, results: dict[str, Any] | None) -> dict[str, Any]:
@@ -265,6 +279,7 @@ class Evaluation:
         result: dict[str, Any] = {"nll": [row.nll for row in rows]}
         if ROUTERS[config.name].chooses:
             expert = self.engine.library.index(name)
+            result["right"] = [routing_accuracy([row], expert)["answer"] for row in rows]
             groups = {
                 "all": rows,
                 "seen wording": _where(rows, examples, is_heldout=False),
@@ -280,21 +295,23 @@ class Evaluation:
     def _texts(self, examples: Sequence[Example]) -> list[Text]:
         return [Text.from_chat(self.engine, e.prompt, e.answer) for e in examples]
 
-    def _chat_shift(self, contender: Contender) -> dict[str, float]:
+    def _chat_shift(self, contender: Contender) -> dict[str, list[float]]:
         config = contender.config("", self.engine.library.names)
         return self._part("off-domain", config, self._offdomain, self.settings.num_offdomain)
 
-    def _offdomain(self, config: RouterConfig) -> dict[str, float]:
-        """How far the base's own answers to ordinary chat are moved: KL in nats a token, share of
-        tokens whose likeliest choice stays, and the rise of the answers' NLL."""
+    def _offdomain(self, config: RouterConfig) -> dict[str, list[float]]:
+        """How far the base's own answer to each prompt of ordinary chat is moved: KL in nats a
+        token, share of tokens whose likeliest choice stays, and the rise of the answer's NLL."""
         texts = [Text.from_chat(self.engine, prompt, answer) for prompt, answer in self._chat()]
         rows = read(self.engine, config, texts, with_base=True, description=config.name)
-        unrouted = [(row.choices == NOT_ROUTED).mean() for row in rows if row.choices is not None]
+        unrouted = [
+            float((row.choices == NOT_ROUTED).mean()) for row in rows if row.choices is not None
+        ]
         return {
-            "kl": float(np.mean([row.kl.mean() for row in rows])),
-            "agreement": float(np.mean([row.agrees.mean() for row in rows])),
-            "nll_rise": float(np.mean([row.nll + row.base_logprob.mean() for row in rows])),
-            **({"unrouted": float(np.mean(unrouted))} if unrouted else {}),
+            "kl": [float(row.kl.mean()) for row in rows],
+            "agreement": [float(row.agrees.mean()) for row in rows],
+            "nll_rise": [float(row.nll + row.base_logprob.mean()) for row in rows],
+            **({"unrouted": unrouted} if unrouted else {}),
         }
 
     def _chat(self) -> list[tuple[str, str]]:
@@ -368,10 +385,14 @@ class Evaluation:
             return None
         scores = {label: scores for label, (scores, _) in composed.items()} | bounds
         routing = {label: routing for label, (_, routing) in composed.items()}
-        return composition_figures(self.messages, scores, routing)
+        return {
+            **composition_figures(self.messages, scores, routing),
+            "claims": message_claims(self.messages, scores),
+        }
 
-    def _requests(self) -> dict[str, Any]:
-        """Ordinary prompts and single requests: whom the default router takes them for."""
+    def _requests(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Ordinary prompts and single requests: whom the default router takes them for; and
+        `by_metric` of each domain."""
         config = parse_router(DEFAULT_ROUTER, self.engine.library.names)
         assert config.confidence is not None
         ordinary = {
@@ -387,10 +408,11 @@ class Evaluation:
             )
             compute = partial(self._by_metric, prompts=prompts, name=name)
             named[name] = self._part("metrics", config, compute, name, len(prompts))
-        return {
+        figures = {
             "ordinary": ordinary_figures(self.ordinary, ordinary, asked, config.confidence),
             "whom": whom_figures(named, {name: of.is_heldout for name, of in asked.items()}),
         }
+        return figures, named
 
     def _by_metric(self, config: RouterConfig, prompts: Sequence[str], name: str) -> Any:
         expert = self.engine.library.index(name)

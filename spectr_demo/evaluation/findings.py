@@ -40,6 +40,8 @@ Intervals are 95%.
 # The router whose results are put into words, and those it is compared with where they were run.
 SUBJECT = "spectr-context"
 OTHERS = {"spectr": "SpectR with K = 1", "base": "the base without experts"}
+PAPER = ("spectr", "spectr-paper")
+LEVEL = 0.05  # of all claims together
 
 
 def in_words(results: Mapping[str, Any]) -> str:
@@ -49,13 +51,57 @@ def in_words(results: Mapping[str, Any]) -> str:
     """
     if "of_oracle" not in results.get("scores", {}).get(SUBJECT, {}):
         return ""
-    helps = [_one_request(results), *_decisions(results)]
-    fails = [_weakest_domain(results), *_ordinary_prompts(results), *_ordinary_chat(results)]
-    (helps if _composes(results) else fails).extend(_several_requests(results))
+    found = (
+        ([_one_request(results)], _is_more(results, "scores", SUBJECT, "base")),
+        (_decisions(results), _is_more(results, "decisions", SUBJECT, "spectr")),
+        (_paper(results), _is_more(results, "scores", "spectr", "arrow")),
+        ([_weakest_domain(results), *_ordinary_prompts(results)], False),
+        (_ordinary_chat(results), False),
+        (_several_requests(results), _composes(results)),
+    )
+    helps = [text for texts, does_help in found if does_help for text in texts]
+    fails = [text for texts, does_help in found if not does_help for text in texts]
     parts = {"What routing helps with:": helps, "Where it falls short:": fails}
     return "\n".join(
         f"{title}\n\n" + "".join(f"- {text}\n" for text in texts) for title, texts in parts.items()
     )
+
+
+def judged_claims(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The claims of all figures, each with what its test shows: `yes`, `no` or `the opposite`.
+
+    p counts as often as there are claims (Bonferroni's correction).
+    """
+    claims = [*results.get("claims", []), *(results.get("composition") or {}).get("claims", [])]
+    return [{**claim, "shown": _shown(claim, len(claims))} for claim in claims]
+
+
+def _shown(claim: Mapping[str, Any], num_claims: int) -> str:
+    if claim["p"] * num_claims >= LEVEL:
+        return "no"
+    return "yes" if claim["difference"]["mean"] > 0 else "the opposite"
+
+
+def _is_more(results: Mapping[str, Any], figure: str, more: str, less: str) -> bool:
+    """Whether a claim is shown. Results of before there were tests pass."""
+    return all(
+        claim["shown"] == "yes"
+        for claim in judged_claims(results)
+        if (claim["figure"], claim["more"], claim["less"]) == (figure, more, less)
+    )
+
+
+def _by_tests(results: Mapping[str, Any], figure: str, label: str) -> str:
+    """Which rows have less of a figure than one row has, which more; empty without tests."""
+    sides: dict[str, list[str]] = {"more than": [], "less than": [], "not told apart from": []}
+    for claim in judged_claims(results):
+        if claim["figure"] == figure and label in (claim["more"], claim["less"]):
+            is_first = label == claim["more"]
+            other = claim["less"] if is_first else claim["more"]
+            side = "more than" if is_first == (claim["shown"] == "yes") else "less than"
+            sides["not told apart from" if claim["shown"] == "no" else side].append(f"`{other}`")
+    told = "; ".join(f"{side} {', '.join(others)}" for side, others in sides.items() if others)
+    return told and f" By paired tests that is {told}."
 
 
 def _compared(values: Mapping[str, str]) -> str:
@@ -76,6 +122,7 @@ def _one_request(results: Mapping[str, Any]) -> str:
     return (
         f"**A message with one request.** `{SUBJECT}` reaches {means[SUBJECT]} of the score that "
         f"each request's own expert reaches alone.{_compared(means)}"
+        f"{_by_tests(results, 'scores', SUBJECT)}"
     )
 
 
@@ -88,8 +135,18 @@ def _decisions(results: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"**Finding the right expert.** `{SUBJECT}` finds it in {shares[SUBJECT]} of the decisions "
-        f"on answer tokens.{_compared(shares)}"
+        f"on answer tokens.{_compared(shares)}{_by_tests(results, 'decisions', SUBJECT)}"
     ]
+
+
+def _paper(results: Mapping[str, Any]) -> list[str]:
+    """SpectR itself against Arrow, merging and the base; nothing without tests."""
+    told = [
+        f"`{label}` reaches {results['scores'][label]['of_oracle']['mean']:.2f}.{tests}"
+        for label in PAPER
+        if (tests := _by_tests(results, "scores", label))
+    ]
+    return [f"**SpectR itself.** {' '.join(told)}"] if told else []
 
 
 def _ordinary_prompts(results: Mapping[str, Any]) -> list[str]:
@@ -133,6 +190,7 @@ def _ordinary_chat(results: Mapping[str, Any]) -> list[str]:
         f"**Ordinary chat.** `{SUBJECT}` moves the base's distribution by "
         f"{shifts[SUBJECT]} nats a token (KL). It uses no expert in "
         f"{chat[SUBJECT]['unrouted']:.0%} of these decisions.{_compared(shifts)}"
+        f"{_by_tests(results, 'chat', SUBJECT)}"
     ]
 
 
@@ -156,7 +214,20 @@ def _several_requests(results: Mapping[str, Any]) -> list[str]:
     everywhere = {label: row["all"] for label, row in shares.items()}
     return [
         f"**Messages with two and three requests.** `{SUBJECT}` reaches {own['all']} of the score "
-        f"that each request's own expert reaches alone: {of_places}. With each part read and "
-        f"answered by its own expert, by hand, it is {everywhere[SEGMENTS]}."
-        f"{_compared(everywhere)}"
+        f"that each request's own expert reaches alone: {of_places}.{_of_places(results)} With "
+        f"each part read and answered by its own expert, by hand, it is {everywhere[SEGMENTS]}."
+        f"{_compared(everywhere)}{_by_tests(results, 'messages', SUBJECT)}"
     ]
+
+
+def _of_places(results: Mapping[str, Any]) -> str:
+    said = {
+        "yes": "scores more than",
+        "the opposite": "scores less than",
+        "no": "is not told apart from",
+    }
+    return "".join(
+        f" By a paired test the {claim['more']} place {said[claim['shown']]} the {claim['less']}."
+        for claim in judged_claims(results)
+        if claim["figure"] == "places"
+    )

@@ -13,11 +13,22 @@ import numpy as np
 from spectr_demo.config import ASSETS
 from spectr_demo.evaluation.composition import SEGMENTS, SINGLE
 from spectr_demo.evaluation.composition_figures import ENOUGH, PLACES, SIZES, TARGETS
-from spectr_demo.evaluation.findings import HEAD, SUBJECT, in_words
+from spectr_demo.evaluation.findings import HEAD, LEVEL, SUBJECT, in_words, judged_claims
 from spectr_demo.evaluation.messages import FORMATS
 from spectr_demo.evaluation.ordinary import TARGETS as LIMITS
 
 RESULTS = ASSETS / "results" / "evaluation.json"
+
+# What is claimed of two rows, by the figure that one has more of.
+CLAIMS = {
+    "scores": "One request: `{more}` scores more than `{less}`",
+    "likelihood": "The reference answer gains more likelihood with `{more}` than with `{less}`",
+    "decisions": "`{more}` takes the right expert in more decisions than `{less}`",
+    "chat": "Ordinary chat is moved further by `{more}` than by `{less}` (KL in nats a token)",
+    "requests": "The right expert is named more often by {more} than by {less}",
+    "messages": "Two and three requests: `{more}` scores more than `{less}`",
+    "places": f"Two and three requests, `{SUBJECT}`: the {{more}} scores more than the {{less}}",
+}
 
 
 def load_results(path: Path = RESULTS) -> dict[str, Any] | None:
@@ -32,6 +43,8 @@ def load_results(path: Path = RESULTS) -> dict[str, Any] | None:
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The whole report, headings included."""
     sections = [HEAD.format(findings=in_words(results), conditions=conditions(results["meta"]))]
+    if judged_claims(results):
+        sections.append("## Claims\n\n" + claims_table(results))
     if "scores" in results:  # else the messages were measured alone
         sections += [
             "## Overview\n\n" + overview_table(results),
@@ -57,6 +70,33 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     if results.get("retrained"):
         sections.append("## Experts trained again\n\n" + retrained_tables(results["retrained"]))
     return "\n".join(sections)
+
+
+def claims_table(results: Mapping[str, Any]) -> str:
+    """One line for each claim, with its paired test."""
+    claims = judged_claims(results)
+    rows = [
+        [
+            CLAIMS[claim["figure"]].format(more=claim["more"], less=claim["less"]),
+            f"{claim['of_more']:.3f}",
+            f"{claim['of_less']:.3f}",
+            _interval(claim["difference"], " to "),
+            f"{claim['p']:.4f}",
+            str(claim["num"]),
+            claim["shown"],
+        ]
+        for claim in claims
+    ]
+    header = ["claim", "first", "second", "difference", "p", "n", "shown"]
+    return _table(header, rows) + (
+        "\nAll rows answer the same prompts, so two of them are compared prompt by prompt. `first` "
+        "and `second` are their figures, as the tables below have them. `difference`: with a 95% "
+        "interval, a bootstrap over the prompts of each domain, or over whole messages. The "
+        "oracle's scores are taken as they are. `p`: two-sided, of a permutation test, in which "
+        "the two rows exchange their results for single prompts, or for whole messages, at random. "
+        "`n`: prompts or messages. `shown`: whether p, times the number of claims "
+        f"({len(claims)}), is below {LEVEL} (Bonferroni's correction).\n"
+    )
 
 
 def overview_table(results: Mapping[str, Any]) -> str:
@@ -505,8 +545,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _interval(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+def _interval(value: Mapping[str, float], to: str = "-") -> str:
+    return f"{value['mean']:.3f} ({value['low']:.3f}{to}{value['high']:.3f})"
 
 
 def _mean(values: Iterable[float]) -> str:

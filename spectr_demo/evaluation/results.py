@@ -144,9 +144,21 @@ def accuracies(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def chat_shifts(chat: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """Means by label over the prompts."""
+    return {
+        label: {key: float(np.mean(values)) for key, values in row.items()}
+        for label, row in chat.items()
+    }
+
+
 def join_readings(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One reading from those of its parts; a mean counts as much as it has texts."""
-    result: dict[str, Any] = {"nll": [nll for part in parts for nll in part["nll"]]}
+    result: dict[str, Any] = {
+        key: [value for part in parts for value in part[key]]
+        for key in ("nll", "right")
+        if key in parts[0]
+    }
     groups = [part["accuracy"] for part in parts if "accuracy" in part]
     if groups:
         result["accuracy"] = {

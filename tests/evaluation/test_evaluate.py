@@ -37,11 +37,18 @@ def test_every_contender_is_measured_everywhere(build_engine: BuildModel) -> Non
     assert results["likelihood"]["base"]["way"] == 0
     assert results["likelihood"]["oracle"]["way"] == 1
     assert set(results["meta"]["experts"]) == {"sql", "chords", "other"}
+    figures = {claim["figure"] for claim in results["claims"]}
+    assert {"likelihood", "decisions", "chat"} <= figures, "random experts score nothing"
+    for claim in results["claims"]:
+        if claim["figure"] == "chat":
+            row = results["offdomain"][claim["more"]]
+            assert (claim["of_more"], claim["num"]) == (pytest.approx(row["kl"], abs=1e-4), 2)
 
     report = to_markdown(results)
     assert "spectr-context" in report
     accuracy = results["stress"]["number"]["1000"]["mean"]["spectr"]["decisions"]
     assert f"{accuracy:.1%}" in report
+    assert "| `spectr` takes the right expert in more decisions than `arrow` |" in report
     assert f"{results['likelihood']['spectr']['macro']:.3f}" in report
 
 
@@ -94,7 +101,7 @@ def test_the_command_puts_messages_into_the_results_that_are_there(
 def test_an_interrupted_evaluation_goes_on(
     build_engine: BuildModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(SETTINGS, labels=("base", "oracle", "spectr"))
+    settings = replace(SETTINGS, labels=("base", "oracle", "spectr", "arrow"))
     read, calls = evaluate.read, 0
 
     def interrupted(*args: object, **kwargs: object) -> object:
@@ -114,6 +121,8 @@ def test_an_interrupted_evaluation_goes_on(
         again = Evaluation(build_engine(), settings).run()
         assert calls - 100 == measured, "a finished evaluation measures nothing again"
     assert {**again, "meta": 0} == {**results, "meta": 0}
+    figures = [claim["figure"] for claim in again["claims"]]
+    assert figures == ["likelihood", "decisions"], "the parts hold what the tests need"
 
 
 def test_more_examples_leave_what_is_measured(

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from spectr_demo.evaluation.claims import PAIRS
 from spectr_demo.evaluation.findings import in_words
+from spectr_demo.evaluation.report import CLAIMS, claims_table
 
 
 def shared(**shares: float) -> dict[str, Any]:
@@ -76,3 +78,63 @@ def test_what_was_not_measured_is_not_mentioned(results: dict[str, Any]) -> None
     assert "three requests" not in text
     del few["scores"]["spectr-context"]
     assert in_words(few) == ""
+
+
+def claim(more: str, less: str, p: float, difference: float = 0.1, **figure: str) -> dict[str, Any]:
+    return {
+        "figure": "scores",
+        **figure,
+        "more": more,
+        "less": less,
+        "of_more": 0.5,
+        "of_less": 0.5 - difference,
+        "difference": {"mean": difference, "low": difference - 0.25, "high": difference + 0.25},
+        "p": p,
+        "num": 32,
+    }
+
+
+def test_words_say_more_only_where_a_test_does(results: dict[str, Any]) -> None:
+    results["claims"] = [
+        claim("spectr-context", "base", 0.001),
+        claim("spectr-context", "spectr", 0.02),  # times the five claims it is 0.1
+        claim("oracle", "spectr-context", 0.001),
+        claim("spectr", "arrow", 0.001, difference=-0.1),
+    ]
+    results["composition"]["claims"] = [claim("first", "second", 0.9, figure="places")]
+    text = in_words(results)
+    told = "more than `base`; less than `oracle`; not told apart from `spectr`."
+    assert f"By paired tests that is {told}" in text
+    assert "`spectr` reaches 0.42. By paired tests that is less than `arrow`;" in text
+    assert "By a paired test the first place is not told apart from the second." in text
+    one, spectr, falls_short = (
+        text.index(part) for part in ("**A message", "**SpectR itself", "Where it falls short")
+    )
+    assert one < falls_short < spectr
+
+    results["claims"][0]["p"] = 0.02
+    results["claims"][3]["difference"]["mean"] = 0.1
+    text = in_words(results)
+    one, spectr, falls_short = (
+        text.index(part) for part in ("**A message", "**SpectR itself", "Where it falls short")
+    )
+    assert spectr < falls_short < one
+
+
+def test_the_table_of_claims_has_each_test(results: dict[str, Any]) -> None:
+    results["claims"] = [claim("spectr", "arrow", 0.0202), claim("spectr", "TIES", 0.0003)]
+    results["composition"]["claims"] = [claim("first", "second", 0.001, -0.1, figure="places")]
+    lines = claims_table(results).splitlines()
+    assert lines[2:5] == [
+        "| One request: `spectr` scores more than `arrow` | 0.500 | 0.400 "
+        "| 0.100 (-0.150 to 0.350) | 0.0202 | 32 | no |",
+        "| One request: `spectr` scores more than `TIES` | 0.500 | 0.400 "
+        "| 0.100 (-0.150 to 0.350) | 0.0003 | 32 | yes |",
+        "| Two and three requests, `spectr-context`: the first scores more than the second "
+        "| 0.500 | 0.600 | -0.100 (-0.350 to 0.150) | 0.0010 | 32 | the opposite |",
+    ]
+    assert "times the number of claims (3), is below 0.05" in lines[-1]
+
+
+def test_every_claim_has_its_words() -> None:
+    assert CLAIMS.keys() == PAIRS.keys()
