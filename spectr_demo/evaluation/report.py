@@ -94,6 +94,7 @@ def claims_table(results: Mapping[str, Any]) -> str:
         "interval, a bootstrap over the prompts of each domain, or over whole messages. The "
         "oracle's scores are taken as they are. `p`: two-sided, of a permutation test, in which "
         "the two rows exchange their results for single prompts, or for whole messages, at random. "
+        "With more than 13 of them it is drawn, and 0.0002 is the least it can be. "
         "`n`: prompts or messages. `shown`: whether p, times the number of claims "
         f"({len(claims)}), is below {LEVEL} (Bonferroni's correction).\n"
     )
