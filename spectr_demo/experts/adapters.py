@@ -1,28 +1,38 @@
-"""LoRA adapters: reading PEFT's folders safely, and checking them against the base.
+"""LoRA adapters: reading PEFT's folders safely.
 
-All that is wrong with an adapter, or with several, is said in one error.
+All that is wrong with an adapter, or with several, is said in one error, in one line for each thing
+that is wrong.
 """
 
 import hashlib
 import json
 import math
+import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+
+from spectr_demo.experts.fields import HONOURED, refusals
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
+# What torch puts into the names of modules that it compiles, shards or checkpoints.
+_WRAPPER = re.compile(
+    r"(?:(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)|^module)\."
+)
+_FOR_TRAINING = (".lora_monteclora_sampler.", ".lora_velora_embed")
+_FACTOR = re.compile(r"(.+)\.(lora_[AB])(?:\.(?!weight$)([^.]+))?(?:\.weight)?")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
@@ -58,6 +68,7 @@ class Adapter:
     sha256: of configuration and weights, in hex. num_bytes: of the weights.
     shapes: by the layer's path in the base model.
     read: gives the weights, by path too. They are not kept, since the library has its own.
+    notes: what was done so that it fits, for people.
     """
 
     name: str
@@ -67,6 +78,7 @@ class Adapter:
     num_bytes: int
     shapes: Mapping[str, LoraShape]
     read: Callable[[], Mapping[str, LoraFactors]] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -74,7 +86,7 @@ class Adapter:
         factors: Mapping[str, LoraFactors],
         *,
         read: Callable[[], Mapping[str, LoraFactors]] | None = None,
-        **facts: str,
+        **facts: Any,
     ) -> "Adapter":
         """The adapter with these weights, which are kept where nothing can read them again."""
         return cls(
@@ -98,57 +110,106 @@ class Adapter:
         """Names of the projections it touches, such as `q_proj`, in the order of the file."""
         return list(dict.fromkeys(path.rpartition(".")[2] for path in self.shapes))
 
+    def placed(self, places: Mapping[str, str], notes: Sequence[str]) -> "Adapter":
+        """The same adapter with its layers at other paths; those that have no place are left out.
 
-def read_adapter(source: str, name: str | None = None) -> Adapter:
+        places: by the path here, the path there.
+        """
+        return replace(
+            self,
+            shapes={sys.intern(places[p]): s for p, s in self.shapes.items() if p in places},
+            read=partial(_read_placed, self.read, places),
+            notes=(*self.notes, *notes),
+        )
+
+
+def _read_placed(
+    read: Callable[[], Mapping[str, LoraFactors]], places: Mapping[str, str]
+) -> dict[str, LoraFactors]:
+    return {places[path]: factors for path, factors in read().items() if path in places}
+
+
+def named_source(source: str | Path) -> tuple[str | None, str]:
+    """The name that is given to an expert, and its folder or Hub id.
+
+    `NAME=SOURCE` gives one. A folder's path may have an equals sign too, such as `runs/lr=1e-4`.
+    """
+    name, is_named, rest = str(source).partition("=")
+    is_path = isinstance(source, Path) or Path(name).name != name or Path(source).exists()
+    return (name, rest) if is_named and not is_path else (None, str(source))
+
+
+def read_adapter(source: str | Path, name: str | None = None) -> Adapter:
     """Read a PEFT LoRA adapter from a folder or from the Hub (`owner/repo` or `owner/repo/folder`).
 
     name: of the expert. None is the last part of the folder's or the repository's name.
     Weights are read from safetensors alone. Raises AdapterError with all that is wrong with it.
     """
+    source = str(source)
     name = name or source.rstrip("/").rpartition("/")[2]
     folder = _resolve(source, name)
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(
             [f"expert {name!r}: {folder} has no {CONFIG_FILE}; it must be a PEFT adapter's folder"]
         )
-    config, config_bytes = _read_config(folder, name)
-    problems = _unsupported(config, name)
+    content = (folder / CONFIG_FILE).read_bytes()
+    values = _read_values(content, folder, name)
+    problems = [
+        f"expert {name!r}: it uses {what}, which is not supported; train a plain LoRA adapter on "
+        "linear layers"
+        for what in refusals(values)
+    ]
+    try:
+        state = _read_state(folder, name)
+    except AdapterError as error:
+        raise AdapterError(problems + error.problems) from None
+    # What else such a configuration leads to is no fault of its own, and is not looked for.
+    if problems := problems + _unsound(state, name):
+        raise AdapterError(problems)
+    config = _lora_config(values, name)
+    factors, notes = _parse_factors(state, config, name)
+    return Adapter.of(
+        factors,
+        read=partial(_read_factors, folder, config, name),
+        name=name,
+        source=source,
+        base_model=values.get("base_model_name_or_path") or "an unnamed base",
+        sha256=hashlib.sha256(content + (folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        notes=notes,
+    )
+
+
+def _read_factors(folder: Path, config: LoraConfig, name: str) -> dict[str, LoraFactors]:
+    return _parse_factors(_read_state(folder, name), config, name)[0]
+
+
+def _read_state(folder: Path, name: str) -> dict[str, Tensor]:
+    """The file's tensors by name. Those in 8 bits are widened: nothing is computed in float8."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickles = [pickle for pickle in _PICKLES if (folder / pickle).is_file()]
         has = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
-        problems.append(
-            f"expert {name!r}: {folder} has {has}; {WEIGHTS_FILE} is needed (loading a pickle can "
-            "run any code): save the adapter again with safetensors"
+        raise AdapterError(
+            [
+                f"expert {name!r}: {folder} has {has}; {WEIGHTS_FILE} is needed (loading a pickle "
+                "can run any code): save the adapter again with safetensors"
+            ]
         )
-        raise AdapterError(problems)
-    try:
-        factors = _read_factors(weights, config, name)
-    except AdapterError as error:
-        problems += error.problems
-    if problems:
-        raise AdapterError(problems)
-    return Adapter.of(
-        factors,
-        read=partial(_read_factors, weights, config, name),
-        name=name,
-        source=source,
-        base_model=config.base_model_name_or_path or "an unnamed base",
-        sha256=hashlib.sha256(config_bytes + weights.read_bytes()).hexdigest(),
-    )
-
-
-def _read_factors(weights: Path, config: LoraConfig, name: str) -> dict[str, LoraFactors]:
     try:
         state = load_file(weights)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
             [f"expert {name!r}: {weights} is corrupt or truncated ({error}); download it again"]
         ) from None
-    factors, problems = _parse_factors(state, config, name)
-    if problems:
-        raise AdapterError(problems)
-    return factors
+    try:
+        return {
+            key: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+            for key, tensor in state.items()
+        }
+    except NotImplementedError as error:  # two numbers in a byte
+        raise AdapterError(
+            [f"expert {name!r}: torch cannot read its numbers ({error}); save it in bfloat16"]
+        ) from None
 
 
 def _resolve(source: str, name: str) -> Path:
@@ -177,10 +238,10 @@ def _resolve(source: str, name: str) -> Path:
         ) from None
 
 
-def _read_config(folder: Path, name: str) -> tuple[LoraConfig, bytes]:
-    content = (folder / CONFIG_FILE).read_bytes()
+def _read_values(content: bytes, folder: Path, name: str) -> dict[str, Any]:
+    """What is in the configuration of an adapter that is LoRA."""
     try:
-        values = json.loads(content)
+        values: dict[str, Any] = json.loads(content)
         peft_type = values.get("peft_type")
     except (ValueError, AttributeError) as error:
         raise AdapterError(
@@ -190,124 +251,154 @@ def _read_config(folder: Path, name: str) -> tuple[LoraConfig, bytes]:
         raise AdapterError(
             [f"expert {name!r}: its peft_type is {peft_type!r}; only 'LORA' can be routed"]
         )
+    return values
+
+
+def _lora_config(values: Mapping[str, Any], name: str) -> LoraConfig:
+    """PEFT's own reading of the fields that decide what the weights mean."""
+    wrong = None
     try:
-        return LoraConfig.from_pretrained(str(folder)), content
+        config = LoraConfig(**{field: values[field] for field in HONOURED if field in values})
     except (TypeError, ValueError) as error:
+        wrong = str(error)
+    else:
+        config.rank_pattern = config.rank_pattern or {}
+        config.alpha_pattern = config.alpha_pattern or {}
+        numbers = [config.r, config.lora_alpha]
+        numbers += [*config.rank_pattern.values(), *config.alpha_pattern.values()]
+        if not all(type(number) in (int, float) for number in numbers):
+            wrong = f"its ranks and alphas must be numbers, among them are {numbers}"
+        elif config.target_modules is None:
+            wrong = "target_modules must name the layers"
+    if wrong:
         raise AdapterError(
-            [f"expert {name!r}: PEFT refuses its {CONFIG_FILE} ({error}); save it again with PEFT"]
-        ) from None
+            [f"expert {name!r}: PEFT refuses its {CONFIG_FILE} ({wrong}); save it again with PEFT"]
+        )
+    return config
 
 
-def _unsupported(config: LoraConfig, name: str) -> list[str]:
-    """What the adapter's configuration asks for that a weighting of LoRA factors cannot give."""
-    init = config.init_lora_weights
-    changes_base = isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda"))
+def _unsound(state: Mapping[str, Tensor], name: str) -> list[str]:
+    """What is wrong with the numbers, whatever they are for."""
+    shards, others, infinite = [], [], []
+    for key, tensor in state.items():
+        is_factor = ".lora_A" in key or ".lora_B" in key
+        if is_factor and (tensor.dim() < 2 or not tensor.numel()):
+            shards.append(f"{key} has shape {tuple(tensor.shape)}")
+        elif is_factor and not tensor.is_floating_point():
+            others.append(f"{key} holds {str(tensor.dtype).removeprefix('torch.')}")
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            infinite.append(f"{key} holds NaN or infinite values")
     found = {
-        "DoRA (use_dora)": config.use_dora,
-        f"modules_to_save {config.modules_to_save}": config.modules_to_save,
-        "biases (lora_bias)": config.lora_bias,
-        f"trained biases (bias={config.bias!r})": config.bias != "none",
-        "trainable_token_indices": config.trainable_token_indices,
-        "target_parameters": config.target_parameters,
-        "layer_replication": config.layer_replication,
-        f"init_lora_weights={init!r}, which changes the base's own weights": changes_base,
+        "DeepSpeed ZeRO-3 and FSDP keep parts of a matrix, which were not gathered when it was "
+        "saved: save it again gathered": shards,
+        "floating point was needed: save it in bfloat16": others,
+        "train it again": infinite,
     }
     return [
-        f"expert {name!r}: it uses {what}, which is not supported; train a plain LoRA adapter "
-        "on linear layers"
-        for what, is_used in found.items()
-        if is_used
+        f"expert {name!r}: {_first(tensors, 'tensors')}; {remedy}"
+        for remedy, tensors in found.items()
+        if tensors
     ]
+
+
+def _first(found: Sequence[str], what: str) -> str:
+    """The first of several, and how many there are."""
+    return found[0] if len(found) == 1 else f"{found[0]} (as {len(found)} {what} do)"
 
 
 def _parse_factors(
     state: Mapping[str, Tensor], config: LoraConfig, name: str
-) -> tuple[dict[str, LoraFactors], list[str]]:
-    """Pair the tensors by layer, with the scaling PEFT gives; and list what is wrong."""
+) -> tuple[dict[str, LoraFactors], tuple[str, ...]]:
+    """The tensors paired by layer, with the scaling that PEFT gives; and notes on their names.
+
+    Raises AdapterError with all that is wrong.
+    """
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    problems, foreign = [], []
+    foreign, taken_out, adapter_names, is_twice = [], set(), set(), False
     for key, tensor in state.items():
-        path, _, part = key.removesuffix(".weight").removeprefix(_KEY_PREFIX).rpartition(".")
-        if part not in ("lora_A", "lora_B") or tensor.dim() != 2:
+        if any(part in key for part in _FOR_TRAINING):
+            continue
+        taken_out.update(_WRAPPER.findall(key))
+        plain = _WRAPPER.sub("", key).removeprefix(_KEY_PREFIX)
+        factor = _FACTOR.fullmatch(plain)
+        if not factor or tensor.dim() != 2:
             foreign.append(key)
             continue
+        path, part, adapter_name = factor.groups()
+        adapter_names.add(adapter_name or "")
+        is_twice |= part in pairs[path]
         pairs[path][part] = tensor
-        if not tensor.isfinite().all():
-            problems.append(f"expert {name!r}: {key} holds NaN or infinite values; train it again")
+    if is_twice or len(adapter_names) > 1:
+        listed = ", ".join(map(repr, sorted(adapter_names)))
+        raise AdapterError(
+            [
+                f"expert {name!r}: its tensors are of several adapters (named {listed}); one was "
+                "needed: save each in a folder of its own"
+            ]
+        )
+    problems = []
     if foreign:
-        kinds = "embedding layers or " if any("embedding" in key for key in foreign) else ""
+        kinds = {
+            "embedding layers or ": any("embed" in key for key in foreign),
+            "trained biases or ": any(key.endswith(".bias") for key in foreign),
+        }
+        found = "".join(kind for kind, is_there in kinds.items() if is_there)
         problems.append(
             f"expert {name!r}: {len(foreign)} tensors are no LoRA factors of a linear layer "
-            f"({foreign[0]}, ...); {kinds}other parts than linear layers are not supported"
+            f"({foreign[0]}, ...); {found}other parts than linear layers are not supported"
         )
-    if not pairs and not problems:
+    elif not pairs:
         problems.append(f"expert {name!r}: its {WEIGHTS_FILE} holds no LoRA factors; save it again")
+    factors, misfits = _factors(pairs, config)
+    problems += [f"expert {name!r}: {misfit}" for misfit in misfits]
+    if problems:
+        raise AdapterError(problems)
+    taken_out |= {f"{adapter_name}." for adapter_name in adapter_names if adapter_name}
+    listed = ", ".join(map(repr, sorted(taken_out)))
+    notes = [f"expert {name!r}: {listed} was taken out of the names of its tensors"]
+    return factors, tuple(notes if taken_out else ())
+
+
+def _factors(
+    pairs: Mapping[str, Mapping[str, Tensor]], config: LoraConfig
+) -> tuple[dict[str, LoraFactors], list[str]]:
+    """The factors with the scaling that PEFT gives, by layer; and what is wrong with the others."""
     factors = {}
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    halves, ranks, untargeted = [], [], []
     for path, pair in pairs.items():
         if len(pair) != 2:
-            problems.append(f"expert {name!r}: {path} has only {next(iter(pair))}; it needs both")
+            halves.append(f"{path} has only {next(iter(pair))}")
             continue
         A, B = pair["lora_A"], pair["lora_B"]
-        rank = ranks.get(get_pattern_key(list(ranks), path), config.r)
+        rank = _matching(config.rank_pattern, path, config.r)
         if A.shape[0] != rank or B.shape[1] != rank:
-            problems.append(
-                f"expert {name!r}: {path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, "
-                f"but {CONFIG_FILE} says rank {rank}; the two files do not belong together"
+            ranks.append(
+                f"{path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, but "
+                f"{CONFIG_FILE} says rank {rank}"
             )
             continue
-        alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+        if not _is_targeted(config, path):
+            untargeted.append(f"{path} is not among the target modules of {CONFIG_FILE}")
+            continue
+        alpha = _matching(config.alpha_pattern, path, config.lora_alpha)
         scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
         factors[path] = LoraFactors(lora_A=A, lora_B=B, scaling=scaling)
+    found = {
+        "it needs both": halves,
+        "the two files do not belong together": ranks,
+        "PEFT would leave it out; the two files do not belong together": untargeted,
+    }
+    problems = [
+        f"{_first(layers, 'layers')}; {remedy}" for remedy, layers in found.items() if layers
+    ]
     return factors, problems
 
 
-def check_against_base(adapter: Adapter, model: PreTrainedModel) -> list[str]:
-    """What keeps this adapter from being attached to this base: missing layers, other shapes."""
-    modules = dict(model.named_modules())
-    output = model.get_output_embeddings()
-    missing, misfits, unsupported = [], [], []
-    for path, shape in adapter.shapes.items():
-        layer = modules.get(path)
-        layer = getattr(layer, "base_layer", layer)  # already wrapped: look at what is inside
-        if layer is None:
-            missing.append(path)
-        elif not isinstance(layer, nn.Linear) or layer is output:  # bnb's Linear4bit is a Linear
-            kind = "the output embedding" if layer is output else type(layer).__name__
-            unsupported.append(f"{path} ({kind})")
-        else:
-            if (shape.D_in, shape.D_out) != (layer.in_features, layer.out_features):
-                misfits.append(
-                    f"{path} has {shape.D_in} inputs and {shape.D_out} outputs, the base has "
-                    f"{layer.in_features} and {layer.out_features}"
-                )
-    problems = []
-    wrong_base = f"it was trained on another base model ({adapter.base_model})"
-    if missing:
-        problems.append(
-            f"expert {adapter.name!r}: {len(missing)} of its {len(adapter.shapes)} layers are not "
-            f"in the base ({missing[0]}, ...); {wrong_base}"
-        )
-    if misfits:
-        problems.append(
-            f"expert {adapter.name!r}: {misfits[0]} ({len(misfits)} layers differ); {wrong_base}"
-        )
-    if unsupported:
-        problems.append(
-            f"expert {adapter.name!r}: it targets {unsupported[0]} ({len(unsupported)} such "
-            "layers); only linear layers inside the decoder can be routed"
-        )
-    return problems
+def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    return patterns.get(get_pattern_key(list(patterns), path), default)
 
 
-def check_adapters(adapters: Sequence[Adapter], model: PreTrainedModel) -> list[str]:
-    """What keeps these adapters from being one library on this base."""
-    problems = [problem for a in adapters for problem in check_against_base(a, model)]
-    for name, count in Counter(adapter.name for adapter in adapters).items():
-        if count > 1:
-            sources = ", ".join(a.source for a in adapters if a.name == name)
-            problems.append(
-                f"expert {name!r}: {count} adapters have this name ({sources}); give each its own, "
-                "as NAME=SOURCE"
-            )
-    return problems
+def _is_targeted(config: LoraConfig, path: str) -> bool:
+    """Whether PEFT puts factors at this layer."""
+    is_all = str(config.target_modules).lower() == "all-linear"
+    return is_all or bool(check_target_module_exists(config, path))

@@ -27,7 +27,7 @@ CHANGES_NOTHING: Mapping[str, str] = {
     "revision": "of the base",
     "runtime_config": "PEFT does not read it from a file",
     "task_type": "which class of PEFT wraps the base; a head that it adds is in modules_to_save",
-    "velora_config": "changes the backward pass",
+    "velora_config": "changes the backward pass; its tensors are left out",
 }
 
 # Read when the weights are.

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from spectr_demo.base.files import published
 from spectr_demo.base.memory import available_memory, execution_device
@@ -28,9 +29,10 @@ from spectr_demo.experts.adapters import (
     Adapter,
     AdapterError,
     LoraShape,
-    check_adapters,
+    named_source,
     read_adapter,
 )
+from spectr_demo.experts.fit import Fitted, fit_adapters
 from spectr_demo.experts.shared_inputs import shared_inputs
 from spectr_demo.routing.bank import ExpertBank, Zeros
 from spectr_demo.routing.spectr import Aligned, align
@@ -131,7 +133,8 @@ class ExpertLibrary:
         bits. If that is too much too, it is mapped from a file in the cache.
         Raises AdapterError with everything that does not fit.
         """
-        if problems := check_adapters(adapters, model):
+        adapters, problems = fit_adapters(adapters, model.config)
+        if problems:
             raise AdapterError(problems)
         modules = dict(model.named_modules())
         touched = {path for adapter in adapters for path in adapter.shapes}
@@ -216,28 +219,31 @@ def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dty
     return torch.bfloat16, zeros
 
 
-def read_adapters(sources: Sequence[str]) -> tuple[list[Adapter], list[str]]:
-    """Those that can be read, and what is wrong with the others.
+# One source or several: folders or Hub ids, `NAME=SOURCE` to rename.
+Sources = str | Path | Sequence[str | Path]
 
-    sources: folders or Hub ids, `NAME=SOURCE` to rename.
-    """
+
+def read_adapters(sources: Sources, config: PretrainedConfig) -> Fitted:
+    """Adapters for the base that has this configuration, and all that is wrong with them."""
+    listed = [sources] if isinstance(sources, str | Path) else sources
     adapters: list[Adapter] = []
     problems: list[str] = []
-    for source in sources:
-        name, is_named, path = source.partition("=")
+    for source in listed:
+        name, path = named_source(source)
         try:
-            adapters.append(read_adapter(path, name) if is_named else read_adapter(source))
+            adapters.append(read_adapter(path, name))
         except AdapterError as error:
             problems += error.problems
-    return adapters, problems
+    fitted, misfits = fit_adapters(adapters, config)
+    return Fitted(fitted, problems + misfits)
 
 
-def load_experts(sources: Sequence[str], model: PreTrainedModel) -> ExpertLibrary:
-    """Read, check, align and stack adapters; sources as in `read_adapters`.
+def load_experts(sources: Sources, model: PreTrainedModel) -> ExpertLibrary:
+    """Read, check, align and stack adapters.
 
     Raises one AdapterError that lists everything wrong with all of them.
     """
-    adapters, problems = read_adapters(sources)
+    adapters, problems = read_adapters(sources, model.config)
     if problems:
-        raise AdapterError(problems + check_adapters(adapters, model))
+        raise AdapterError(problems)
     return ExpertLibrary.from_adapters(adapters, model)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
 from spectr_demo.base.loading import read_base_config
 from spectr_demo.base.memory import free_memory
 from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype
 from spectr_demo.config import base_from_environment
-from spectr_demo.experts.adapters import check_adapters
-from spectr_demo.experts.library import read_adapters
+from spectr_demo.experts.library import Sources, read_adapters
+from spectr_demo.experts.skeleton import skeleton_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class Preflight:
 
 
 def preflight(
-    base: str | None, experts: Sequence[str], *, num_columns: int = 4, num_tokens: int = 1024
+    base: str | None, experts: Sources, *, num_columns: int = 4, num_tokens: int = 1024
 ) -> Preflight:
     """Check experts against a base that need not be there, and estimate the memory of both.
 
@@ -65,10 +63,8 @@ def preflight(
     dtype = choose_compute_dtype(device)
     base = base or base_from_environment() or str(whole_embedded_checkpoint(dtype))
     config = read_base_config(base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    adapters, problems = read_adapters(experts)
-    problems += check_adapters(adapters, model)
+    model = skeleton_of(config).model
+    adapters, problems = read_adapters(experts, config)
 
     inside = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
     num_linear = sum(layer.weight.numel() for layer in inside)
@@ -77,9 +73,13 @@ def preflight(
     linear_bytes = dtype.itemsize if dtype == torch.float32 else NF4_BYTES
     shapes = [shape for adapter in adapters for shape in adapter.shapes.values()]
     text = config.get_text_config()
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    num_values = 2 * text.num_hidden_layers * num_kv_heads * head_dim
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:  # a recurrent base: its state does not grow with the tokens
+        num_values = 0
+    else:
+        num_kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        num_values = 2 * text.num_hidden_layers * num_kv_heads * head_dim
     return Preflight(
         problems=tuple(problems),
         num_parameters=num_parameters,

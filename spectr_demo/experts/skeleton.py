@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,27 @@ class Skeleton:
         """Path of what runs between the embedding of tokens and the output embedding."""
         decoder = self.model.get_decoder()
         return next(path for path, module in self.modules.items() if module is decoder)
+
+    @cached_property
+    def renamings(self) -> list[Any]:
+        """How transformers renames the tensors of older checkpoints of this architecture."""
+        conversions = get_model_conversion_mapping(self.model)
+        return [c for c in conversions if not isinstance(c, WeightConverter)]
+
+    @cached_property
+    def _first_paths(self) -> dict[nn.Module, str]:
+        return {module: path for path, module in self.model.named_modules()}
+
+    def inputs_of(self, path: str) -> tuple[Tensor, ...]:
+        """What the linear layer at this path reads; nothing where that is not known."""
+        return (self.inputs or {}).get(self._first_paths[self.modules[path]], ())
+
+    def is_idle(self, path: str) -> bool:
+        """Whether this layer is known not to run when text is read."""
+        return self.inputs is not None and not self.inputs_of(path)
+
+    def is_in_decoder(self, path: str) -> bool:
+        return not self.decoder or path.startswith(f"{self.decoder}.")
 
 
 def skeleton_of(config: PretrainedConfig) -> Skeleton:

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from spectr_demo.experts.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_adapter
 from spectr_demo.experts.library import align_adapter, load_experts
 from spectr_demo.routing.spectr import Aligned
-from tests.conftest import EXPERT_NAMES, BuildModel, SaveExpert, banks_by_path
+from tests.conftest import EXPERT_NAMES, PROJECTIONS, BuildModel, SaveExpert, banks_by_path
 
 
 @pytest.fixture
@@ -223,6 +223,7 @@ def output_embedding(folder: Path) -> None:
         "base_model.model.lm_head.lora_B.weight": torch.zeros(258, 4),
     }
     spoil_weights(folder, lambda old: old.update(state))
+    spoil_config(folder, target_modules=[*PROJECTIONS, "lm_head"])
 
 
 SPOILED = {
@@ -234,15 +235,15 @@ SPOILED = {
     not_json: "is not a JSON object",
     other_method: "peft_type is 'IA3'; only 'LORA'",
     dora: "DoRA .*not supported",
-    modules_to_save: "modules_to_save .*not supported",
-    pissa: "changes the base's own weights",
+    modules_to_save: "modules_to_save=.*not supported",
+    pissa: "changes the base.s own weights .init_lora_weights=",
     nan: "holds NaN or infinite values",
     infinite: "holds NaN or infinite values",
     embedding: "embedding layers or other parts than linear layers are not supported",
-    other_rank: "says rank 8; the two files do not belong together",
+    other_rank: "says rank 8 .as 14 layers do.; the two files do not belong together",
     half_a_pair: "it needs both",
     wrong_shape: "512 inputs and 64 outputs, the base has 64 and 64 .*larger-base",
-    missing_layers: "7 of its 14 layers are not in the base",
+    missing_layers: "layers.31.* not in the base, .*no .31. .7 of its 14 layers.; .*another base",
     output_embedding: "the output embedding",
 }
 
