@@ -17,27 +17,33 @@ from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Lane, Reader
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.run import Run, Step
-from spectr_demo.experts.library import ExpertLibrary, load_experts
+from spectr_demo.experts.adapters import AdapterError
+from spectr_demo.experts.library import ExpertLibrary, Sources, read_adapters
+from spectr_demo.experts.preflight import config_of
 from spectr_demo.routing.calibration import Calibration
 from spectr_demo.routing.routers import ROUTERS, parse_router
 
 
 def load(
     base: str | None = None,
-    experts: Sequence[str] | None = None,
+    experts: Sources | None = None,
     *,
     device_map: DeviceMap | None = None,
 ) -> "SpectrModel":
     """The routed model: a base in 4-bit, and LoRA experts on it.
 
     base: Hub id or folder of a causal language model; None is `SPECTR_BASE_MODEL`, or the embedded
-        default. experts: Hub ids or folders of PEFT adapters, `NAME=SOURCE` to rename one; None is
-        `SPECTR_EXPERTS`, or the shipped ones. device_map: spreads a base that is too large for one
-        GPU, such as "auto"; see `load_base`.
+        default. experts: Hub ids or folders of PEFT adapters, one or several, `NAME=SOURCE` to
+        rename one; None is `SPECTR_EXPERTS`, or the shipped ones. device_map: spreads a base that
+        is too large for one GPU, such as "auto"; see `load_base`.
+    Raises one AdapterError with all that is wrong with the experts, before the base is loaded.
     """
+    sources = experts_from_environment() if experts is None else experts
+    adapters, problems = read_adapters(sources, config_of(base))
+    if problems:
+        raise AdapterError(problems)
     loaded = load_base(base, device_map=device_map)
-    sources = experts_from_environment() if experts is None else list(experts)
-    return SpectrModel(loaded, load_experts(sources, loaded.model))
+    return SpectrModel(loaded, ExpertLibrary.from_adapters(adapters, loaded.model))
 
 
 class SpectrModel:

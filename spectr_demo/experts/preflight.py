@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
 from spectr_demo.base.loading import read_base_config
@@ -59,10 +60,9 @@ def preflight(
     num_columns, num_tokens: of the largest run, prompt and answer.
     Raises ValueError for a base that cannot be loaded.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     dtype = choose_compute_dtype(device)
-    base = base or base_from_environment() or str(whole_embedded_checkpoint(dtype))
-    config = read_base_config(base)
+    config = config_of(base)
     model = skeleton_of(config).model
     adapters, problems = read_adapters(experts, config)
 
@@ -89,3 +89,17 @@ def preflight(
         cache=num_values * num_columns * num_tokens * dtype.itemsize,
         free_memory=free_memory(device),
     )
+
+
+def config_of(base: str | None) -> PretrainedConfig:
+    """The configuration of a base, as `load` takes it. Its weights are not read.
+
+    The embedded default is made where the cache lacks it. Raises ValueError for a base that cannot
+    be loaded.
+    """
+    base = base or base_from_environment()
+    return read_base_config(base or str(whole_embedded_checkpoint(choose_compute_dtype(_device()))))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
