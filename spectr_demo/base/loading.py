@@ -6,6 +6,7 @@ quantized alike (`quantization`) and end as the same `LoadedBase`.
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 from transformers.utils import logging as hf_logging
 
 from spectr_demo.base.checkpoint import (
@@ -32,19 +34,24 @@ from spectr_demo.base.checkpoint import (
     whole_embedded_checkpoint,
 )
 from spectr_demo.base.embedded import EMBEDDED_ID, SMOLLM2_135M
+from spectr_demo.base.generation import read_generation
 from spectr_demo.base.memory import execution_device
 from spectr_demo.base.quantization import (
     OFFLOADED,
+    cast_unquantized_,
     choose_compute_dtype,
     nf4_config,
     settle_4bit_,
 )
+from spectr_demo.base.templates import settle_template_
 from spectr_demo.config import (
     base_from_environment,
     device_map_from_environment,
     is_zero_gpu,
     unknown_name,
 )
+
+logger = logging.getLogger(__name__)
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -64,6 +71,7 @@ class LoadedBase:
     bits: int
     compute_dtype: torch.dtype
     fingerprint: str  # identifies the weights
+    notices: tuple[str, ...] = ()  # what of its files is used otherwise than they say
 
     @property
     def device(self) -> torch.device:
@@ -103,13 +111,15 @@ def load_base(
         if base is None:
             source, name = f"{EMBEDDED_ID} (embedded)", EMBEDDED_ID.split("/")[1]
             fingerprint = f"gguf-sha256:{SMOLLM2_135M.member_sha256}"
-            model, tokenizer = _load_embedded(device_map, dtype, make_checkpoint)
+            model, tokenizer, notices = _load_embedded(device_map, dtype, make_checkpoint)
         else:
             config = read_base_config(base)
             source, name = base, Path(base).expanduser().resolve().name
-            fingerprint = _fingerprint(base, config)
-            model, tokenizer = _from_pretrained(base, config, device_map, dtype)
+            fingerprint = _fingerprint(base)
+            model, tokenizer, notices = _from_pretrained(base, config, device_map, dtype)
         bits, quantization = settle_4bit_(model, dtype)
+    for notice in notices:
+        logger.warning(notice)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -122,6 +132,7 @@ def load_base(
         bits=bits,
         compute_dtype=dtype,
         fingerprint=fingerprint,
+        notices=tuple(notices),
     )
 
 
@@ -140,7 +151,7 @@ def read_base_config(base: str) -> PretrainedConfig:
             "Check the path."
         )
     try:
-        config = AutoConfig.from_pretrained(folder if folder.is_dir() else base)
+        config = AutoConfig.from_pretrained(_where(base), trust_remote_code=False)
     except Exception as error:  # other people's files fail in many ways
         raise ValueError(_unreadable(base, "config", error)) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -155,30 +166,43 @@ def read_base_config(base: str) -> PretrainedConfig:
             "plain or bitsandbytes 4-bit weights were needed. Choose the unquantized checkpoint; "
             "it is quantized while loading."
         )
+    for part in (config, config.get_text_config()):
+        # Files of training have these switched; passes give what is asked of them, and no more.
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+        if hasattr(part, "use_cache"):
+            part.use_cache = True
     return config
+
+
+def _where(base: str) -> str | Path:
+    """What transformers reads a base from: its folder, or its Hub id."""
+    folder = Path(base).expanduser()
+    return folder if folder.is_dir() else base
 
 
 def _load_embedded(
     device_map: DeviceMap, dtype: torch.dtype, make_checkpoint: MakeCheckpoint
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """Load the default from its NF4 checkpoint in the cache; make that first if need be.
 
     Reading the checkpoint takes seconds, converting the GGUF the better part of a minute.
     """
     checkpoint = whole_embedded_checkpoint(dtype, make_checkpoint)
     config = read_base_config(str(checkpoint))
-    model, tokenizer = _from_pretrained(str(checkpoint), config, device_map, dtype)
+    model, tokenizer, notices = _from_pretrained(str(checkpoint), config, device_map, dtype)
     # PEFT writes this into adapter_config.json as the base that an adapter was trained on.
     model.config._name_or_path = model.name_or_path = EMBEDDED_ID
-    return model, tokenizer
+    return model, tokenizer, notices
 
 
 def _from_pretrained(
     base: str, config: PretrainedConfig, device_map: DeviceMap, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load safetensors weights without running anybody's code; quantize unless they are 4-bit."""
-    folder = Path(base).expanduser()
-    where = folder if folder.is_dir() else base
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """Load safetensors weights without running anybody's code; quantize unless they are 4-bit.
+
+    Returns what is to be said about the base's files, too.
+    """
+    where = _where(base)
     is_quantized = getattr(config, "quantization_config", None) is not None
     places = {"auto"} if isinstance(device_map, str) else set(device_map.values())
     if is_quantized and len(places) > 1 and places & OFFLOADED:
@@ -191,11 +215,14 @@ def _from_pretrained(
     if is_zero_gpu():
         # ZeroGPU's stand-in for CUDA lives on the main thread; transformers loads on others.
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    generation, notices = read_generation(base, where, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
+            generation_config=generation,
+            trust_remote_code=False,
             dtype=dtype,
             use_safetensors=True,
             device_map=device_map,
@@ -205,7 +232,10 @@ def _from_pretrained(
         raise
     except Exception as error:  # other people's files fail in many ways
         raise ValueError(_unreadable(base, "weights or tokenizer", error)) from error
-    return model, tokenizer
+    settle_template_(tokenizer, f"base {base!r}")
+    if is_quantized:
+        cast_unquantized_(model, dtype)
+    return model, tokenizer, notices
 
 
 def _device(requested: str | None) -> torch.device:
@@ -229,11 +259,12 @@ def _unreadable(base: str, what: str, error: Exception) -> str:
     return f"base {base!r}: its {what} could not be read ({reason}). {remedy}"
 
 
-def _fingerprint(base: str, config: PretrainedConfig) -> str:
+def _fingerprint(base: str) -> str:
     """What tells these weights from others: the Hub's commit, or a hash over the folder's files."""
     folder = Path(base).expanduser()
     if not folder.is_dir():
-        return f"hub-commit:{config._commit_hash or 'unknown'}"
+        commit = extract_commit_hash(cached_file(base, CONFIG_NAME), None)
+        return f"hub-commit:{commit or 'unknown'}"
     content = json.dumps(digests(folder)).encode()
     return f"folder-sha256:{hashlib.sha256(content).hexdigest()}"
 

@@ -5,11 +5,12 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from spectr_demo.base.templates import apply_template, check_shown
 
 Message = dict[str, str]
 
@@ -17,7 +18,8 @@ Message = dict[str, str]
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
     """Token ids of a prompt in the base's chat template, ready for an answer.
 
-    A base without a chat template reads plain text. Raises ValueError if the prompt is empty.
+    A base without a chat template reads plain text. Raises ValueError if the prompt is empty, and
+    where the template refuses one of several messages or leaves it out.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not any(message["content"].strip() for message in messages):
@@ -25,8 +27,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) 
     if tokenizer.chat_template is None:
         text = "\n".join(message["content"] for message in messages)
         return list(tokenizer(text)["input_ids"])
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(cast(dict[str, list[int]], encoded)["input_ids"])
+    if len(messages) > 1:  # that it shows one message is known since it was loaded
+        check_shown(tokenizer, messages)
+    return list(apply_template(tokenizer, messages, return_dict=True)["input_ids"])
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
@@ -68,13 +71,18 @@ def decoder_inputs(rows: Sequence[Sequence[int]], device: torch.device) -> dict[
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that stand before what a user says, in the first turn and in later ones.
 
-    There are none for a base without a chat template. There are none either where the template
-    opens the first turn otherwise than later ones.
+    There are none for a base without a chat template, or with one that takes a single message.
+    There are none either where the template opens the first turn otherwise than later ones.
     """
     if tokenizer.chat_template is None:
         return []
     turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
-    one, other = (encode(tokenizer, [*turns, {"role": "user", "content": w}]) for w in ("A", "b"))
+    try:
+        one, other = (
+            encode(tokenizer, [*turns, {"role": "user", "content": word}]) for word in ("A", "b")
+        )
+    except ValueError:
+        return []
     first, later = template_opening(tokenizer), one[: shared_length(one, other)]
     length = shared_length(first[::-1], later[::-1])
     return first[len(first) - length :]

@@ -5,19 +5,24 @@ it expands every weight again at every forward. `expand_4bit_` expands them once
 the same, and they take more memory.
 """
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import has_avx512bf16
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from spectr_demo import cpu
 from spectr_demo.base.memory import available_memory
 
 # Bytes of a 4-bit weight with its double-quantised scale.
 NF4_BYTES = 0.52
+# bitsandbytes' kernel for a CPU takes so many outputs at once.
+KERNEL_OUTPUTS = 32
 # Expanded weights may take this share of the free memory; the KV cache, the experts and the
 # activations of a batch need the rest.
 EXPANSION_SHARE = 0.5
@@ -92,23 +97,60 @@ def _settle_on_cpu_(
 
     kind, packed: what the layers are, in short and with their scales.
     """
-    num_weights = sum(layer.in_features * layer.out_features for layer in layers)
     # The fused kernel computes in bfloat16 whatever it is given, and there are no gradients through
     # the weights that it reordered; so other dtypes are expanded too.
     if has_avx512bf16() and dtype == torch.bfloat16:
+        if unfit := [layer for layer in layers if not _fits_kernel(layer)]:
+            has_room = _has_room(unfit, dtype)
+            _expand_some_(model, unfit, dtype) if has_room else _expand_at_every_step_(unfit)
+            how = "expanded" if has_room else "expanded again at every step"
+            packed += f"; {len(unfit)} of {len(layers)} layers {how} (no 4-bit kernel fits them)"
         # The first forward repacks weights in place, which two threads must not do at once.
         with torch.no_grad():
             model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    elif num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory():
+    elif _has_room(layers, dtype):
         expand_4bit_(model, dtype)
         name = dtype_name(dtype)
         packed = f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
     else:
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = False
+        _expand_at_every_step_(layers)
         return f"{packed}, expanded again at every step (too little memory to keep it expanded)"
     cpu.speed_up_(model, dtype)
     return packed
+
+
+def _has_room(layers: Sequence[bnb.nn.Linear4bit], dtype: torch.dtype) -> bool:
+    """Whether these layers may be kept expanded."""
+    num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return num_weights * dtype.itemsize <= EXPANSION_SHARE * available_memory()
+
+
+def _fits_kernel(layer: bnb.nn.Linear4bit) -> bool:
+    """Whether the fused kernel can multiply by this layer's weights."""
+    blocksize = cast(bnb.nn.Params4bit, layer.weight).quant_state.blocksize
+    return layer.out_features % KERNEL_OUTPUTS == 0 and layer.in_features % blocksize == 0
+
+
+def _expand_at_every_step_(layers: Sequence[bnb.nn.Linear4bit]) -> None:
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _expand_some_(
+    model: PreTrainedModel, layers: Sequence[bnb.nn.Linear4bit], dtype: torch.dtype
+) -> None:
+    """Replace these layers by an `nn.Linear` with the same values, as `expand_4bit_` does all."""
+    expanded: dict[nn.Module, nn.Linear] = {}
+    for layer in layers:
+        packed = cast(bnb.nn.Params4bit, layer.weight)
+        weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
+        D_out, D_in = weight.shape
+        expanded[layer] = nn.Linear(D_in, D_out, bias=False, device="meta")
+        expanded[layer].weight = nn.Parameter(weight, requires_grad=False)
+        expanded[layer].bias = layer.bias
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in expanded:
+            model.set_submodule(path, expanded[module])
 
 
 def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -121,6 +163,33 @@ def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
     del model.is_loaded_in_4bit
     model.requires_grad_(False)
+
+
+def cast_unquantized_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring what is not in 4 bits to the dtype that it has in a model loaded in `dtype`.
+
+    transformers leaves these parts of a 4-bit checkpoint in the dtype of the file. A few of them
+    are float32 whatever the rest computes in.
+    """
+    if all(
+        parameter.dtype == dtype or isinstance(parameter, bnb.nn.Params4bit)
+        for parameter in model.parameters()
+    ):
+        return
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(model.config, dtype=dtype, trust_remote_code=False)
+    wanted = {name: tensor.dtype for name, tensor in _tensors(twin)}
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    for name, tensor in _tensors(model):
+        if tensor.is_floating_point() and not isinstance(tensor, bnb.nn.Params4bit):
+            is_kept = any(re.search(pattern, name) for pattern in kept)
+            tensor.data = tensor.data.to(torch.float32 if is_kept else wanted.get(name, dtype))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,73 @@
+"""What is taken of the generation settings that a base brings: its end and pad tokens, no more.
+
+A run has settings of its own. transformers would fill in from the base whatever they leave open:
+penalties, beams, or no cache at all.
+"""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+_TAKEN = ("eos_token_id", "pad_token_id")
+_NO_SETTINGS = {*_TAKEN, "bos_token_id", "transformers_version", "_from_model_config"}
+
+
+def read_generation(
+    base: str, where: str | Path, config: PretrainedConfig
+) -> tuple[GenerationConfig, list[str]]:
+    """What a base generates by, and what is to be said about its other settings.
+
+    base: for messages. where: its folder or Hub id. Without a generation_config.json its end and
+    pad tokens are those of its config. Raises ValueError for a file or tokens that make no sense.
+    """
+    stored = _read(base, where)
+    text = config.get_text_config()
+    tokens = {
+        name: getattr(text, name, None) if stored is None else stored.get(name) for name in _TAKEN
+    }
+    for name, value in tokens.items():
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if not all(token is None or isinstance(token, int) for token in ids):
+            raise ValueError(
+                f"base {base!r}: the {name} of its {GENERATION_CONFIG_NAME} is {value!r}, a "
+                "token's number was needed, or a list of them for the end. Correct the file, or "
+                "remove it."
+            )
+    unused = ", ".join(
+        f"{name}={reprlib.repr(value)}"
+        for name, value in (stored or {}).items()
+        if name not in _NO_SETTINGS and not _changes_nothing(name, value)
+    )
+    notices = [
+        f"base {base!r}: of its {GENERATION_CONFIG_NAME} only the end and pad tokens are used; a "
+        f"run has settings of its own. Not used: {unused}"
+    ]
+    return GenerationConfig(**tokens), notices if unused else []
+
+
+def _read(base: str, where: str | Path) -> dict[str, Any] | None:
+    """The settings in the base's file; None where it has none."""
+    try:
+        file = cached_file(str(where), GENERATION_CONFIG_NAME)
+    except OSError:
+        return None
+    try:
+        stored = json.loads(Path(str(file)).read_bytes())
+    except ValueError as error:
+        stored = error
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"base {base!r}: its {GENERATION_CONFIG_NAME} is no JSON object ({stored}). Correct "
+            "the file, or remove it."
+        )
+    return stored
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    """Whether a setting says what holds without it: off, none, once; and that there is a cache."""
+    is_once = value == 1 and not isinstance(value, bool)
+    return not value or is_once or (name == "use_cache" and value is True)
