@@ -5,6 +5,7 @@ found before any weight is fetched, and `preflight` and `load` look at the same 
 """
 
 import copy
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
+
+from spectr_demo.base.decoder import decoder_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class Skeleton:
     @cached_property
     def decoder(self) -> str:
         """Path of what runs between the embedding of tokens and the output embedding."""
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         return next(path for path, module in self.modules.items() if module is decoder)
 
     @cached_property
@@ -76,17 +79,27 @@ def skeleton_of(config: PretrainedConfig) -> Skeleton:
 
 
 class _Key:
-    """A configuration by its content, as the key of a cache."""
+    """A configuration by what it says of the modules, as the key of a cache."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
-        self.content = type(config), config.to_json_string()
+        modules = _of_modules(config.to_dict())
+        self.content = type(config), json.dumps(modules, sort_keys=True, default=str)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self.content == other.content
 
     def __hash__(self) -> int:
         return hash(self.content)
+
+
+def _of_modules(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what loading the weights writes into a configuration."""
+    return {
+        key: _of_modules(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in ("_name_or_path", "dtype", "quantization_config", "transformers_version")
+    }
 
 
 @lru_cache(maxsize=2)
