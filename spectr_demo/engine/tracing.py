@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.prompts import shared_length, token_pieces
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.plan import RoutingPlan
@@ -236,7 +237,7 @@ def _read_as_base(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Ten
     The last token of a text predicts nothing and is not read. Padding needs no mask: attention is
     causal, and padded places are not used.
     """
-    decoder, device = model.get_decoder(), model.device
+    decoder, device = decoder_of(model), model.device
     texts = [list(text[:-1]) for text in texts]
     with routed(None):
         if len(texts) == 1:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.prompts import decoder_inputs, encode, encode_answered, shared_length
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.layers import routed
@@ -138,7 +139,7 @@ def _read_batch(
     device = engine.model.device
     inputs: Any = {**decoder_inputs(ids, device), "use_cache": False}
     width = inputs["input_ids"].shape[1]
-    decoder = engine.model.get_decoder()
+    decoder = decoder_of(engine.model)
     recorder = None
     row_of = ROUTERS[router.name]
     if row_of.chooses:

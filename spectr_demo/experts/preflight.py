@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
+from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.loading import read_base_config
 from spectr_demo.base.memory import free_memory
 from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype
@@ -66,7 +67,7 @@ def preflight(
     model = skeleton_of(config).model
     adapters, problems = read_adapters(experts, config)
 
-    inside = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    inside = [m for m in decoder_of(model).modules() if isinstance(m, nn.Linear)]
     num_linear = sum(layer.weight.numel() for layer in inside)
     num_parameters = model.num_parameters()
     # A CPU without a kernel for 4-bit products keeps the 4-bit values in float32.

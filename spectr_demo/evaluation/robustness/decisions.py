@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.prompts import decoder_inputs, shared_length
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
@@ -162,7 +163,7 @@ def read_text(
     plan = _Decisions(engine, variants, name, libraries, text)
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
     with torch.inference_mode(), routed(plan):
-        decoder = engine.model.get_decoder()
+        decoder = decoder_of(engine.model)
         decoder(**decoder_inputs([ids], engine.model.device), use_cache=False)
     return {
         key: np.c_[plan.result(key), [is_named(variants, heard, library)] * 2]
