@@ -57,6 +57,14 @@ def nf4_config(dtype: torch.dtype, *, can_offload: bool = False) -> BitsAndBytes
     )
 
 
+def nothing_to_quantize(base: str | None, model: PreTrainedModel) -> ValueError:
+    """The error for a base without a layer that bitsandbytes quantizes."""
+    return ValueError(
+        f"base {base!r}: {type(model).__name__} has no linear layer that "
+        "bitsandbytes can quantize. Choose another base."
+    )
+
+
 def settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]:
     """Make the 4-bit layers ready to run where they are.
 
@@ -69,10 +77,7 @@ def settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]:
     if not layers and spread and OFFLOADED.issuperset(places):
         return 8 * dtype.itemsize, f"unquantized, {spread}"
     if not layers:
-        raise ValueError(
-            f"base {model.name_or_path!r}: {type(model).__name__} has no linear layer that "
-            "bitsandbytes can quantize. Choose another base."
-        )
+        raise nothing_to_quantize(model.name_or_path, model)
     for layer in layers:  # a checkpoint that was 4-bit already brings its maker's choice
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
     state = cast(bnb.nn.Params4bit, layers[0].weight).quant_state

@@ -262,10 +262,8 @@ def _lora_config(values: Mapping[str, Any], name: str) -> LoraConfig:
     except (TypeError, ValueError) as error:
         wrong = str(error)
     else:
-        config.rank_pattern = config.rank_pattern or {}
-        config.alpha_pattern = config.alpha_pattern or {}
-        numbers = [config.r, config.lora_alpha]
-        numbers += [*config.rank_pattern.values(), *config.alpha_pattern.values()]
+        patterns = (config.rank_pattern or {}, config.alpha_pattern or {})
+        numbers = [config.r, config.lora_alpha, *(n for p in patterns for n in p.values())]
         if not all(type(number) in (int, float) for number in numbers):
             wrong = f"its ranks and alphas must be numbers, among them are {numbers}"
         elif config.target_modules is None:
@@ -394,7 +392,8 @@ def _factors(
     return factors, problems
 
 
-def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def _matching(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    patterns = patterns or {}
     return patterns.get(get_pattern_key(list(patterns), path), default)
 
 

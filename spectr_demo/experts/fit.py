@@ -119,8 +119,8 @@ def _misfit(place: str, shape: LoraShape, skeleton: Skeleton, adapter: Adapter) 
             return _Misfit(
                 f"{place} gets input of shape {tuple(tensor.shape)} where {NUM_ROWS} rows of "
                 f"{NUM_TOKENS} tokens are read, needed ({NUM_ROWS}, {NUM_TOKENS}, {shape.D_in})",
-                "layers that flatten the batch cannot be routed: leave them out of the adapter's "
-                "target modules",
+                "layers that flatten the batch, or add an axis to it, cannot be routed: leave them "
+                "out of the adapter's target modules",
             )
     return None
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
 from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.loading import read_base_config
 from spectr_demo.base.memory import free_memory
-from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype
+from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype, nothing_to_quantize
 from spectr_demo.config import base_from_environment
 from spectr_demo.experts.library import Sources, read_adapters
-from spectr_demo.experts.skeleton import skeleton_of
+from spectr_demo.experts.skeleton import linear_shape, skeleton_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def preflight(
     model = skeleton_of(config).model
     adapters, problems = read_adapters(experts, config)
 
-    inside = [m for m in decoder_of(model).modules() if isinstance(m, nn.Linear)]
+    inside = [layer for layer in decoder_of(model).modules() if linear_shape(layer)]
     num_linear = sum(layer.weight.numel() for layer in inside)
     num_parameters = model.num_parameters()
     # A CPU without a kernel for 4-bit products keeps the 4-bit values in float32.
@@ -99,7 +100,13 @@ def config_of(base: str | None) -> PretrainedConfig:
     be loaded.
     """
     base = base or base_from_environment()
-    return read_base_config(base or str(whole_embedded_checkpoint(choose_compute_dtype(_device()))))
+    base = base or str(whole_embedded_checkpoint(choose_compute_dtype(_device())))
+    config = read_base_config(base)
+    model = skeleton_of(config).model
+    # A subclass of `nn.Linear`, as Falcon's layers are, is not quantized either.
+    if not any(type(m) is nn.Linear or isinstance(m, Conv1D) for m in decoder_of(model).modules()):
+        raise nothing_to_quantize(base, model)
+    return config
 
 
 def _device() -> torch.device:
