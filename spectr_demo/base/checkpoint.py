@@ -115,21 +115,25 @@ def _convert(gguf: Path, scratch: Path, dtype: torch.dtype) -> None:
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 (hex) of the size and both ends (1 MiB each) of each file of a checkpoint, by name.
+    """`digest` of each file of a checkpoint, by name."""
+    return {
+        path.name: digest(path)
+        for path in sorted(checkpoint.iterdir())
+        if path.suffix in CHECKPOINT_SUFFIXES and path.name != MANIFEST
+    }
+
+
+def digest(file: Path) -> str:
+    """SHA-256 (hex) of a file's size and both its ends (1 MiB each).
 
     This tells a file that was cut short, and tells fine-tunes of one model apart. No gigabytes are
     read for it.
     """
-    found = {}
-    for path in sorted(checkpoint.iterdir()):
-        if path.suffix in CHECKPOINT_SUFFIXES and path.name != MANIFEST:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                head = file.read(ENDS_BYTES)
-                file.seek(max(size - ENDS_BYTES, 0))
-                content = f"{size} ".encode() + head + file.read()
-            found[path.name] = hashlib.sha256(content).hexdigest()
-    return found
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        head = content.read(ENDS_BYTES)
+        content.seek(max(size - ENDS_BYTES, 0))
+        return hashlib.sha256(f"{size} ".encode() + head + content.read()).hexdigest()
 
 
 def _say(text: str) -> None:

@@ -54,8 +54,10 @@ def generic_prompts(base: LoadedBase) -> list[str]:
     shipped = json.loads(GENERIC_TEXT.read_bytes())["bases"].get(base.fingerprint)
     if shipped:
         return list(shipped)
-    # The name too: a base from the Hub may have no commit that is known.
-    key = json.dumps([base.fingerprint, base.name, _EDITION])
+    # The name too: a base from the Hub may have no commit that is known. And the chat template,
+    # which a base may have from its experts.
+    template = base.tokenizer.chat_template
+    key = json.dumps([base.fingerprint, base.name, _EDITION, template])
     file = cache_dir() / "generic" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     try:
         return list(json.loads(file.read_text(encoding="utf-8")))

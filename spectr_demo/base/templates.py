@@ -22,6 +22,14 @@ _IN_PARTS = (
 )
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A tokenizer's chat template as its file has it, the default one of several."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return None if template is None else template.removeprefix(_IN_PARTS).strip()
+
+
 def settle_template_(tokenizer: PreTrainedTokenizerBase, owner: str) -> None:
     """Have a tokenizer's chat template take messages whose content is text.
 

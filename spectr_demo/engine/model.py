@@ -20,6 +20,7 @@ from spectr_demo.engine.run import Run, Step
 from spectr_demo.experts.adapters import AdapterError
 from spectr_demo.experts.library import ExpertLibrary, Sources, read_adapters
 from spectr_demo.experts.preflight import config_of
+from spectr_demo.experts.tokenizers import with_template_of
 from spectr_demo.routing.calibration import Calibration
 from spectr_demo.routing.routers import ROUTERS, parse_router
 
@@ -42,7 +43,7 @@ def load(
     adapters, problems = read_adapters(sources, config_of(base))
     if problems:
         raise AdapterError(problems)
-    loaded = load_base(base, device_map=device_map)
+    loaded = with_template_of(load_base(base, device_map=device_map), adapters)
     return SpectrModel(loaded, ExpertLibrary.from_adapters(adapters, loaded.model))
 
 

@@ -68,8 +68,8 @@ def preflight(
     model = skeleton_of(config).model
     adapters, problems = read_adapters(experts, config)
 
-    inside = [layer for layer in decoder_of(model).modules() if linear_shape(layer)]
-    num_linear = sum(layer.weight.numel() for layer in inside)
+    inside = filter(None, map(linear_shape, decoder_of(model).modules()))
+    num_linear = sum(D_in * D_out for D_in, D_out in inside)
     num_parameters = model.num_parameters()
     # A CPU without a kernel for 4-bit products keeps the 4-bit values in float32.
     linear_bytes = dtype.itemsize if dtype == torch.float32 else NF4_BYTES

@@ -13,7 +13,6 @@ from spectr_demo.config import PAGE_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.experts import inspection
-from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import NOT_ROUTED, TIE_MARGIN, RoutingTrace
 from spectr_demo.ui.run import Frame
@@ -57,15 +56,17 @@ def header(model: SpectrModel) -> str:
         "context asks them once for each request in a message, and leaves it to the base where no "
         "expert stands out. Run a message to see the answers side by side.</p>"
         f'<dl class="loaded"><dt>Base</dt><dd>{_escape(" · ".join(facts))}</dd>'
-        f"<dt>Experts</dt><dd>{experts}</dd>{_warnings(library)}</dl></header>"
+        f"<dt>Experts</dt><dd>{experts}</dd>{_warnings(model)}</dl></header>"
     )
 
 
-def _warnings(library: ExpertLibrary) -> str:
-    """Experts that cannot be told apart, or are weak; nothing for a library too large to say."""
-    if len(library.names) > MAX_CHECKED:
-        return ""
-    found = "".join(f"<li>{_escape(warning)}</li>" for warning in inspection.warnings(library))
+def _warnings(model: SpectrModel) -> str:
+    """What is not used as its files say, and experts that cannot be told apart, or are weak; these
+    are not looked for in a library too large to say."""
+    warnings = list(model.base.notices)
+    if len(model.library.names) <= MAX_CHECKED:
+        warnings += inspection.warnings(model.library)
+    found = "".join(f"<li>{_escape(warning)}</li>" for warning in warnings)
     return f'<dt>Warnings</dt><dd><ul class="warnings">{found}</ul></dd>' if found else ""
 
 
