@@ -100,7 +100,7 @@ def random_library(model: LlamaForCausalLM, num_experts: int) -> ExpertLibrary:
         if isinstance(layer, nn.Linear)
     }
     banks = []
-    for paths in shared_inputs(model, list(layers)):
+    for paths, _ in shared_inputs(model, list(layers)):
         num_rows, D_in = num_experts * RANK, layers[paths[0]].in_features
         sizes = [layers[path].out_features for path in paths]
         B = [torch.randn(num_rows, D, device=device, dtype=dtype) / D**0.5 for D in sizes]

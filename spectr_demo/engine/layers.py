@@ -1,6 +1,7 @@
 """A linear layer with experts attached: the untouched base layer, plus what a run's plan adds."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -10,24 +11,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from spectr_demo.base.decoder import decoder_of
 from spectr_demo.cpu.kv_cache import grow_in_place_
 from spectr_demo.cpu.linear import forward_of
 from spectr_demo.engine.plan import Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 
+Place = tuple[ExpertBank, int]  # a bank, and the place of a layer among those that share it
+
+
+class _Running:
+    """A plan, and how often each layer has run in the pass that goes on."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.num_runs: Counter[nn.Module] = Counter()
+
+
 # A context variable, not a global: each thread sees the plan of its own run, or none.
-_plan: ContextVar[Plan | None] = ContextVar("routing_plan", default=None)
+_running: ContextVar[_Running | None] = ContextVar("routing_plan", default=None)
 
 
 @contextmanager
 def routed(plan: Plan | None) -> Iterator[None]:
     """Inside, forward passes of this thread route by `plan`; None is the bare base model."""
-    token = _plan.set(plan)
+    token = _running.set(None if plan is None else _Running(plan))
     try:
         yield
     finally:
-        _plan.reset(token)
+        _running.reset(token)
 
 
 class RoutedLinear(nn.Module):
@@ -35,30 +48,42 @@ class RoutedLinear(nn.Module):
 
     run_base: Callable[[Tensor], Tensor]
 
-    def __init__(self, base_layer: nn.Module, bank: ExpertBank, place: int) -> None:
-        """place: of this layer among those that share the bank."""
+    def __init__(self, base_layer: nn.Module, path: str, places: Sequence[Place]) -> None:
+        """places: one for each time that the layer runs in a pass."""
         super().__init__()
         self.base_layer = base_layer
-        self.bank = bank  # plain tensors, shared with the library: nothing to train or to save
-        self.place = place
+        self.path = path
+        self.places = places  # plain tensors, shared with the library: nothing to train or to save
         self.__dict__["run_base"] = forward_of(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.run_base(x)
-        plan = _plan.get()
-        if plan is None or plan.is_base_only:
+        running = _running.get()
+        if running is None or running.plan.is_base_only:
             return y
         if x.dim() != 3:
             raise ValueError(
-                f"{self.bank.paths[self.place]} gets input of shape {tuple(x.shape)}, needed "
-                f"(rows, tokens, {x.shape[-1]}); layers that flatten the batch cannot be routed: "
-                "leave them out of the adapters' target modules"
+                f"{self.path} gets input of shape {tuple(x.shape)}, needed (rows, tokens, "
+                f"{x.shape[-1]}); layers that flatten the batch cannot be routed: leave them out "
+                "of the adapters' target modules"
             )
-        return plan.add(y, self.bank, self.place, x)
+        bank, place = self.places[0] if len(self.places) == 1 else self._place_now(running)
+        return running.plan.add(y, bank, place, x)
+
+    def _place_now(self, running: "_Running") -> Place:
+        """Of the run that this is in its pass."""
+        run = running.num_runs[self]
+        running.num_runs[self] += 1
+        if run == len(self.places):
+            raise ValueError(
+                f"{self.path} runs more than {run} times in a pass, and {run} were known; such a "
+                "layer cannot be routed: leave it out of the adapters' target modules"
+            )
+        return self.places[run]
 
 
 def attach_(model: nn.Module, library: ExpertLibrary) -> None:
-    """Wrap every layer that some expert touches. No weight of the model is changed or copied.
+    """Wrap every layer that some expert touches, once. No weight is changed or copied.
 
     Raises ValueError, and wraps nothing, where experts are attached already.
     """
@@ -69,45 +94,62 @@ def attach_(model: nn.Module, library: ExpertLibrary) -> None:
             "...); a base without any was needed: call `detach()` of the model that has them, or "
             "load the base again"
         )
+    places: dict[str, list[Place]] = defaultdict(list)
     for bank in library.banks:
         for place, path in enumerate(bank.paths):
-            parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-            setattr(parent, name, RoutedLinear(model.get_submodule(path), bank, place))
+            places[path].append((bank, place))
+    layers = {path: model.get_submodule(path) for path in places}
+    _replace_(
+        model, {layers[path]: RoutedLinear(layers[path], path, places[path]) for path in places}
+    )
 
 
 def detach_(model: nn.Module) -> None:
     """Put the base layers back: the model is then the one that was loaded."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, RoutedLinear):
-            parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-            setattr(parent, name, module.base_layer)
+    routed_layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
+    _replace_(model, {layer: layer.base_layer for layer in routed_layers})
+
+
+def _replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some, under every name by which they are reached."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new[module])
 
 
 def follow(model: PreTrainedModel) -> list[Any]:
     """Three hooks. One begins a pass of the run's plan, and has its cache grow in place on a CPU.
     One ends the pass. One hands the output embedding a contiguous input, for speed."""
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        plan = _plan.get()
-        if plan is None:
-            return
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        running = _running.get()
+        if running is None:
+            return args, kwargs
+        running.num_runs.clear()
         input_ids = _input_ids(args, kwargs)
-        plan.begin_pass(input_ids)
+        running.plan.begin_pass(input_ids)
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache) and input_ids.is_cpu and not torch.is_grad_enabled():
             grow_in_place_(cache)
+        if running.plan.needs_all_tokens and "logits_to_keep" in kwargs:
+            # By it Gemma 4 leaves a prompt's tokens but the last out of its upper layers.
+            kwargs = {**kwargs, "logits_to_keep": 0}
+        return args, kwargs
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        plan = _plan.get()
-        if plan is not None:
-            plan.end_pass(output.last_hidden_state)
+        running = _running.get()
+        if running is not None:
+            running.plan.end_pass(output.last_hidden_state)
 
     def before_head(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         # Of a prompt only the last token comes here, as a slice. Because of its strides torch would
         # copy the whole embedding, once for each row.
         return (args[0].clone(memory_format=torch.contiguous_format),)
 
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = decoder_of(model), model.get_output_embeddings()
     return [
         decoder.register_forward_pre_hook(before, with_kwargs=True),
         decoder.register_forward_hook(after),

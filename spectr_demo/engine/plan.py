@@ -27,6 +27,7 @@ class Plan(Protocol):
     """What layers see of a plan."""
 
     is_base_only: bool  # layers need not ask: they add nothing
+    needs_all_tokens: bool  # those too that no answer depends on
 
     def begin_pass(self, input_ids: Tensor) -> None:
         """The layers read input_ids (R, T) next; -1 where a token has no id."""
@@ -76,6 +77,7 @@ class RoutingPlan:
         self._merged_rows = torch.tensor(self._is_merged)[:, None, None, None, None]
         self.constant = ConstantRows(routers, expert_names, self._is_merged, weights or {})
         self.is_base_only = not self.groups and self.constant.is_none
+        self.needs_all_tokens = recorder is not None
         self._token_path = TokenPath(
             self.groups,
             self.constant,
@@ -86,7 +88,8 @@ class RoutingPlan:
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
 
     def begin_pass(self, input_ids: Tensor) -> None:
-        """No router looks at the ids."""
+        if self.recorder is not None:
+            self.recorder.begin_pass(input_ids.shape[1])
 
     def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
         used = self.constant.used(bank)

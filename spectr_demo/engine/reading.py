@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
@@ -38,7 +39,7 @@ _RUNS_AT_ONCE = 8
 class Listening:
     """A `Plan` under which the experts add nothing to the base and are only listened to."""
 
-    is_base_only = False
+    is_base_only = needs_all_tokens = False
 
     def begin_pass(self, input_ids: Tensor) -> None:
         pass
@@ -234,7 +235,7 @@ class Reader:
     @torch.inference_mode()
     def read(self, beginning: Sequence[int], some: Sequence[tuple[Requests, Listening]]) -> None:
         """The bare base reads requests, each after the same beginning, which is read once."""
-        decoder, device = self._base.model.get_decoder(), self._base.device
+        decoder, device = decoder_of(self._base.model), self._base.device
         begun = None
         if beginning:
             ids = torch.tensor([list(beginning)], device=device)

@@ -36,6 +36,21 @@ class Recorder:
         self.late: dict[ExpertBank, list[Late]] = defaultdict(list)
         self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
         self._hidden: list[Tensor] = []
+        self._num_read = 0
+
+    def begin_pass(self, num_tokens: int) -> None:
+        """That many tokens are read next.
+
+        Several of them are a text from its start: the first pass, or one of a base that keeps no
+        keys and values, and reads all of it again. What it recorded before is then forgotten.
+        """
+        if self._num_read and num_tokens > 1:
+            for bank in self.late:
+                self.collect(bank)
+            self._choices.clear()
+            self._hidden.clear()
+            self._num_read = 0
+        self._num_read += num_tokens
 
     def add_choice(self, bank: ExpertBank, row: int, choice: Choice) -> None:
         """Of one row, for the next tokens."""
@@ -48,6 +63,7 @@ class Recorder:
     def hidden(self) -> Tensor:
         """(R, T, D) over all tokens read so far."""
         self._hidden = [torch.cat(self._hidden, dim=1)]
+        self._check("the decoder", self._hidden[0].shape[1])
         return self._hidden[0]
 
     def collect(self, bank: ExpertBank) -> None:
@@ -76,9 +92,10 @@ class Recorder:
         weights = np.zeros(shape, np.float32)
         scores = np.full(shape, np.nan, np.float32)
         for bank in library.banks:
+            choices = self.choices(bank, row)
+            self._check(bank.paths[0], len(choices[0]))
             chosen, weight, score = (
-                part[num_padding:][: num_tokens - 1].cpu().numpy()
-                for part in self.choices(bank, row)
+                part[num_padding:][: num_tokens - 1].cpu().numpy() for part in choices
             )
             T, _, K = chosen.shape
             chosen = np.where(weight > 0, bank.expert_ids.numpy()[chosen], NOT_ROUTED)
@@ -88,3 +105,11 @@ class Recorder:
                 experts[place], weights[place] = chosen[:, p], weight[:, p]
                 scores[place] = score[:, p]
         return experts, weights, scores
+
+    def _check(self, what: str, num_tokens: int) -> None:
+        """Whether something was recorded once for each token."""
+        if num_tokens != self._num_read:
+            raise ValueError(
+                f"{what} read {num_tokens} tokens where the base was given {self._num_read}; for a "
+                "trace each token must be read once: run without one (`record=False`)"
+            )

@@ -139,6 +139,7 @@ class Run:
             attention_mask=mask.to(self.base.device),
             generation_config=GenerationConfig(
                 max_new_tokens=self.settings.max_new_tokens,
+                use_cache=True,
                 do_sample=False,  # sampling is the last processor's, with a generator of its own
                 eos_token_id=sorted(self.end_ids) or None,
                 pad_token_id=pad,

@@ -47,7 +47,7 @@ class SegmentPlan(LogitsProcessor):
     says how that part begins. A newline before anything is said ends nothing.
     """
 
-    is_base_only = False
+    is_base_only = needs_all_tokens = False
 
     def __init__(
         self,

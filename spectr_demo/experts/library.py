@@ -4,10 +4,11 @@ An *adapter* is the file; an *expert* is what is routed to. A library is made on
 is sound. All that is wrong with all of them is one error.
 """
 
+import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _ALIGNMENT_VERSION = 4  # part of the cache key: raise it when `align` changes i
 # A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
 # it is kept in memory at all.
 FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5
+# All of a path that stands before its last name, to which a number belongs (`projections.0`).
+_BEFORE_LAST = re.compile(r".*\.(?=[^.]*[^.\d][^.]*(?:\.\d+)*$)")
 
 
 def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
@@ -112,11 +115,18 @@ class ExpertLibrary:
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for bank in self.banks for name in bank.projections))
+        """Names for people, such as `q_proj`."""
+        return _short_names(list(self._projections))
+
+    @cached_property
+    def _projections(self) -> dict[str, int]:
+        """The place of each, by what banks call it."""
+        names = dict.fromkeys(name for bank in self.banks for name in bank.projections)
+        return {name: place for place, name in enumerate(names)}
 
     def places(self, bank: ExpertBank) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Layers and projections (P,) of a bank, as places in arrays with these two axes."""
-        projections = [self.projections.index(name) for name in bank.projections]
+        projections = [self._projections[name] for name in bank.projections]
         return np.array(bank.layers), np.array(projections)
 
     def index(self, name: str) -> int:
@@ -139,10 +149,10 @@ class ExpertLibrary:
         modules = dict(model.named_modules())
         touched = {path for adapter in adapters for path in adapter.shapes}
         dtype, zeros = _storage(adapters, model.dtype)
-        banks = []
+        banks, num_runs = [], []
         for group in shared_inputs(model, [path for path in modules if path in touched]):
             together: dict[Any, list[str]] = defaultdict(list)
-            for path in group:
+            for path in group.paths:
                 ids = tuple(e for e, adapter in enumerate(adapters) if path in adapter.shapes)
                 together[ids, execution_device(modules[path])].append(path)
             for (ids, device), paths in together.items():
@@ -157,6 +167,7 @@ class ExpertLibrary:
                     zeros=zeros if is_cpu else torch.zeros,
                 )
                 banks.append(bank)
+                num_runs.append(group.num_runs)
         places = [{e: i for i, e in enumerate(bank.expert_ids.tolist())} for bank in banks]
         for e, adapter in enumerate(tqdm(adapters, "aligning", disable=len(adapters) < 50)):
             aligned = align_adapter(adapter)
@@ -171,8 +182,26 @@ class ExpertLibrary:
         return cls(
             adapters=tuple(adapters),
             aligned=tuple(_Stacked(e, a.shapes, where) for e, a in enumerate(adapters)),
-            banks=tuple(banks),
+            banks=tuple(
+                replace(bank, run=run) if run else bank
+                for bank, num in zip(banks, num_runs, strict=True)
+                for run in range(num)
+            ),
         )
+
+
+def _short_names(projections: Sequence[str]) -> tuple[str, ...]:
+    """Names for people of what banks call `model.layers.*.mlp.c_proj`: `c_proj` where only one has
+    that name, else the path inside the layer (`mlp.c_proj`), else the whole."""
+    paths = [name.partition(" ")[0] for name in projections]
+    inside = {path: path.rpartition(".*.")[2] for path in paths}
+    last = {path: _BEFORE_LAST.sub("", name) for path, name in inside.items()}
+    ways = [(names, Counter(names.values())) for names in (last, inside)]
+    return tuple(
+        next((names[path] for names, num in ways if num[names[path]] == 1), path)
+        + name.removeprefix(path)  # such as " (run 2)"
+        for path, name in zip(paths, projections, strict=True)
+    )
 
 
 class _Stacked(Mapping[str, Aligned]):

@@ -1,56 +1,36 @@
 """Which linear layers read the same input: found from the model, not from a list of names."""
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+from spectr_demo.experts.skeleton import skeleton_of
 
 
-def shared_inputs(model: PreTrainedModel, paths: Sequence[str]) -> list[tuple[str, ...]]:
-    """The layers in groups that read one and the same tensor, in the order in which they run.
+class Group(NamedTuple):
+    """Layers that read one and the same tensor, in the order in which they run.
 
-    paths: of linear layers in the model. A copy of the model without weights reads one token, so
-    nothing is computed. A layer that does not run there stands alone. In a model that cannot be run
-    so, every layer stands alone, and a warning says why. Routing is then the same, with one product
-    for each layer.
+    num_runs: how often they run in a pass. Each time they read one tensor.
     """
-    try:
-        groups = _groups(model, paths)
-    except Exception as error:  # whatever another architecture's code says to a tensor without data
-        logger.warning(
-            "%s cannot be read without its weights (%s: %s): no layers share their input here, so "
-            "routing takes a product for each layer",
-            *(type(model).__name__, type(error).__name__, error),
-        )
-        groups = []
-    found = {path for group in groups for path in group}
-    return [*groups, *((path,) for path in paths if path not in found)]
+
+    paths: tuple[str, ...]
+    num_runs: int
 
 
-@torch.no_grad()
-def _groups(model: PreTrainedModel, paths: Sequence[str]) -> list[tuple[str, ...]]:
-    inputs: list[Tensor] = []  # kept, so that no two have one id
-    groups: dict[int, list[str]] = defaultdict(list)
+def shared_inputs(model: PreTrainedModel, paths: Sequence[str]) -> list[Group]:
+    """The layers in groups that share their inputs, in the order in which they first run.
 
-    def note(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.append(args[0])
-            groups[id(args[0])].append(path)
-
-        return hook
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model.config)
-        for path in paths:
-            skeleton.get_submodule(path).register_forward_pre_hook(note(path))
-        # A mask that is made already: making one looks at values, which are not there.
-        mask = torch.zeros(1, 1, 1, 1)
-        token = torch.zeros(1, 1, dtype=torch.long)
-        skeleton.get_decoder()(input_ids=token, attention_mask=mask, use_cache=False)
-    return [tuple(group) for group in groups.values()]
+    paths: of linear layers in the model. A layer that does not run over text stands alone. In a
+    model that cannot be run without its weights every layer stands alone. Routing is then the same,
+    with one product for each layer.
+    """
+    read = skeleton_of(model.config).inputs or {}
+    wanted = set(paths)
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for path, inputs in read.items():
+        if path in wanted:
+            groups[tuple(map(id, inputs))].append(path)
+    found = [Group(tuple(group), len(inputs)) for inputs, group in groups.items()]
+    return [*found, *(Group((path,), 1) for path in paths if path not in read)]

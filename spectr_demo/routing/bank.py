@@ -5,6 +5,7 @@ the stacked A* scores the experts of all of them. Axes: R rows, T tokens, P proj
 of the bank), E experts, r rank.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch.nn.functional import linear
 from spectr_demo.routing.spectr import Aligned
 
 Zeros = Callable[..., Tensor]
+_NUMBER = re.compile(r"\.(\d+)\.")  # of a decoder layer: the first one that something is inside of
 _TOKENS_AT_ONCE = 32
 # Measured on CPUs (docs/log.md). Copying an expert's factor for a token, and multiplying by the
 # copy, takes as long as multiplying the token by 2 experts. The calls around the copies take as
@@ -31,6 +33,8 @@ class ExpertBank:
     places in the model. expert_ids: (E,) int64, places in the library's list of names.
     A: (P * E * r, D_in), B: for each layer (E * r, D_out), the transposed B*, in the bank's dtype.
     singular_values: (P, E, r) float32.
+    run: layers that run several times in a pass have a bank for each time, with the same factors;
+    0 is the first.
     """
 
     paths: tuple[str, ...]
@@ -38,6 +42,7 @@ class ExpertBank:
     A: Tensor
     B: tuple[Tensor, ...]
     singular_values: Tensor
+    run: int = 0
 
     @classmethod
     def empty(
@@ -91,14 +96,17 @@ class ExpertBank:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """(P,) numbers of the decoder layers: 3 of `model.layers.3.self_attn.q_proj`."""
-        parts = [path.split(".") for path in self.paths]
-        return tuple(next((int(p) for p in path if p.isdigit()), 0) for path in parts)
+        """(P,) numbers of the decoder layers: 3 of `model.layers.3.self_attn.q_proj`, 0 of a path
+        without one."""
+        found = map(_NUMBER.search, self.paths)
+        return tuple(0 if number is None else int(number[1]) for number in found)
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """(P,) names such as `q_proj`."""
-        return tuple(path.rpartition(".")[2] for path in self.paths)
+        """(P,) paths without that number, such as `model.layers.*.self_attn.q_proj`: what tells
+        apart the projections of a decoder layer."""
+        run = f" (run {self.run + 1})" if self.run else ""
+        return tuple(_NUMBER.sub(".*.", path, count=1) + run for path in self.paths)
 
     def factors(self, expert: int, place: int, rank: int) -> Aligned:
         """The first `rank` directions of one expert at one layer, float32 on the CPU: views where

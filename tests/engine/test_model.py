@@ -558,11 +558,10 @@ class _Replay(RoutingPlan):
         if ROUTERS[router.name].reads_request:
             router = parse_router("uniform", names)
         super().__init__([router], names, calibration=model.calibration)
-        self.trace, self.column = trace, column
+        self.library, self.trace, self.column = model.library, trace, column
 
     def weights(self, bank: ExpertBank, z: Tensor) -> Tensor:
-        projections = [self.trace.projections.index(name) for name in bank.projections]
-        place = np.s_[:-1, bank.layers, projections]
+        place = np.s_[:-1, *self.library.places(bank)]
         experts, weights = self.column.experts[place], self.column.weights[place]
         dense = np.zeros((*experts.shape[:2], self.trace.num_experts + 1), np.float32)
         np.put_along_axis(dense, experts.astype(np.int64), weights, axis=-1)  # -1: the spare place
