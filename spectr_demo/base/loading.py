@@ -255,6 +255,11 @@ def _unreadable(base: str, what: str, error: Exception) -> str:
         else "Check the id and the network; a gated model needs `hf auth login`. A folder works "
         "without a network."
     )
+    if "trust_remote_code" in str(error):
+        return (
+            f"base {base!r}: its {what} needs code that comes with it, and such code is never run. "
+            "Choose a base whose architecture transformers has."
+        )
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return f"base {base!r}: its {what} could not be read ({reason}). {remedy}"
 

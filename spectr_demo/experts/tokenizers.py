@@ -125,8 +125,8 @@ def _differences(each: _Brought, base: LoadedBase) -> list[str]:
     other = [token for token, i in theirs.get_vocab().items() if vocabulary.get(token) != i]
     if other:
         lines.append(
-            f"{who}: the tokenizer has {len(other)} tokens that the base's has not, or at another "
-            f"place ({_some(other)}); the base's is used"
+            f"{who}: the tokenizer's {_some(other)} are not in the base's, or have other numbers "
+            "there; the base's is used"
         )
     ends = base.model.generation_config.eos_token_id
     known = {ours.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
