@@ -31,7 +31,9 @@ _KEY_PREFIX = "base_model.model."
 _WRAPPER = re.compile(
     r"(?:(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)|^module)\."
 )
-_FOR_TRAINING = (".lora_monteclora_sampler.", ".lora_velora_embed")
+# Tensors that an adapter does not need: of training, and the base's own embedding, which PEFT saves
+# with factors of an embedding (and those are refused).
+_UNUSED = (".lora_monteclora_sampler.", ".lora_velora_embed", ".base_layer.weight")
 _FACTOR = re.compile(r"(.+)\.(lora_[AB])(?:\.(?!weight$)([^.]+))?(?:\.weight)?")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
@@ -314,7 +316,7 @@ def _parse_factors(
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
     foreign, taken_out, adapter_names, is_twice = [], set(), set(), False
     for key, tensor in state.items():
-        if any(part in key for part in _FOR_TRAINING):
+        if any(part in key for part in _UNUSED):
             continue
         taken_out.update(_WRAPPER.findall(key))
         plain = _WRAPPER.sub("", key).removeprefix(_KEY_PREFIX)
@@ -342,7 +344,7 @@ def _parse_factors(
         }
         found = "".join(kind for kind, is_there in kinds.items() if is_there)
         problems.append(
-            f"expert {name!r}: {len(foreign)} tensors are no LoRA factors of a linear layer "
+            f"expert {name!r}: {len(foreign)} of its tensors are no LoRA factors of a linear layer "
             f"({foreign[0]}, ...); {found}other parts than linear layers are not supported"
         )
     elif not pairs:

@@ -140,14 +140,12 @@ def _missing(path: str, skeleton: Skeleton, adapter: Adapter) -> _Misfit:
             "it keeps the experts of a mixture in one stacked tensor, not in linear layers: leave "
             "them out of the adapter's target modules",
         )
-    return _Misfit(
-        f"{path} is not in the base, whose {nearest or 'root'} has no {name!r}",
-        _other_base(adapter),
-    )
+    having = f"whose {nearest}" if nearest else "which"
+    return _Misfit(f"{path} is not in the base, {having} has no {name!r}", _other_base(adapter))
 
 
 def _other_base(adapter: Adapter) -> str:
-    return f"it was trained on another base model ({adapter.base_model})"
+    return f"it was trained on another base model ({adapter.base_model}), or on another class of it"
 
 
 def _places(paths: Iterable[str], skeleton: Skeleton) -> dict[str, str]:

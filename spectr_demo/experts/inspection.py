@@ -96,14 +96,16 @@ def overlaps(library: ExpertLibrary) -> NDArray[np.float64]:
 
 
 def warnings(library: ExpertLibrary) -> list[str]:
-    """What to know before routing between these experts: pairs too alike, and weak ones."""
-    return _warnings(library.names, overlaps(library), summarise(library))
+    """What to know before routing between these experts: what was renamed or left out, pairs too
+    alike, and weak ones."""
+    return _warnings(library, overlaps(library), summarise(library))
 
 
 def _warnings(
-    names: tuple[str, ...], matrix: NDArray[np.float64], summaries: Sequence[ExpertSummary]
+    library: ExpertLibrary, matrix: NDArray[np.float64], summaries: Sequence[ExpertSummary]
 ) -> list[str]:
-    found = []
+    names = library.names
+    found = [note for adapter in library.adapters for note in adapter.notes]
     for i, j in zip(*np.triu_indices(len(names), k=1), strict=True):
         if matrix[i, j] >= ALIKE:
             found.append(
@@ -126,7 +128,7 @@ def to_json(library: ExpertLibrary) -> dict[str, Any]:
     """Summaries, overlaps and warnings as plain values; null where two share no layer."""
     matrix, summaries = overlaps(library), summarise(library)
     return {
-        "warnings": _warnings(library.names, matrix, summaries),
+        "warnings": _warnings(library, matrix, summaries),
         "experts": [vars(summary) for summary in summaries],
         "subspace_overlap": {
             name: {

@@ -4,6 +4,7 @@ An *adapter* is the file; an *expert* is what is routed to. A library is made on
 is sound. All that is wrong with all of them is one error.
 """
 
+import logging
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -37,6 +38,8 @@ from spectr_demo.experts.fit import Fitted, fit_adapters
 from spectr_demo.experts.shared_inputs import shared_inputs
 from spectr_demo.routing.bank import ExpertBank, Zeros
 from spectr_demo.routing.spectr import Aligned, align
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT_VERSION = 4  # part of the cache key: raise it when `align` changes its result
 # A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
@@ -264,6 +267,9 @@ def read_adapters(sources: Sources, config: PretrainedConfig) -> Fitted:
         except AdapterError as error:
             problems += error.problems
     fitted, misfits = fit_adapters(adapters, config)
+    for adapter in fitted:
+        for note in adapter.notes:
+            logger.warning(note)
     return Fitted(fitted, problems + misfits)
 
 

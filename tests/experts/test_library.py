@@ -7,14 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spectr_demo.experts.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_adapter
+from spectr_demo.experts.inspection import warnings
 from spectr_demo.experts.library import align_adapter, load_experts
 from spectr_demo.routing.spectr import Aligned
-from tests.conftest import EXPERT_NAMES, PROJECTIONS, BuildModel, SaveExpert, banks_by_path
+from tests.conftest import (
+    EXPERT_NAMES,
+    PROJECTIONS,
+    BuildModel,
+    SaveExpert,
+    banks_by_path,
+    tiny_llama,
+)
 
 
 @pytest.fixture
@@ -179,6 +188,35 @@ def pissa(folder: Path) -> None:
     spoil_config(folder, init_lora_weights="pissa")
 
 
+def shards(folder: Path) -> None:
+    spoil_weights(folder, lambda state: state.update({k: torch.zeros(0) for k in state}))
+
+
+def flat_shards(folder: Path) -> None:
+    spoil_weights(folder, lambda state: state.update({k: v.flatten() for k, v in state.items()}))
+
+
+def integers(folder: Path) -> None:
+    spoil_weights(
+        folder, lambda state: state.update({k: v.to(torch.int8) for k, v in state.items()})
+    )
+
+
+def several(folder: Path) -> None:
+    def name(state: dict[str, torch.Tensor]) -> None:
+        for key in list(state):
+            for adapter in ("law", "code"):
+                state[key.replace(".weight", f".{adapter}.weight")] = state[key].clone()
+            del state[key]
+
+    spoil_weights(folder, name)
+
+
+def trained_bias(folder: Path) -> None:
+    key = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
+    spoil_weights(folder, lambda state: state.update({key: torch.zeros(64)}))
+
+
 def nan(folder: Path) -> None:
     spoil_weights(folder, lambda state: next(iter(state.values())).fill_(math.nan))
 
@@ -237,6 +275,11 @@ SPOILED = {
     dora: "DoRA .*not supported",
     modules_to_save: "modules_to_save=.*not supported",
     pissa: "changes the base.s own weights .init_lora_weights=",
+    shards: r"has shape .0,. .as 28 tensors do.; DeepSpeed ZeRO-3 and FSDP",
+    flat_shards: r"has shape .512,. .as 28 tensors do.; DeepSpeed ZeRO-3 and FSDP",
+    integers: r"holds int8 .as 28 tensors do.; floating point was needed",
+    several: r"of several adapters .named 'code', 'law'.; one was needed",
+    trained_bias: "1 of its tensors .*q_proj.base_layer.bias.*; trained biases or other parts",
     nan: "holds NaN or infinite values",
     infinite: "holds NaN or infinite values",
     embedding: "embedding layers or other parts than linear layers are not supported",
@@ -255,7 +298,8 @@ def test_a_bad_adapter_is_named_with_what_is_wrong(
     spoil(folder)  # type: ignore[operator]
     with pytest.raises(AdapterError, match=SPOILED[spoil]) as caught:  # type: ignore[index]
         load_experts([str(folder)], llama)
-    assert all(problem.startswith("expert 'sound': ") for problem in caught.value.problems)
+    (problem,) = caught.value.problems
+    assert problem.startswith("expert 'sound': ")
     assert not any("lora" in name for name, _ in llama.named_modules()), "nothing was attached"
 
 
@@ -281,6 +325,54 @@ def test_all_that_is_wrong_with_all_of_them_is_one_error(
     ]:
         assert any(p.startswith(f"expert {name!r}") and needed in p for p in problems), problems
     assert len(problems) == 6
+
+
+def test_sources_are_folders_paths_and_names(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: LlamaForCausalLM
+) -> None:
+    """... one or several. A path with an equals sign is a path."""
+    run = folder.rename(tmp_path / "lr=1e-4")
+    expected = read_adapter(run).sha256
+    monkeypatch.chdir(tmp_path)
+    for sources, name in {
+        str(run): "lr=1e-4",
+        f"law={run}": "law",
+        "law=./lr=1e-4": "law",
+        "lr=1e-4": "lr=1e-4",
+        "./lr=1e-4": "lr=1e-4",
+        run: "lr=1e-4",
+        Path("lr=1e-4"): "lr=1e-4",
+    }.items():
+        for given in (sources, [sources], (sources,)):
+            (adapter,) = load_experts(given, llama).adapters
+            assert (adapter.name, adapter.sha256) == (name, expected)
+    with pytest.raises(AdapterError, match=r"^expert 'lr': there is no folder \./2e-4; give"):
+        load_experts("lr=./2e-4", llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_small_numbers_are_widened_as_in_peft(
+    dtype: torch.dtype, folder: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    spoil_weights(folder, lambda state: state.update({k: v.to(dtype) for k, v in state.items()}))
+    peft = PeftModel.from_pretrained(tiny_llama(len(tokenizer)), folder)
+    library = load_experts(folder, llama)
+    for path, aligned in library.aligned[0].items():
+        layer = peft.base_model.model.get_submodule(path)
+        assert_close(aligned.B @ aligned.A, layer.get_delta_weight("default"))
+
+
+def test_what_was_renamed_is_said(
+    folder: Path, llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    def rename(state: dict[str, torch.Tensor]) -> None:
+        for key in list(state):
+            state[key.replace("model.layers", "model.language_model.layers")] = state.pop(key)
+
+    spoil_weights(folder, rename)
+    (note,) = warnings(load_experts(folder, llama))
+    assert "14 of its 14 layers have other names here" in note
+    assert caplog.messages == [note]
 
 
 def test_renaming_makes_two_of_one_name_possible(
@@ -322,9 +414,10 @@ def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: l
     quantized.to("cpu")
     llama.model.layers[0].mlp.up_proj = quantized
     library = load_experts(expert_folders, llama)
-    bank = banks_by_path(library)["model.layers.0.mlp.up_proj"]
-    layer, x = RoutedLinear(quantized, bank, 0).eval(), torch.randn(1, 3, 64)
-    factors = library.adapters[1].read()["model.layers.0.mlp.up_proj"]
+    path = "model.layers.0.mlp.up_proj"
+    bank = banks_by_path(library)[path]
+    layer, x = RoutedLinear(quantized, path, [(bank, 0)]).eval(), torch.randn(1, 3, 64)
+    factors = library.adapters[1].read()[path]
     expected = quantized(x) + factors.scaling * x @ factors.lora_A.mT @ factors.lora_B.mT
     plan = RoutingPlan([parse_router("single:green", library.names)], library.names)
     with torch.no_grad(), routed(plan):
