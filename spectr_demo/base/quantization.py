@@ -7,14 +7,14 @@ the same, and they take more memory.
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from spectr_demo import cpu
 from spectr_demo.base.memory import available_memory
@@ -80,6 +80,7 @@ def settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]:
         raise nothing_to_quantize(model.name_or_path, model)
     for layer in layers:  # a checkpoint that was 4-bit already brings its maker's choice
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
+        cast(bnb.nn.Params4bit, layer.weight).quant_state.dtype = dtype  # of expanded weights
     state = cast(bnb.nn.Params4bit, layers[0].weight).quant_state
     kind = state.quant_type.upper()
     packed = f"{kind}, double quantization" if state.nested else kind
@@ -107,7 +108,7 @@ def _settle_on_cpu_(
     if has_avx512bf16() and dtype == torch.bfloat16:
         if unfit := [layer for layer in layers if not _fits_kernel(layer)]:
             has_room = _has_room(unfit, dtype)
-            _expand_some_(model, unfit, dtype) if has_room else _expand_at_every_step_(unfit)
+            _expand_some_(model, unfit) if has_room else _expand_at_every_step_(unfit)
             how = "expanded" if has_room else "expanded again at every step"
             packed += f"; {len(unfit)} of {len(layers)} layers {how} (no 4-bit kernel fits them)"
         # The first forward repacks weights in place, which two threads must not do at once.
@@ -141,14 +142,12 @@ def _expand_at_every_step_(layers: Sequence[bnb.nn.Linear4bit]) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def _expand_some_(
-    model: PreTrainedModel, layers: Sequence[bnb.nn.Linear4bit], dtype: torch.dtype
-) -> None:
+def _expand_some_(model: PreTrainedModel, layers: Sequence[bnb.nn.Linear4bit]) -> None:
     """Replace these layers by an `nn.Linear` with the same values, as `expand_4bit_` does all."""
     expanded: dict[nn.Module, nn.Linear] = {}
     for layer in layers:
         packed = cast(bnb.nn.Params4bit, layer.weight)
-        weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
+        weight = dequantize_4bit(packed.data, packed.quant_state)
         D_out, D_in = weight.shape
         expanded[layer] = nn.Linear(D_in, D_out, bias=False, device="meta")
         expanded[layer].weight = nn.Parameter(weight, requires_grad=False)
@@ -176,25 +175,17 @@ def cast_unquantized_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     transformers leaves these parts of a 4-bit checkpoint in the dtype of the file. A few of them
     are float32 whatever the rest computes in.
     """
-    if all(
-        parameter.dtype == dtype or isinstance(parameter, bnb.nn.Params4bit)
-        for parameter in model.parameters()
-    ):
+    if all(p.dtype == dtype or isinstance(p, bnb.nn.Params4bit) for p in model.parameters()):
         return
-    with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(model.config, dtype=dtype, trust_remote_code=False)
-    wanted = {name: tensor.dtype for name, tensor in _tensors(twin)}
-    kept = set(model._keep_in_fp32_modules_strict or ())
+    in_float32 = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    for name, tensor in _tensors(model):
-        if tensor.is_floating_point() and not isinstance(tensor, bnb.nn.Params4bit):
-            is_kept = any(re.search(pattern, name) for pattern in kept)
-            tensor.data = tensor.data.to(torch.float32 if is_kept else wanted.get(name, dtype))
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return itertools.chain(model.named_parameters(), model.named_buffers())
+        in_float32 |= set(model._keep_in_fp32_modules or ())
+    stored = model.state_dict().keys()  # without what is computed from the configuration
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        is_plain = tensor.is_floating_point() and not isinstance(tensor, bnb.nn.Params4bit)
+        if is_plain and name in stored:
+            is_kept = any(re.search(pattern, name) for pattern in in_float32)
+            tensor.data = tensor.data.to(torch.float32 if is_kept else dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -35,11 +35,14 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "available_memory", lambda: 1000)
 
 
-def quantized(folder: Path, **config: object) -> PreTrainedModel:
+def quantized(
+    folder: Path, dtype: torch.dtype = torch.float32, **config: object
+) -> PreTrainedModel:
+    """dtype: of what is not quantized."""
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **config}
     return AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, **settings),
         device_map={"": "cpu"},
     )

@@ -5,15 +5,25 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from spectr_demo import cpu
 from spectr_demo.base import quantization
 from spectr_demo.base.loading import load_base
-from spectr_demo.base.quantization import choose_compute_dtype, expand_4bit_
+from spectr_demo.base.quantization import cast_unquantized_, choose_compute_dtype, expand_4bit_
 from tests.base.conftest import count, quantized
 from tests.conftest import tiny_llama
 
@@ -111,6 +121,135 @@ def test_a_4bit_checkpoint_is_taken_as_it_is(
     layer = base.model.model.layers[0].mlp.up_proj
     assert layer.weight.quant_type == "fp4"
     assert layer.compute_dtype == torch.float32
+
+
+def reference(folder: Path) -> PreTrainedModel:
+    """The same 4-bit values in float32, by bitsandbytes alone: what other ways are measured by."""
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu, layer.compute_dtype = False, torch.float32
+            layer.compute_type_is_set = True
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not isinstance(tensor, bnb.nn.Params4bit):
+            tensor.data = tensor.data.float()
+    return model.eval()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cpu_is", ["no_fused_kernel", "no_fused_kernel no_memory", ""])
+def test_a_4bit_checkpoint_computes_in_the_dtype_asked_for(
+    request: pytest.FixtureRequest,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    cpu_is: str,
+) -> None:
+    """Whatever its other parts are stored in: layer norms with their biases, embeddings, biases."""
+    for fixture in cpu_is.split():
+        request.getfixturevalue(fixture)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = GPTNeoXConfig(**sizes, num_attention_heads=4, vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    dense = GPTNeoXForCausalLM(config)
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    dense.save_pretrained(tmp_path / "dense")
+    folder = tmp_path / "4-bit"
+    quantized(tmp_path / "dense", stored, bnb_4bit_compute_dtype=stored).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = load_base(str(folder), device="cpu", dtype=dtype).model
+    others = [p.dtype for p in model.parameters() if not isinstance(p, bnb.nn.Params4bit)]
+    assert set(others) == {dtype}
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        logits, expected = model(tokens).logits, reference(folder)(tokens).logits
+    assert logits.dtype == dtype
+    if dtype == torch.float32:
+        assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    else:
+        assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_what_transformers_keeps_in_float32_stays_so(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = DeepseekV3Config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        vocab_size=len(tokenizer),
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        num_attention_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = quantized(tmp_path)
+    cast_unquantized_(model, torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    corrections = [name for name in dtypes if "e_score_correction_bias" in name]
+    assert corrections
+    for name, dtype in dtypes.items():
+        if dtype.is_floating_point and name.endswith(
+            ("norm.weight", "_bias", "embed_tokens.weight")
+        ):
+            assert dtype == (torch.float32 if name in corrections else torch.bfloat16), name
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+needs_kernel = pytest.mark.skipif(
+    not has_avx512bf16(), reason="this CPU has no product with packed 4-bit weights"
+)
+
+
+@needs_kernel
+@pytest.mark.parametrize("sizes", [(64, 144), (96, 128), (96, 200)])
+@pytest.mark.parametrize("has_memory", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_layers_that_the_kernel_does_not_fit_are_computed_without_it(
+    request: pytest.FixtureRequest,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    sizes: tuple[int, int],
+    has_memory: bool,
+    kind: str,
+) -> None:
+    """Outputs that are no multiple of 32, or inputs that are no multiple of a block."""
+    if not has_memory:
+        request.getfixturevalue("no_memory")
+    hidden, intermediate = sizes
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    quantized(tmp_path / "dense", torch.bfloat16, bnb_4bit_quant_type=kind).save_pretrained(
+        folder := tmp_path / "4-bit"
+    )
+    tokenizer.save_pretrained(folder)
+    base = load_base(str(folder), device="cpu")
+    assert base.compute_dtype == torch.bfloat16
+    # Of the 14 layers, those that read or write the side that does not fit.
+    num_unfit = 6 if hidden % 64 == 0 else 14 if intermediate % 64 else 12
+    how = "expanded" if has_memory else "expanded again at every step"
+    assert f"; {num_unfit} of 14 layers {how} (no 4-bit kernel fits them)" in base.quantization
+    for tokens in (torch.arange(5)[None], torch.arange(40)[None]):
+        with torch.no_grad():
+            logits, expected = base.model(tokens).logits, reference(folder)(tokens).logits
+        assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
