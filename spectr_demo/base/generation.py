@@ -14,6 +14,11 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 _TAKEN = ("eos_token_id", "pad_token_id")
 _NO_SETTINGS = {*_TAKEN, "bos_token_id", "transformers_version", "_from_model_config"}
+# Off where they are 1.
+_FACTORS = {
+    *("num_beams", "num_beam_groups", "num_return_sequences", "temperature", "top_p", "typical_p"),
+    *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale"),
+}
 
 
 def read_generation(
@@ -68,6 +73,7 @@ def _read(base: str, where: str | Path) -> dict[str, Any] | None:
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
-    """Whether a setting says what holds without it: off, none, once; and that there is a cache."""
-    is_once = value == 1 and not isinstance(value, bool)
-    return not value or is_once or (name == "use_cache" and value is True)
+    """Whether a setting says what holds without it: there is a cache, and nothing else is on."""
+    if name == "use_cache":
+        return value is True
+    return not value or (name in _FACTORS and value == 1)
