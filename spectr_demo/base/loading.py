@@ -43,7 +43,7 @@ from spectr_demo.base.quantization import (
     nf4_config,
     settle_4bit_,
 )
-from spectr_demo.base.templates import settle_template_
+from spectr_demo.base.templates import read_processor_template, settle_template_
 from spectr_demo.config import (
     base_from_environment,
     device_map_from_environment,
@@ -232,6 +232,8 @@ def _from_pretrained(
         raise
     except Exception as error:  # other people's files fail in many ways
         raise ValueError(_unreadable(base, "weights or tokenizer", error)) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_processor_template(where)
     settle_template_(tokenizer, f"base {base!r}")
     if is_quantized:
         cast_unquantized_(model, dtype)

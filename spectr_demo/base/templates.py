@@ -3,10 +3,13 @@
 A template is a program that came with the base. It may refuse some messages, or leave them out.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 
 # What a template is asked to show. Letters and digits alone, so that none has to be escaped.
 _MARKER = "Marker{}Text"
@@ -20,6 +23,18 @@ _IN_PARTS = (
     "{%- endfor -%}"
     "{%- set messages = spread.messages -%}"
 )
+
+
+def read_processor_template(where: str | Path) -> str | None:
+    """The chat template that a base which also sees or hears has beside its tokenizer, if any.
+
+    where: the base's folder or Hub id.
+    """
+    try:
+        file = cached_file(str(where), LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
+        return str(json.loads(Path(str(file)).read_bytes())["chat_template"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -26,8 +26,6 @@ IN_PARTS = (
 PARTS_BY_INDEX = (
     "{% for m in messages %}" + TURN % "{{ m.content[0]['text'] }}" + "{% endfor %}" + END
 )
-    "{% for m in messages %}" + TURN % "{{ m.content[0]['text'] }}" + "{% endfor %}" + END
-)
 ONE_MESSAGE = (
     "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
     + CHAT_TEMPLATE
@@ -151,6 +149,14 @@ def test_the_request_reaches_a_base_that_expects_parts(
 
     expected = observed()
     (folder / "chat_template.jinja").unlink()
+    plain = observed()
+    assert plain != expected
+    # Where older bases have it: with the tokenizer, or with the processor of pictures.
+    in_parts = {"chat_template": IN_PARTS}
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": IN_PARTS}))
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | in_parts))
+    assert observed() == expected
+    file.write_text(before)
+    (folder / "chat_template.json").write_text(json.dumps(in_parts))
     assert observed() == expected
