@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -49,7 +50,7 @@ def with_template_of(base: LoadedBase, adapters: Sequence[Adapter]) -> LoadedBas
     if template is not None:
         tokenizer = deepcopy(tokenizer)
         tokenizer.chat_template = template
-        settle_template_(tokenizer, "the experts' chat template")
+        settle_template_(tokenizer, notices[0])
     notices += [line for each in brought for line in _differences(each, base)]
     for notice in notices:
         logger.warning(notice)
@@ -122,8 +123,8 @@ def _differences(each: _Brought, base: LoadedBase) -> list[str]:
     if ours.chat_template is not None and template_of(theirs) not in (None, template_of(ours)):
         lines.append(f"{who}: the chat template is not the base's, which is used")
     vocabulary = ours.get_vocab()
-    other = [token for token, i in theirs.get_vocab().items() if vocabulary.get(token) != i]
-    if other:
+    tokens = sorted(theirs.get_vocab().items(), key=itemgetter(1))
+    if other := [token for token, number in tokens if vocabulary.get(token) != number]:
         lines.append(
             f"{who}: the tokenizer's {_some(other)} are not in the base's, or have other numbers "
             "there; the base's is used"

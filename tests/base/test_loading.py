@@ -61,6 +61,23 @@ def test_the_fingerprint_tells_fine_tunes_apart(folder: Path, tmp_path: Path) ->
     assert load_base(str(copy), device="cpu").fingerprint != first.fingerprint
 
 
+def test_a_base_on_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, the hub client reads its own cache: the layout is the Hub's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--someone--their-base"
+    snapshot = repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.parent.mkdir(parents=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3, "temperature": 0.5}')
+    shutil.copytree(folder, snapshot)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(snapshot.name)
+    base = load_base("someone/their-base", device="cpu")
+    assert (base.source, base.name) == ("someone/their-base", "their-base")
+    assert base.fingerprint == f"hub-commit:{snapshot.name}"
+    assert base.model.generation_config.eos_token_id == 3
+    assert "temperature=0.5" in base.notices[0]
+
+
 def _remove_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 

@@ -226,3 +226,10 @@ def test_the_header_says_what_is_loaded(routed_model: SpectrModel) -> None:
 def test_the_first_page_shows_the_columns_that_are_ticked() -> None:
     titles = re.findall(r"<h3>(.*?)</h3>", cards.placeholder())
     assert titles == [ROUTERS[name].display_name for name in PAGE_COLUMNS]
+
+
+def test_the_bases_notices_are_shown(routed_model: SpectrModel) -> None:
+    before = cards.header(routed_model)
+    routed_model.base = replace(routed_model.base, notices=("not used: <temperature>",))
+    assert "<li>not used: &lt;temperature&gt;</li>" in cards.header(routed_model)
+    assert "temperature" not in before
