@@ -19,7 +19,7 @@ from spectr_demo.base.generic import generic_prompts
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.listening import listen
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.detection import Detector, Evidence
+from spectr_demo.routing.detection import Detector, Evidence, Metric
 
 METRICS = ("metric of ordinary text", "raw metric")
 Detectors = Mapping[ExpertBank, Detector]
@@ -39,8 +39,7 @@ def detectors_of(engine: SpectrModel) -> dict[str, Detectors]:
 
 def raw_detector(bank: ExpertBank, inputs: Tensor) -> Detector:
     """SpectR's own score, standardised by inputs (N, D_in) of ordinary text."""
-    origin = inputs.new_zeros(inputs.shape[-1], dtype=torch.float32)
-    return Detector.standardised(bank, origin, bank.A.float(), inputs)
+    return Detector.standardised(bank, Metric.none(inputs.shape[-1], inputs.device), inputs)
 
 
 def evidence(

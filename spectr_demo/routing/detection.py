@@ -15,7 +15,7 @@ At one token and layer, `certainty` says how far each expert stands out from the
 has many tokens, read in many layers. Two means are made of them (`Evidence`): which expert the
 request is for, and how much of the text each expert accounts for.
 
-Axes: N tokens, R requests, P projections of a bank, E experts, r rank.
+Axes: N tokens, R requests, P projections of a bank, E experts, r rank, k directions.
 """
 
 from dataclasses import dataclass, replace
@@ -26,30 +26,94 @@ from torch import Tensor
 from spectr_demo.routing.bank import ExpertBank
 
 _MOST_TOKENS = 2048  # for a covariance, whose cost is their number
+_MOST_DIRECTIONS, _TURNS = 64, 4
 _NOISE = 0.07  # standard deviations by which experts differ in ordinary text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """`C^-1` of ordinary inputs (D_in,), as `scale * (I - directions diag(damping) directions^T)`.
+
+    directions: (D_in, k) float32, orthonormal: the ones that ordinary text uses most. damping: (k,)
+    float32, from 0 to 1. scale: () float32.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    damping: Tensor
+    scale: Tensor
+
+    @classmethod
+    def none(cls, D_in: int, device: torch.device) -> "Metric":
+        """All directions are equally common."""
+        return cls(
+            mean=torch.zeros(D_in, device=device),
+            directions=torch.zeros(D_in, 0, device=device),
+            damping=torch.zeros(0, device=device),
+            scale=torch.ones((), device=device),
+        )
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> "Metric":
+        """From inputs (N, D_in) of ordinary text.
+
+        Beside its k main directions the covariance counts as equal in all others (probabilistic
+        PCA, Tipping & Bishop 1999). It is shrunk half way to the identity of its own size: N is not
+        much larger than D_in, and what the base rarely says must not count for everything.
+        """
+        inputs = inputs[:: -(-len(inputs) // _MOST_TOKENS)].float()  # evenly, if they are more
+        mean = inputs.mean(0)
+        centred = inputs - mean
+        directions, variances = _main_directions(centred)
+        D_in, k = directions.shape
+        total = centred.square().sum() / len(inputs)
+        rest = (total - variances.sum()).clamp_min(0) / max(1, D_in - k)
+        # Inputs that are all alike tell nothing: then all directions are equally common.
+        size = torch.where(total > 0, total / D_in, 1.0)
+        damping = 1 - (rest + size) / (variances + size)
+        return cls(
+            mean=mean, directions=directions, damping=damping.clamp_min(0), scale=1 / (rest + size)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`C^-1 x` of rows (..., D_in) float32."""
+        return self.scale * (x - (x @ self.directions * self.damping) @ self.directions.T)
+
+
+def _main_directions(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Those in which centred inputs (N, D_in) vary most, (D_in, k), and their variances (k,), by
+    block power iteration, which begins at inputs taken evenly."""
+    k = min(_MOST_DIRECTIONS, *centred.shape)
+    start = torch.linspace(0, len(centred) - 1, k, device=centred.device).long()
+    basis = torch.linalg.qr(centred[start].T).Q
+    for _ in range(_TURNS):
+        basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
+    _, sizes, turn = torch.linalg.svd(centred @ basis, full_matrices=False)
+    return basis @ turn.T, sizes.square() / len(centred)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detector:
     """What scores inputs at one bank.
 
-    input_mean: (D_in,) float32 of ordinary text. factors: (P * E * r, D_in) float32, each expert's
-    `L^-1 A C^-1`. mean, std: (P, E) float32 of the scores of ordinary tokens.
+    whitening: (P, E, r, r) float32, each expert's `L^-1`. mean, std: (P, E) float32 of the scores
+    of ordinary tokens.
     """
 
-    input_mean: Tensor
-    factors: Tensor
+    bank: ExpertBank
+    metric: Metric
+    whitening: Tensor
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def standardised(
-        cls, bank: ExpertBank, input_mean: Tensor, factors: Tensor, inputs: Tensor
-    ) -> "Detector":
+    def standardised(cls, bank: ExpertBank, metric: Metric, inputs: Tensor) -> "Detector":
         """One whose scores have mean 0 and deviation 1 over inputs (N, D_in)."""
-        P, E, _ = bank.singular_values.shape
-        zeros = input_mean.new_zeros(P, E)
-        plain = cls(input_mean=input_mean, factors=factors, mean=zeros, std=zeros + 1)
+        P, E, r = bank.singular_values.shape
+        A = bank.A.float()
+        gram = metric(A).view(P, E, r, -1) @ A.view(P, E, r, -1).mT
+        zeros = torch.zeros(P, E, device=A.device)
+        plain = cls(bank=bank, metric=metric, whitening=_whitening(gram), mean=zeros, std=zeros + 1)
         std, mean = torch.std_mean(plain.scores(inputs), dim=0, correction=0)
         # An expert that never responds has no deviation, and its scores stay 0.
         return replace(plain, mean=mean, std=torch.where(std <= 1e-6 * mean + 1e-12, 1.0, std))
@@ -57,44 +121,24 @@ class Detector:
     def scores(self, x: Tensor) -> Tensor:
         """(..., P, E) float32 from inputs (..., D_in): 0 for the mean of ordinary tokens, in their
         standard deviations."""
-        return (self._lengths(x) - self.mean) / self.std
-
-    def _lengths(self, x: Tensor) -> Tensor:
-        P, E = self.mean.shape
-        z = (x.float() - self.input_mean) @ self.factors.T
-        return torch.linalg.vector_norm(z.view(*x.shape[:-1], P, E, -1), dim=-1)
+        z = self.bank.project(self.metric(x.float() - self.metric.mean)).float()
+        lengths = torch.linalg.vector_norm(
+            torch.einsum("peij,...pej->...pei", self.whitening, z), dim=-1
+        )
+        return (lengths - self.mean) / self.std
 
 
 def detector(bank: ExpertBank, inputs: Tensor) -> Detector:
-    """The detector of a bank, from inputs (N, D_in) of ordinary text at its layers.
-
-    Their covariance is shrunk half way to the identity of its own size: N is not much larger than
-    D_in, and what the base rarely says must not count for everything.
-    """
-    inputs = inputs[:: -(-len(inputs) // _MOST_TOKENS)].float()  # evenly, if they are more
-    mean = inputs.mean(0)
-    centred = inputs - mean
-    covariance = centred.T @ centred / len(inputs)
-    size = covariance.diagonal().mean()
-    # Inputs that are all alike tell nothing: then all directions are equally common.
-    covariance.diagonal().add_(torch.where(size > 0, size, 1.0))
-    P, E, r = bank.singular_values.shape
-    A = bank.A.float()
-    matched = torch.cholesky_solve(A.T, torch.linalg.cholesky(covariance)).T  # A C^-1
-    gram = matched.view(P, E, r, -1) @ A.view(P, E, r, -1).mT
-    factors = _whitened(gram, matched.view(P, E, r, -1)).flatten(0, 2)
-    return Detector.standardised(bank, mean, factors, inputs)
+    """The detector of a bank, from inputs (N, D_in) of ordinary text at its layers."""
+    return Detector.standardised(bank, Metric.of(inputs), inputs)
 
 
-def _whitened(gram: Tensor, matched: Tensor) -> Tensor:
-    """`L^-1 matched` with `L L^T = gram`; a direction that an expert does not have stays 0.
-
-    gram: (..., r, r), matched: (..., r, D_in).
-    """
+def _whitening(gram: Tensor) -> Tensor:
+    """`L^-1` with `L L^T = gram` (..., r, r); a direction that an expert does not have stays 0."""
     values, vectors = torch.linalg.eigh(gram.double())
     is_direction = values > 1e-6 * values[..., -1:].clamp_min(1e-30)
     scale = torch.where(is_direction, values.clamp_min(1e-30).rsqrt(), 0)
-    return (scale[..., None] * vectors.mT).to(matched) @ matched
+    return (scale[..., None] * vectors.mT).float()
 
 
 def certainty(scores: Tensor) -> Tensor:
