@@ -91,8 +91,11 @@ def _convert(gguf: Path, scratch: Path, dtype: torch.dtype) -> None:
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=dtype,
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     tokenizer.model_max_length = dense.config.max_position_embeddings
     _say("Quantizing to NF4 ...")
     # transformers quantizes only what it reads from a folder.
@@ -102,6 +105,7 @@ def _convert(gguf: Path, scratch: Path, dtype: torch.dtype) -> None:
         quantization_config=nf4_config(dtype),
         dtype=dtype,
         device_map={"": "cpu"},
+        trust_remote_code=False,
     )
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

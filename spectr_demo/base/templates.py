@@ -93,8 +93,8 @@ def check_shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     """Raise ValueError where the chat template leaves out one of these messages."""
     markers = [_MARKER.format(i) for i in range(len(messages))]
     marked = [{**m, "content": marker} for m, marker in zip(messages, markers, strict=True)]
-    text = apply_template(tokenizer, marked, tokenize=False)
-    left_out = [i for i, marker in enumerate(markers) if marker not in text]
+    text = apply_template(tokenizer, marked, tokenize=False).lower()  # as a template may do, too
+    left_out = [i for i, marker in enumerate(markers) if marker.lower() not in text]
     if left_out:
         which = ", ".join(f"{i + 1} ({messages[i]['role']})" for i in left_out)
         raise ValueError(

@@ -60,7 +60,7 @@ def estimate_training(
     tokens_at_once: of a pass, at most; a batch may take several. Memory is for one.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
     inside = inner_linears(model).values()
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -70,11 +70,12 @@ def test_a_text_is_made_a_part_where_the_template_expects_parts(
     assert encode(ours, prompt) == encode(tokenizer, prompt)
 
 
-def test_a_template_that_takes_both_stays_as_it_is(ours: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_takes_text_stays_as_it_is(ours: PreTrainedTokenizerFast) -> None:
     both = IN_PARTS.replace(
         "{% for part", "{% if m.content is string %}{{ m.content }}{% else %}{% for part"
     ).replace("{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>")
-    for template in (CHAT_TEMPLATE, both):
+    lower = CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim | lower")
+    for template in (CHAT_TEMPLATE, both, lower):
         ours.chat_template = template
         settle_template_(ours, "base")
         assert ours.chat_template == template
