@@ -103,8 +103,8 @@ def test_a_base_of_a_billion_is_estimated_without_its_weights(
     built: list[torch.nn.Module] = []
     from_config = AutoModelForCausalLM.from_config
 
-    def remembered(config: PreTrainedConfig) -> torch.nn.Module:
-        built.append(from_config(config))
+    def remembered(config: PreTrainedConfig, **options: bool) -> torch.nn.Module:
+        built.append(from_config(config, **options))
         return built[-1]
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", remembered)
