@@ -6,11 +6,12 @@ penalties, beams, or no cache at all.
 
 import json
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 _TAKEN = ("eos_token_id", "pad_token_id")
 _NO_SETTINGS = {*_TAKEN, "bos_token_id", "transformers_version", "_from_model_config"}
@@ -26,50 +27,55 @@ def read_generation(
 ) -> tuple[GenerationConfig, list[str]]:
     """What a base generates by, and what is to be said about its other settings.
 
-    base: for messages. where: its folder or Hub id. Without a generation_config.json its end and
-    pad tokens are those of its config. Raises ValueError for a file or tokens that make no sense.
+    base: for messages. where: its folder or Hub id. Without a generation_config.json its settings
+    are those of its config. Raises ValueError for a file or tokens that make no sense.
     """
-    stored = _read(base, where)
-    text = config.get_text_config()
-    tokens = {
-        name: getattr(text, name, None) if stored is None else stored.get(name) for name in _TAKEN
-    }
+    file, stored = GENERATION_CONFIG_NAME, _read(base, where, GENERATION_CONFIG_NAME)
+    if stored is None:
+        file, stored = CONFIG_NAME, _settings_in(_read(base, where, CONFIG_NAME) or {}, config)
+    tokens = {name: stored.get(name) for name in _TAKEN}
     for name, value in tokens.items():
         ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
         if not all(token is None or isinstance(token, int) for token in ids):
             raise ValueError(
-                f"base {base!r}: the {name} of its {GENERATION_CONFIG_NAME} is {value!r}, a "
-                "token's number was needed, or a list of them for the end. Correct the file, or "
-                "remove it."
+                f"base {base!r}: the {name} of its {file} is {value!r}, a token's number was "
+                "needed, or a list of them for the end. Correct the file."
             )
     unused = ", ".join(
         f"{name}={reprlib.repr(value)}"
-        for name, value in (stored or {}).items()
+        for name, value in stored.items()
         if name not in _NO_SETTINGS and not _changes_nothing(name, value)
     )
     notices = [
-        f"base {base!r}: of its {GENERATION_CONFIG_NAME} only the end and pad tokens are used; a "
-        f"run has settings of its own. Not used: {unused}"
+        f"base {base!r}: of the generation settings in its {file} only the end and pad tokens are "
+        f"used; a run has settings of its own. Not used: {unused}"
     ]
     return GenerationConfig(**tokens), notices if unused else []
 
 
-def _read(base: str, where: str | Path) -> dict[str, Any] | None:
-    """The settings in the base's file; None where it has none."""
+def _read(base: str, where: str | Path, name: str) -> dict[str, Any] | None:
+    """The content of one of the base's files; None where it has none of this name."""
     try:
-        file = cached_file(str(where), GENERATION_CONFIG_NAME)
+        file = cached_file(str(where), name)
     except OSError:
         return None
     try:
-        stored = json.loads(Path(str(file)).read_bytes())
+        content = json.loads(Path(str(file)).read_bytes())
     except ValueError as error:
-        stored = error
-    if not isinstance(stored, dict):
+        content = error
+    if not isinstance(content, dict):
         raise ValueError(
-            f"base {base!r}: its {GENERATION_CONFIG_NAME} is no JSON object ({stored}). Correct "
-            "the file, or remove it."
+            f"base {base!r}: its {name} is no JSON object ({content}). Correct the file."
         )
-    return stored
+    return content
+
+
+def _settings_in(content: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """The generation settings in a config's file: older bases have them there."""
+    text, names = config.get_text_config(), GenerationConfig().to_dict()
+    tokens = {name: getattr(text, name, None) for name in _TAKEN}
+    # What the architecture itself has under such a name is no setting.
+    return tokens | {k: v for k, v in content.items() if k in names and not hasattr(config, k)}
 
 
 def _changes_nothing(name: str, value: Any) -> bool:

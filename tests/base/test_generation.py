@@ -65,9 +65,7 @@ def test_they_change_nothing_and_are_named(
     model = load(str(folder), expert_folders)
     np.testing.assert_equal(observed(model), expected)
     (notice,) = model.base.notices
-    assert notice.startswith(
-        f"base {str(folder)!r}: of its generation_config.json only the end and"
-    )
+    assert "in its generation_config.json only the end and pad tokens are used" in notice
     assert all(f"{name}=" in notice for name in settings)
     assert [record.message for record in caplog.records] == [notice]
 
@@ -89,6 +87,18 @@ def test_what_the_config_switches_changes_nothing(
 
 def loaded(folder: Path) -> LoadedBase:
     return load_base(str(folder), device="cpu")
+
+
+def test_older_bases_have_settings_in_their_config(
+    folder: Path, expert_folders: list[str], expected: list[Any]
+) -> None:
+    (folder / "generation_config.json").unlink()
+    change(folder / "config.json", repetition_penalty=5.0, do_sample=True, num_beams=1)
+    model = load(str(folder), expert_folders)
+    np.testing.assert_equal(observed(model), expected)
+    (notice,) = model.base.notices
+    assert "in its config.json only" in notice
+    assert notice.endswith("Not used: repetition_penalty=5.0, do_sample=True")
 
 
 def test_nothing_is_said_of_settings_that_say_what_holds_anyway(folder: Path) -> None:
