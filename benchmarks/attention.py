@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--num 90]
 
 Messages of two requests, as in the composition benchmark, with their reference answers forced.
-Figures are the share of a part's answer tokens that are routed to its own expert, as the mean over
-messages. A token counts where it comes from: the first one at the prompt's last token. The rows:
+A figure is a mean over messages, of each part of an answer: which share of its `tokens` is routed
+to its own expert, whether the `first` one is, and whether all are, the `whole` part. A token is
+routed where it comes from: the first one at the prompt's last token. The rows:
 
     decay       the mean evidence of the tokens so far; one that is n back counts 0.85^n
     attention   the mean evidence of the request tokens that a token attends to
@@ -39,6 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
 from spectr_demo import load
+from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.prompts import encode_answer
 from spectr_demo.config import DEFAULT_ROUTER, library_versions
 from spectr_demo.engine.layers import routed
@@ -46,8 +48,8 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import Plan
 from spectr_demo.engine.reading import Lane, Listening
 from spectr_demo.evaluation import messages as wording
+from spectr_demo.evaluation.claims import paired
 from spectr_demo.evaluation.composition import make_messages
-from spectr_demo.evaluation.scores import summarize
 from spectr_demo.evaluation.segments import SegmentPlan, Segments, newline_id
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS
 from spectr_demo.routing.bank import ExpertBank
@@ -60,8 +62,10 @@ NUM_OWN = 40  # messages that the base wrote itself
 NUM_LAYERS = 4  # that are listened to
 NUM_ROUNDS = 3  # in which a row's own experts read
 FADING = 0.85
+LANES = "lanes"
 
-Shares = list[float]  # of each part's tokens
+FIGURES = ("tokens", "first", "whole")
+Shares = list[list[float]]  # of each part, the figures
 Choose = Callable[[Tensor], Tensor]  # from attention (T, T) the expert of each token (T,)
 
 
@@ -100,8 +104,9 @@ class Asked:
 
     def shares(self, is_right: Tensor) -> Shares:
         """is_right: (T,) bool."""
-        of_answer, is_right = self.owners[self.num - 1 :], is_right[self.num - 1 :]
-        return [float(is_right[of_answer == part].float().mean()) for part in (0, 1)]
+        of_answer, is_right = self.owners[self.num - 1 :], is_right[self.num - 1 :].float()
+        parts = [is_right[of_answer == part] for part in (0, 1)]
+        return [[float(part.mean()), float(part[0]), float(part.min())] for part in parts]
 
     def follows(self, attention: Tensor) -> Shares:
         """Where a token of the right request gets more of the attention (T, T), in the mean."""
@@ -111,15 +116,15 @@ class Asked:
         return self.shares(mass.argmax(0) == self.owners)
 
 
-class Scores(Listening):
-    """Collects the standardised scores of each token, (T, P, E) of each bank."""
+class Evidence(Listening):
+    """Collects the certainty of each token, (T, P, E) of each bank."""
 
     def __init__(self, engine: SpectrModel) -> None:
         self._detectors = engine.reader.ordinary.detectors
         self.by_bank: list[Tensor] = []
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        self.by_bank.append(self._detectors[bank].scores(x[0]).cpu())
+        self.by_bank.append(certainty(self._detectors[bank].scores(x[0])).cpu())
 
 
 @torch.inference_mode()
@@ -131,7 +136,7 @@ def read(engine: SpectrModel, ids: Sequence[int], plan: Plan | None = None) -> T
     try:
         with routed(plan):
             row = torch.tensor([ids], device=engine.base.device)
-            out = model.get_decoder()(input_ids=row, output_attentions=True)
+            out = decoder_of(model)(input_ids=row, output_attentions=True)
     finally:
         model.set_attn_implementation(usual)
     return torch.stack([layer[0].float().mean(0).cpu() for layer in out.attentions])
@@ -147,23 +152,6 @@ def read_with(engine: SpectrModel, asked: Asked, experts: Tensor) -> Tensor:
     device = engine.base.device
     plan = SegmentPlan([row], newline_ids=[], newline_id=0, end_ids=[], device=device)
     return read(engine, asked.ids, plan)
-
-
-def by_evidence(asked: Asked, scores: Sequence[Tensor]) -> dict[str, Choose]:
-    """By the mean certainty of the request's tokens, or by the certainty of their mean scores."""
-    request = slice(asked.start, asked.stop)
-    in_layers = torch.cat([each[request] for each in scores], 1)  # (tokens, M, E)
-    sure = certainty(in_layers).mean(1)
-
-    def of_mean_scores(attention: Tensor) -> Tensor:
-        weights = attention[:, request]
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
-        return certainty(torch.einsum("ts,sme->tme", weights, in_layers)).mean(1).argmax(-1)
-
-    return {
-        "attention": lambda attention: (attention[:, request] @ sure).argmax(-1),
-        "attention, mean scores": of_mean_scores,
-    }
 
 
 def by_lanes(asked: Asked, lanes: Sequence[Lane]) -> dict[str, Choose]:
@@ -197,10 +185,14 @@ def measure(
     own = torch.tensor(experts)[asked.owners.clamp(min=0)]
     follows, right = {}, {}
 
-    listener = Scores(engine)
+    listener = Evidence(engine)
     readings = {"base": read(engine, asked.ids, listener)}
     readings["by hand"] = read_with(engine, asked, own)
-    ways = {**by_evidence(asked, listener.by_bank), **by_lanes(asked, lanes)}
+    evidence, request = torch.cat(listener.by_bank, 1).mean(1), slice(asked.start, asked.stop)
+    ways: dict[str, Choose] = {
+        "attention": lambda weights: (weights[:, request] @ evidence[request]).argmax(-1),
+        **by_lanes(asked, lanes),
+    }
     for reader, attention in readings.items():
         for label, weights in (("all layers", attention), ("chosen layers", attention[layers])):
             follows[f"{label}, {reader}"] = asked.follows(weights.mean(0))
@@ -212,16 +204,15 @@ def measure(
             chosen = choose(read_with(engine, asked, chosen)[layers].mean(0))
         right[f"{way}, chosen layers, own"] = asked.shares(chosen == own)
 
-    sure = torch.cat([certainty(scores) for scores in listener.by_bank], 1).mean(1)
-    at = torch.arange(asked.start, len(asked.ids))
-    faded = (FADING ** (at[:, None] - at).clamp(min=0)).tril() @ sure[asked.start :]
-    chosen = torch.cat([own[: asked.start], faded.argmax(-1)])
+    at = torch.arange(len(asked.ids))
+    fading = (FADING ** (at[:, None] - at).clamp(min=0)).tril()[:, asked.start :]
+    chosen = (fading @ evidence[asked.start :]).argmax(-1)
     right["decay, text so far"] = asked.shares(chosen == own)
     right["decay, prompt"] = asked.shares(own == engine.reader.whole(always, prompt).expert)
-    for label, found in (("lanes", engine.lanes(served, prompt)), ("lanes, always", lanes)):
+    for label, found in (("lanes, as served", engine.lanes(served, prompt)), (LANES, lanes)):
         # A message of more or fewer lanes than parts has no right answer, as in the evaluation.
         of_parts = [lane.expert for lane in found] if len(found) == 2 else [None, None]
-        right[label] = [float(a == b) for a, b in zip(of_parts, experts, strict=True)]
+        right[label] = [[float(a == b)] * 3 for a, b in zip(of_parts, experts, strict=True)]
     return {"attention follows": follows, "routed right": right}
 
 
@@ -234,17 +225,21 @@ def layers_that_follow(engine: SpectrModel) -> Any:
         style = wording.Style(format=wording.TRAINED_FORMATS[i % 4])
         asked = Asked.of(engine, wording.pieces(two, style), [each.answer for each in two])
         shares.append([asked.follows(layer) for layer in read(engine, asked.ids)])
-    return np.mean(shares, axis=0)
+    return np.mean(shares, axis=0)[..., 0]
 
 
 def summary(shares: Sequence[Shares], formats: Sequence[str]) -> dict[str, Any]:
-    """Of one row: means by part, of all messages and by format; their mean, with its interval."""
+    """Of one row: each figure by part, and that of the tokens by format."""
     values, of = np.array(shares), np.array(formats)
-    return {
-        "parts": values.mean(0).round(4).tolist(),
-        "mean": summarize(values.mean(1).tolist()).to_dict(),
-        "formats": {f: values[of == f].mean(0).round(4).tolist() for f in sorted(set(formats))},
-    }
+    figures = dict(zip(FIGURES, values.mean(0).T.round(4).tolist(), strict=True))
+    by_format = {f: values[of == f, :, 0].mean(0).round(4).tolist() for f in dict.fromkeys(formats)}
+    return {**figures, "formats": by_format}
+
+
+def against(lanes: Sequence[Shares], other: Sequence[Shares]) -> dict[str, Any]:
+    """Paired tests, message by message, of figures of which both parts count alike."""
+    more, less = (np.array(row).mean(1) / len(row) for row in (lanes, other))
+    return {figure: paired([more[:, i]], [less[:, i]]) for i, figure in enumerate(FIGURES)}
 
 
 def main() -> None:
@@ -276,6 +271,10 @@ def main() -> None:
     }
     for what, found in rows.items():
         document[what] = {row: summary(shares, formats) for row, shares in found.items()}
+    right = rows["routed right"]
+    document["lanes less a row"] = {
+        row: against(right[LANES], right[row]) for row in right if row != LANES
+    }
     options.output.write_text(f"{json.dumps(document, indent=1)}\n", encoding="utf-8")
 
 
