@@ -186,7 +186,7 @@ def _read_factors(folder: Path, config: LoraConfig, name: str) -> dict[str, Lora
 
 
 def _read_state(folder: Path, name: str) -> dict[str, Tensor]:
-    """The file's tensors by name. Those in 8 bits are widened: nothing is computed in float8."""
+    """The file's tensors, sorted by name. Those in 8 bits are widened: nothing computes in float8."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickles = [pickle for pickle in _PICKLES if (folder / pickle).is_file()]
@@ -206,7 +206,7 @@ def _read_state(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return {
             key: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-            for key, tensor in state.items()
+            for key, tensor in sorted(state.items())
         }
     except NotImplementedError as error:  # two numbers in a byte
         raise AdapterError(
@@ -281,7 +281,7 @@ def _unsound(state: Mapping[str, Tensor], name: str) -> list[str]:
     """What is wrong with the numbers, whatever they are for."""
     shards, others, infinite = [], [], []
     for key, tensor in state.items():
-        is_factor = ".lora_A" in key or ".lora_B" in key
+        is_factor = (".lora_A" in key or ".lora_B" in key) and not key.endswith(".bias")
         if is_factor and (tensor.dim() < 2 or not tensor.numel()):
             shards.append(f"{key} has shape {tuple(tensor.shape)}")
         elif is_factor and not tensor.is_floating_point():
@@ -314,17 +314,19 @@ def _parse_factors(
     Raises AdapterError with all that is wrong.
     """
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    names: dict[str, list[str]] = {}
     foreign, taken_out, adapter_names, is_twice = [], set(), set(), False
     for key, tensor in state.items():
         if any(part in key for part in _UNUSED):
             continue
         taken_out.update(_WRAPPER.findall(key))
-        plain = _WRAPPER.sub("", key).removeprefix(_KEY_PREFIX)
-        factor = _FACTOR.fullmatch(plain)
+        factor = _FACTOR.fullmatch(key)
         if not factor or tensor.dim() != 2:
             foreign.append(key)
             continue
-        path, part, adapter_name = factor.groups()
+        name_there, part, adapter_name = factor.groups()
+        path = _WRAPPER.sub("", name_there).removeprefix(_KEY_PREFIX)
+        names[path] = [path, name_there.removeprefix(_KEY_PREFIX)]
         adapter_names.add(adapter_name or "")
         is_twice |= part in pairs[path]
         pairs[path][part] = tensor
@@ -344,12 +346,12 @@ def _parse_factors(
         }
         found = "".join(kind for kind, is_there in kinds.items() if is_there)
         problems.append(
-            f"expert {name!r}: {len(foreign)} of its tensors are no LoRA factors of a linear layer "
+            f"expert {name!r}: {len(foreign)} tensors are no LoRA factors of a linear layer "
             f"({foreign[0]}, ...); {found}other parts than linear layers are not supported"
         )
     elif not pairs:
         problems.append(f"expert {name!r}: its {WEIGHTS_FILE} holds no LoRA factors; save it again")
-    factors, misfits = _factors(pairs, config)
+    factors, misfits = _factors(pairs, names, config)
     problems += [f"expert {name!r}: {misfit}" for misfit in misfits]
     if problems:
         raise AdapterError(problems)
@@ -360,9 +362,14 @@ def _parse_factors(
 
 
 def _factors(
-    pairs: Mapping[str, Mapping[str, Tensor]], config: LoraConfig
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    names: Mapping[str, Sequence[str]],
+    config: LoraConfig,
 ) -> tuple[dict[str, LoraFactors], list[str]]:
-    """The factors with the scaling that PEFT gives, by layer; and what is wrong with the others."""
+    """The factors with the scaling that PEFT gives, by layer; and what is wrong with the others.
+
+    names: of each layer, by which the configuration may call it.
+    """
     factors = {}
     halves, ranks, untargeted = [], [], []
     for path, pair in pairs.items():
@@ -370,17 +377,17 @@ def _factors(
             halves.append(f"{path} has only {next(iter(pair))}")
             continue
         A, B = pair["lora_A"], pair["lora_B"]
-        rank = _matching(config.rank_pattern, path, config.r)
+        rank = _matching(config.rank_pattern, names[path], config.r)
         if A.shape[0] != rank or B.shape[1] != rank:
             ranks.append(
                 f"{path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, but "
                 f"{CONFIG_FILE} says rank {rank}"
             )
             continue
-        if not _is_targeted(config, path):
+        if not any(_is_targeted(config, name) for name in names[path]):
             untargeted.append(f"{path} is not among the target modules of {CONFIG_FILE}")
             continue
-        alpha = _matching(config.alpha_pattern, path, config.lora_alpha)
+        alpha = _matching(config.alpha_pattern, names[path], config.lora_alpha)
         scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
         factors[path] = LoraFactors(lora_A=A, lora_B=B, scaling=scaling)
     found = {
@@ -394,12 +401,14 @@ def _factors(
     return factors, problems
 
 
-def _matching(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def _matching(patterns: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> Any:
+    """The value of the first pattern that matches one of the names."""
     patterns = patterns or {}
-    return patterns.get(get_pattern_key(list(patterns), path), default)
+    keys = (get_pattern_key(list(patterns), name) for name in names)
+    return next((patterns[key] for key in keys if key in patterns), default)
 
 
-def _is_targeted(config: LoraConfig, path: str) -> bool:
-    """Whether PEFT puts factors at this layer."""
+def _is_targeted(config: LoraConfig, name: str) -> bool:
+    """Whether PEFT puts factors at the layer of this name."""
     is_all = str(config.target_modules).lower() == "all-linear"
-    return is_all or bool(check_target_module_exists(config, path))
+    return is_all or bool(check_target_module_exists(config, name))

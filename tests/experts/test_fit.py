@@ -190,11 +190,12 @@ def new_base(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def saved(folder: Path, config: PreTrainedConfig, target_modules: str | list[str]) -> str:
+def saved(
+    folder: Path, config: PreTrainedConfig, target_modules: str | list[str], **settings: Any
+) -> str:
     """An adapter's folder, and beside it the logits that PEFT has with it on its own base."""
-    peft = get_peft_model(
-        new_base(config), LoraConfig(r=2, target_modules=target_modules, task_type="CAUSAL_LM")
-    )
+    lora = LoraConfig(r=2, target_modules=target_modules, task_type="CAUSAL_LM", **settings)
+    peft = get_peft_model(new_base(config), lora)
     generator = torch.Generator().manual_seed(0)
     for key, parameter in peft.named_parameters():
         if "lora_" in key:
@@ -312,6 +313,21 @@ def test_what_training_puts_into_names_is_taken_out(
     assert adapter.notes == (
         f"expert 'expert': {taken_out} was taken out of the names of its tensors",
     )
+
+
+def test_a_configuration_may_name_layers_as_training_does(tmp_path: Path) -> None:
+    """Of a compiled base, `_orig_mod` is in its target modules and patterns too."""
+    settings = {
+        "target_modules": ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"],
+        "rank_pattern": {r"^model.layers.0.mlp.down_proj": 3},
+        "alpha_pattern": {r"^model.layers.0.mlp.down_proj": 24},
+    }
+    folder = saved(tmp_path / "expert", TEXT, **settings)
+    renamed(folder, lambda key: key.replace("model.model.", "model._orig_mod.model."))
+    compiled = json.loads(json.dumps(settings).replace("model.layers", "_orig_mod.model.layers"))
+    config = Path(folder) / CONFIG_FILE
+    config.write_text(json.dumps(json.loads(config.read_text()) | compiled))
+    assert assert_as_in_peft(folder, TEXT).ranks == (2, 3)
 
 
 def test_the_names_of_older_checkpoints_are_known(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ SPOILED = {
     flat_shards: r"has shape .512,. .as 28 tensors do.; DeepSpeed ZeRO-3 and FSDP",
     integers: r"holds int8 .as 28 tensors do.; floating point was needed",
     several: r"of several adapters .named 'code', 'law'.; one was needed",
-    trained_bias: "1 of its tensors .*q_proj.base_layer.bias.*; trained biases or other parts",
+    trained_bias: "1 tensors .*q_proj.base_layer.bias.*; trained biases or other parts",
     nan: "holds NaN or infinite values",
     infinite: "holds NaN or infinite values",
     embedding: "embedding layers or other parts than linear layers are not supported",
