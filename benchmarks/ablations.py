@@ -65,25 +65,24 @@ OF_REQUESTS: dict[str, Patches] = {
     "noise of 0.2": {(detection, "_NOISE"): 0.2},
     "leads in place of cosines": {(detection, "certainty"): lead},
 }
-OF_CUTS: dict[str, Patches] = {
-    "as it is": {},
-    "a cut costs nothing": {
-        (lanes, "COST_OF_LINE"): 0.0,
-        (lanes, "COST_INSIDE_A_LINE"): 0.0,
-    },
-    "every cut costs 0.01": {
-        (lanes, "COST_OF_ITEM"): 0.01,
-        (lanes, "COST_INSIDE_A_LINE"): 0.01,
-    },
-    "every cut costs 0.03": {
-        (lanes, "COST_OF_ITEM"): 0.03,
-        (lanes, "COST_OF_LINE"): 0.03,
-    },
-    "cut at every mark": {
-        (lanes, "COST_OF_ITEM"): -1.0,
-        (lanes, "COST_OF_LINE"): -1.0,
-        (lanes, "COST_INSIDE_A_LINE"): -1.0,
-    },
+COSTS = [(lanes, name) for name in ("COST_OF_ITEM", "COST_OF_LINE", "COST_INSIDE_A_LINE")]
+# Of each row, what is changed while messages are read, and while they are cut.
+OF_CUTS: dict[str, tuple[Patches, Patches]] = {
+    "as it is": ({}, {}),
+    "no noise in the cosine": ({(detection, "_NOISE"): 0.0}, {}),
+    "a cut costs nothing": (
+        {},
+        {(lanes, "COST_OF_LINE"): 0.0, (lanes, "COST_INSIDE_A_LINE"): 0.0},
+    ),
+    "every cut costs 0.01": (
+        {},
+        {(lanes, "COST_OF_ITEM"): 0.01, (lanes, "COST_INSIDE_A_LINE"): 0.01},
+    ),
+    "every cut costs 0.03": (
+        {},
+        {(lanes, "COST_OF_ITEM"): 0.03, (lanes, "COST_OF_LINE"): 0.03},
+    ),
+    "cut at every mark": ({}, dict.fromkeys(COSTS, -1.0)),
 }
 
 
@@ -191,23 +190,25 @@ def main() -> None:
 
     pairs = arguments.messages * 3 // 5
     messages = make_messages(examples, pairs, arguments.messages - pairs)
-    read = [engine.reader.prompt(engine.encode(message.text)) for message in messages]
     experts = [[engine.library.index(name) for name in message.names] for message in messages]
-    single = [
-        engine.reader.prompt(engine.encode(example.prompt.replace(": ", ":\n", 1)))
-        for some in examples.values()
-        for example in some
-        if ": " in example.prompt
-    ]
+    colon = [e.prompt for some in examples.values() for e in some[:25] if ": " in e.prompt]
+    single = [prompt.replace(": ", ":\n", 1) for prompt in colon]
+    prompts = [engine.encode(text) for text in (*(message.text for message in messages), *single)]
     parts, whole = {}, {}
-    for row, patches in OF_CUTS.items():
-        of_row = patched(patches, lambda: [chosen(engine, prompt) for prompt in (*read, *single)])
+    read = list(map(engine.reader.prompt, prompts))
+    for row, (reads_so, cuts_so) in OF_CUTS.items():
+        of_row = (
+            patched(reads_so, lambda: list(map(engine.reader.prompt, prompts)))
+            if reads_so
+            else read
+        )
+        of_prompts = patched(cuts_so, lambda of_row=of_row: [chosen(engine, p) for p in of_row])
         parts[row] = [
             value
-            for of_message, of_experts in zip(of_row, experts, strict=False)
+            for of_message, of_experts in zip(of_prompts, experts, strict=False)
             for value in own_lanes(of_message, of_experts)
         ]
-        whole[row] = [float(len(of_prompt) == 1) for of_prompt in of_row[len(read) :]]
+        whole[row] = [float(len(of_prompt) == 1) for of_prompt in of_prompts[len(messages) :]]
     found |= {
         "num messages": len(messages),
         "num whole": len(single),
