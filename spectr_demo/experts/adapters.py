@@ -186,7 +186,8 @@ def _read_factors(folder: Path, config: LoraConfig, name: str) -> dict[str, Lora
 
 
 def _read_state(folder: Path, name: str) -> dict[str, Tensor]:
-    """The file's tensors, sorted by name. Those in 8 bits are widened: nothing computes in float8."""
+    """The file's tensors by name, in one order each time. Those in float8 are widened: nothing is
+    computed in it."""
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickles = [pickle for pickle in _PICKLES if (folder / pickle).is_file()]

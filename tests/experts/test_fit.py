@@ -323,7 +323,7 @@ def test_a_configuration_may_name_layers_as_training_does(tmp_path: Path) -> Non
         "alpha_pattern": {r"^model.layers.0.mlp.down_proj": 24},
     }
     folder = saved(tmp_path / "expert", TEXT, **settings)
-    renamed(folder, lambda key: key.replace("model.model.", "model._orig_mod.model."))
+    renamed(folder, lambda key: key.replace("model.layers", "_orig_mod.model.layers"))
     compiled = json.loads(json.dumps(settings).replace("model.layers", "_orig_mod.model.layers"))
     config = Path(folder) / CONFIG_FILE
     config.write_text(json.dumps(json.loads(config.read_text()) | compiled))
