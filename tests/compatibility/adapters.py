@@ -268,9 +268,8 @@ REFUSED = [
     Variant(
         name="the output embedding",
         settings={"target_modules": ["lm_head"]},
-        error="... tensors are no LoRA factors of a linear layer "
-        "(base_model.model.lm_head.base_layer.weight, ...); other parts than linear layers are not "
-        "supported",
+        error="it targets lm_head (the output embedding) (1 of its 1 layers); only linear layers "
+        "inside the decoder can be routed",
     ),
     Variant(
         name="the embedding of tokens",
@@ -320,7 +319,7 @@ REFUSED = [
         name="another base",
         edit=_rename(lambda name: name.replace(".0.", ".9.")),
         error="...9... is not in the base, whose ... has no '9' (... of its ... layers); it was "
-        "trained on another base model (...)",
+        "trained on another base model (...), or on another class of it",
     ),
 ]
 
