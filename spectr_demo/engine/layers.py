@@ -70,6 +70,13 @@ class RoutedLinear(nn.Module):
         bank, place = self.places[0] if len(self.places) == 1 else self._place_now(running)
         return running.plan.add(y, bank, place, x)
 
+    def __getattr__(self, name: str) -> Any:
+        """Some models ask their linear layers for more than a product, such as `weight`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
     def _place_now(self, running: "_Running") -> Place:
         """Of the run that this is in its pass."""
         run = running.num_runs[self]

@@ -7,20 +7,19 @@ run: which requests it holds, and which expert each of them is for (`Reader.prom
 Axes: R rows, T tokens, N tokens of all rows that count, M linear layers, E experts.
 """
 
-import copy
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
-from spectr_demo.engine.layers import routed
+from spectr_demo.engine.batches import read_after
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration, Measurement
@@ -53,7 +52,8 @@ class Listening:
         pass
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        """What to do with the input x (R, T, D_in) of a bank's layers."""
+        """What to do with the input x (R, T, D_in) of a bank's layers. What was read before the
+        requests may be part of it, see `read_after`."""
         raise NotImplementedError
 
 
@@ -90,6 +90,11 @@ class Requests:
         """(N,) int64: the row of each token that counts."""
         return self.counts.nonzero()[:, 0]
 
+    def counted(self, values: Tensor) -> Tensor:
+        """(N, ...) from values (R, B + T, ...): of these tokens, and of B that were read before."""
+        own = values[:, values.shape[1] - self.counts.shape[1] :]
+        return own[self.counts.to(values.device)]
+
     def evidence(self, library: ExpertLibrary) -> Evidence:
         """Room for what they tell about the experts of a library."""
         expert_layers = torch.zeros(len(library.names))
@@ -107,12 +112,12 @@ class _Listener(Listening):
         library: ExpertLibrary,
         detectors: dict[ExpertBank, Detector] | None = None,
     ) -> None:
-        self.counts = requests.counts
+        self.requests = requests
         self.detectors = detectors or {}
         self.evidence = requests.evidence(library)
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        inputs = x[self.counts.to(x.device)]
+        inputs = self.requests.counted(x)
         self.evidence.add(bank, self.detector(bank, inputs).scores(inputs))
 
     def detector(self, bank: ExpertBank, inputs: Tensor) -> Detector:
@@ -232,21 +237,10 @@ class Reader:
         own = [ids[slice(*self.template.request(ids))] for ids in prompts]
         return Requests.of(own, self.template.closing)
 
-    @torch.inference_mode()
     def read(self, beginning: Sequence[int], some: Sequence[tuple[Requests, Listening]]) -> None:
-        """The bare base reads requests, each after the same beginning, which is read once."""
-        decoder, device = decoder_of(self._base.model), self._base.device
-        begun = None
-        if beginning:
-            ids = torch.tensor([list(beginning)], device=device)
-            with routed(None):
-                begun = decoder(input_ids=ids, use_cache=True).past_key_values
-        for requests, listener in some:
-            cache = copy.deepcopy(begun)
-            if cache is not None:
-                cache.batch_repeat_interleave(len(requests.ids))
-            with routed(listener):
-                decoder(input_ids=requests.ids.to(device), past_key_values=cache, use_cache=True)
+        """The bare base reads requests, each after the same beginning."""
+        batches = [(requests.ids, listener) for requests, listener in some]
+        deque(read_after(self._base.model, beginning, batches), maxlen=0)
 
     def least_certainty(self, router: RouterConfig) -> float | None:
         """What an expert must exceed: what this share of ordinary prompts reach at most."""

@@ -20,6 +20,7 @@ from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import pad_left
 from spectr_demo.config import GenerationSettings, RouterConfig, library_versions
 from spectr_demo.cpu.threads import release_threads
+from spectr_demo.engine.batches import check_rows
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Lane
@@ -133,7 +134,9 @@ class Run:
     def _generate(self) -> None:
         model: Any = self.base.model
         pad = pad_token_id(self.base, self.end_ids)
-        input_ids, mask = pad_left([row.lane.ids for row in self.rows], pad)
+        texts = [row.lane.ids for row in self.rows]
+        check_rows(model, [len(text) for text in texts])
+        input_ids, mask = pad_left(texts, pad)
         model.generate(
             input_ids.to(self.base.device),
             attention_mask=mask.to(self.base.device),

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.prompts import shared_length, token_pieces
-from spectr_demo.engine.layers import routed
+from spectr_demo.engine.batches import read_after
+from spectr_demo.engine.head import logits_of
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Lane
 from spectr_demo.engine.recorder import Recorder
@@ -237,28 +237,13 @@ def _read_as_base(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Ten
     The last token of a text predicts nothing and is not read. Padding needs no mask: attention is
     causal, and padded places are not used.
     """
-    decoder, device = decoder_of(model), model.device
     texts = [list(text[:-1]) for text in texts]
-    with routed(None):
-        if len(texts) == 1:
-            text = torch.tensor(texts, device=device)
-            return decoder(input_ids=text, use_cache=False).last_hidden_state
-        num_shared = min(shared_length(texts[0], text) for text in texts)
-        width = max(map(len, texts)) - num_shared
-        padded = torch.zeros(len(texts), width, dtype=torch.long)
-        for row, one in enumerate(texts):
-            padded[row, : len(one) - num_shared] = torch.tensor(one[num_shared:])
-        if num_shared == 0:  # lanes of a base without a template
-            return decoder(input_ids=padded.to(device), use_cache=False).last_hidden_state
-        shared = torch.tensor([texts[0][:num_shared]], device=device)
-        first = decoder(input_ids=shared, use_cache=True)
-        hidden = first.last_hidden_state.expand(len(texts), -1, -1)
-        if width == 0:
-            return hidden
-        cache = first.past_key_values
-        cache.batch_repeat_interleave(len(texts))
-        rest = decoder(input_ids=padded.to(device), past_key_values=cache, use_cache=True)
-    return torch.cat([hidden, rest.last_hidden_state], dim=1)
+    num_shared = min(shared_length(texts[0], text) for text in texts)
+    width = max(map(len, texts)) - num_shared
+    padded = torch.zeros(len(texts), width, dtype=torch.long)
+    for row, text in enumerate(texts):
+        padded[row, : len(text) - num_shared] = torch.tensor(text[num_shared:])
+    return next(read_after(model, texts[0][:num_shared], [(padded, None)]))
 
 
 def _unknown_statistics(num_tokens: int) -> TokenStatistics:
@@ -275,8 +260,8 @@ def _compare(
     texts = hidden[:T], base_hidden[:T], token_ids[1:]
     parts: list[Tensor] = []
     for read, base, drawn in zip(*(part.split(_POSITIONS_AT_ONCE) for part in texts), strict=True):
-        logits = _logits(model, read)
-        base_logits = logits if is_base else _logits(model, base)
+        logits = logits_of(model, read)
+        base_logits = logits if is_base else logits_of(model, base)
         some = (part.split(_COMPARED_AT_ONCE) for part in (logits, base_logits, drawn))
         parts += [_statistics(*each) for each in zip(*some, strict=True)]
     columns = np.full((3, len(token_ids)), np.nan, np.float32)
@@ -298,17 +283,4 @@ def _statistics(logits: Tensor, base_logits: Tensor, drawn: Tensor) -> Tensor:
 def output_logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(T, V) float32 log-probabilities from hidden states (T, D), as the model's own head computes
     them."""
-    return _logits(model, hidden).log_softmax(-1, dtype=torch.float32)
-
-
-def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    logits = model.get_output_embeddings()(hidden)
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    if scale != 1:
-        logits = logits.float() * scale
-    if cap:
-        logits = cap * torch.tanh(logits.float() / cap)
-    return logits
+    return logits_of(model, hidden).log_softmax(-1, dtype=torch.float32)

@@ -19,17 +19,17 @@ Hear = Callable[[ExpertBank, Tensor], None]
 
 
 class _Listener(Listening):
-    def __init__(self, counts: Tensor, hear: Hear) -> None:
-        self._counts = counts
+    def __init__(self, requests: Requests, hear: Hear) -> None:
+        self._requests = requests
         self._hear = hear
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        self._hear(bank, x[self._counts.to(x.device)])
+        self._hear(bank, self._requests.counted(x))
 
 
 def listen(engine: SpectrModel, requests: Requests, hear: Hear) -> None:
     """The base reads the requests in one pass; each bank hears its inputs once."""
-    engine.reader.read(engine.template.opening, [(requests, _Listener(requests.counts, hear))])
+    engine.reader.read(engine.template.opening, [(requests, _Listener(requests, hear))])
 
 
 def late_means(requests: Requests, values: Tensor) -> Tensor:

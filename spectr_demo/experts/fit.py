@@ -153,16 +153,13 @@ def _places(paths: Iterable[str], skeleton: Skeleton) -> dict[str, str]:
 
     Where two have one place, the one that has its own name there keeps it.
     """
-    found = {
-        path: next((c for c in _candidates(path, skeleton) if c in skeleton.modules), None)
-        for path in paths
-    }
+    found = {}
+    for path in paths:
+        names = (name for name in _candidates(path, skeleton) if name in skeleton.modules)
+        if name := next(names, None):
+            found[path] = skeleton.first_path(name)
     counts = Counter(found.values())
-    return {
-        path: place
-        for path, place in found.items()
-        if place is not None and (place == path or counts[place] == 1)
-    }
+    return {p: place for p, place in found.items() if place == p or counts[place] == 1}
 
 
 def _candidates(path: str, skeleton: Skeleton) -> Iterator[str]:

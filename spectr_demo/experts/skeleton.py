@@ -61,9 +61,13 @@ class Skeleton:
     def _first_paths(self) -> dict[nn.Module, str]:
         return {module: path for path, module in self.model.named_modules()}
 
+    def first_path(self, path: str) -> str:
+        """The name that a module at this path goes by, of all those that it has."""
+        return self._first_paths[self.modules[path]]
+
     def inputs_of(self, path: str) -> tuple[Tensor, ...]:
         """What the linear layer at this path reads; nothing where that is not known."""
-        return (self.inputs or {}).get(self._first_paths[self.modules[path]], ())
+        return (self.inputs or {}).get(self.first_path(path), ())
 
     def is_idle(self, path: str) -> bool:
         """Whether this layer is known not to run when text is read."""

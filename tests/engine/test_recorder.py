@@ -72,3 +72,42 @@ def test_an_evaluation_asks_for_what_is_late_too(routed_model: SpectrModel) -> N
     assert (expected.experts() >= 0).any()
     assert (expected.experts()[0, ..., 1] == NOT_ROUTED).all()
     np.testing.assert_array_equal(read.experts(), expected.experts())
+
+
+def test_a_text_that_is_read_again_replaces_what_was_read(bank: ExpertBank) -> None:
+    """As a base does that keeps no keys and values."""
+    recorder, late = Recorder(), [choice(1, 1)]
+
+    class HandOver:
+        def hand_over(self, asking: Recorder, asked: ExpertBank) -> None:
+            while late:
+                recorder.add_choice(bank, 0, late.pop())
+
+    def read(*widths: int) -> None:
+        for width in widths:
+            recorder.begin_pass(width)
+            recorder.add_choice(bank, 0, choice(width, width))
+            recorder.add_hidden(torch.full((1, width, 2), width))
+
+    recorder.late[bank].append(HandOver())
+    read(3, 4, 5)
+    for kept, expected in zip(recorder.choices(bank, 0), choice(5, 5), strict=True):
+        assert torch.equal(kept, expected)
+    assert recorder.hidden()[0, :, 0].tolist() == [5] * 5
+    assert not late, "what was late is of the texts before"
+    read(1, 1)
+    assert recorder.hidden()[0, :, 0].tolist() == [5] * 5 + [1, 1]
+
+
+def test_what_reads_other_tokens_than_the_base_has_no_trace(routed_model: SpectrModel) -> None:
+    recorder, library = Recorder(), routed_model.library
+    recorder.begin_pass(4)
+    for bank in library.banks:
+        num_layers = len(bank.paths)
+        experts = torch.zeros(3, num_layers, K, dtype=torch.long)
+        recorder.add_choice(bank, 0, (experts, torch.ones(experts.shape), experts.float()))
+    with pytest.raises(ValueError, match=r"q_proj read 3 tokens where the base was given 4"):
+        recorder.routing(library, 0, 5, K)
+    recorder.add_hidden(torch.zeros(1, 1, 2))
+    with pytest.raises(ValueError, match="the decoder read 1 tokens where the base was given 4"):
+        recorder.hidden()

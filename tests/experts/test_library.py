@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spectr_demo.experts.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_adapter
 from spectr_demo.experts.inspection import warnings
-from spectr_demo.experts.library import align_adapter, load_experts
+from spectr_demo.experts.library import _short_names, align_adapter, load_experts
 from spectr_demo.routing.spectr import Aligned
 from tests.conftest import (
     EXPERT_NAMES,
@@ -422,3 +422,28 @@ def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: l
     plan = RoutingPlan([parse_router("single:green", library.names)], library.names)
     with torch.no_grad(), routed(plan):
         assert_close(layer(x), expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["model.layers.*.self_attn.q_proj", "model.layers.*.mlp.up_proj"], ["q_proj", "up_proj"]),
+        (
+            ["transformer.h.*.attn.c_proj", "transformer.h.*.mlp.c_proj", "transformer.h.*.c_fc"],
+            ["attn.c_proj", "mlp.c_proj", "c_fc"],
+        ),
+        (
+            ["model.low.layers.*.q_proj", "model.high.layers.*.q_proj", "model.high.layers.*.o"],
+            ["model.low.layers.*.q_proj", "model.high.layers.*.q_proj", "o"],
+        ),
+        (["model.merge.0", "model.merge.1", "model.embed"], ["merge.0", "merge.1", "embed"]),
+        (["model.layers.*.router", "model.layers.*.router (run 2)"], ["router", "router (run 2)"]),
+        (
+            ["a.layers.*.x.up", "a.layers.*.x.up (run 2)", "a.layers.*.y.up"],
+            ["x.up", "x.up (run 2)", "y.up"],
+        ),
+    ],
+)
+def test_projections_have_short_names(paths: list[str], names: list[str]) -> None:
+    """The last one where only one has it, else the path inside the layer, else the whole."""
+    assert list(_short_names(paths)) == names
