@@ -272,6 +272,20 @@ def test_layers_that_text_does_not_reach_are_left_out(tmp_path: Path) -> None:
     assert "(2 of its 6 layers); it was trained on another base model" in problem
 
 
+def test_a_base_with_a_tower_is_routed_and_recorded(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base = tmp_path / "base"
+    new_base(MULTIMODAL).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = load(str(base), saved(tmp_path / "expert", MULTIMODAL, ["q_proj", "down_proj"]))
+    step = model.compare("Hi", ["single:expert", "spectr"], max_new_tokens=2)
+    assert step.trace is not None
+    assert step.trace.projections == ("q_proj", "down_proj")
+    for column in ("single:expert", "spectr"):
+        assert step.trace.share(column) == pytest.approx([1])
+
+
 def test_a_tower_alone_is_no_expert(tmp_path: Path) -> None:
     folder = saved(tmp_path / "expert", TEXT, ["q_proj"])
     within = "base_model.model.model.vision_tower.encoder"
