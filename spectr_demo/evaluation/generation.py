@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from spectr_demo.base.prompts import encode, pad_left
 from spectr_demo.config import RouterConfig
+from spectr_demo.engine.batches import check_rows
 from spectr_demo.engine.layers import routed
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def continue_rows(
 
     settings: of transformers' `generate`.
     """
+    check_rows(model, [len(row) for row in rows])
     padded, mask = pad_left(rows, pad)
     generate: Any = model.generate
     output: Tensor = generate(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.prompts import decoder_inputs, encode, encode_answered, shared_length
 from spectr_demo.config import RouterConfig
+from spectr_demo.engine.batches import check_rows
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
@@ -137,6 +138,7 @@ def _read_batch(
 ) -> Iterator[Reading]:
     ids = [[*text.prompt_ids, *text.answer_ids[:-1]] for text in texts]
     device = engine.model.device
+    check_rows(engine.model, [len(row) for row in ids])
     inputs: Any = {**decoder_inputs(ids, device), "use_cache": False}
     width = inputs["input_ids"].shape[1]
     decoder = decoder_of(engine.model)
