@@ -271,6 +271,8 @@ def _lora_config(values: Mapping[str, Any], name: str) -> LoraConfig:
             wrong = f"its ranks and alphas must be numbers, among them are {numbers}"
         elif config.target_modules is None:
             wrong = "target_modules must name the layers"
+        elif str(config.target_modules).lower() == "all-linear":
+            config.target_modules = ".*"  # those that have factors
     if wrong:
         raise AdapterError(
             [f"expert {name!r}: PEFT refuses its {CONFIG_FILE} ({wrong}); save it again with PEFT"]
@@ -385,7 +387,7 @@ def _factors(
                 f"{CONFIG_FILE} says rank {rank}"
             )
             continue
-        if not any(_is_targeted(config, name) for name in names[path]):
+        if not any(check_target_module_exists(config, name) for name in names[path]):
             untargeted.append(f"{path} is not among the target modules of {CONFIG_FILE}")
             continue
         alpha = _matching(config.alpha_pattern, names[path], config.lora_alpha)
@@ -407,9 +409,3 @@ def _matching(patterns: Mapping[str, Any] | None, names: Sequence[str], default:
     patterns = patterns or {}
     keys = (get_pattern_key(list(patterns), name) for name in names)
     return next((patterns[key] for key in keys if key in patterns), default)
-
-
-def _is_targeted(config: LoraConfig, name: str) -> bool:
-    """Whether PEFT puts factors at the layer of this name."""
-    is_all = str(config.target_modules).lower() == "all-linear"
-    return is_all or bool(check_target_module_exists(config, name))

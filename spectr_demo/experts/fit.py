@@ -55,15 +55,16 @@ def _fit(adapter: Adapter, skeleton: Skeleton) -> Fitted:
     idle = []
     for path, shape in adapter.shapes.items():
         place = places.get(path)
-        misfit = (
-            _misfit(place, shape, skeleton, adapter)
-            if place is not None
-            else _missing(path, skeleton, adapter)
-        )
+        if place is not None:
+            misfit = _misfit(place, shape, skeleton, adapter)
+            if misfit is None and skeleton.is_idle(place):
+                idle.append(path)
+        elif path in skeleton.modules:  # another name of a layer whose own has the factors too
+            continue
+        else:
+            misfit = _missing(path, skeleton, adapter)
         if misfit:
             misfits[misfit.remedy].append(misfit.what)
-        elif place is not None and skeleton.is_idle(place):
-            idle.append(path)
     total = len(adapter.shapes)
     if not misfits and len(idle) == total:
         remedy = "it was trained on other parts than the language model"
@@ -127,12 +128,13 @@ def _misfit(place: str, shape: LoraShape, skeleton: Skeleton, adapter: Adapter) 
 
 def _missing(path: str, skeleton: Skeleton, adapter: Adapter) -> _Misfit:
     """Why the base has no module at this path: what it has in the nearest place."""
-    nearest, name = "", path
-    for place in _candidates(path, skeleton):
-        names = place.split(".")
-        depth = max(i for i in range(len(names)) if ".".join(names[:i]) in skeleton.modules)
-        if depth >= len(nearest.split(".")):
-            nearest, name = ".".join(names[:depth]), names[depth]
+
+    def depth_of(names: Sequence[str]) -> int:
+        return max(i for i in range(len(names)) if ".".join(names[:i]) in skeleton.modules)
+
+    names = max((c.split(".") for c in _candidates(path, skeleton)), key=depth_of)
+    depth = depth_of(names)
+    nearest, name = ".".join(names[:depth]), names[depth]
     is_stacked = any(p.dim() > 2 for p in skeleton.modules[nearest].parameters(recurse=False))
     if is_stacked:
         return _Misfit(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -38,6 +39,7 @@ from spectr_demo.experts.adapters import (
 )
 from spectr_demo.experts.fit import fit_adapters
 from spectr_demo.experts.preflight import preflight
+from spectr_demo.experts.skeleton import Skeleton
 
 SMALL = {
     "vocab_size": 258,
@@ -388,6 +390,26 @@ def test_another_base_is_one_line(tmp_path: Path) -> None:
     (problem,) = problems_of(folder, BASES["gpt2"])
     assert "layers.0.mlp.down_proj is not in the base, whose " in problem
     assert "(6 of its 6 layers)" in problem
+
+
+def test_a_module_with_two_names_is_one_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... whether its factors are saved under one of them, or under both."""
+    base = AutoModelForCausalLM.from_config(TEXT)
+    base.model.layers[1].mlp = base.model.layers[0].mlp
+    skeleton = Skeleton(model=base, inputs=None)
+    monkeypatch.setattr("spectr_demo.experts.fit.skeleton_of", lambda config: skeleton)
+    lora = LoraConfig(r=2, target_modules=["down_proj"])
+    get_peft_model(deepcopy(base), lora).save_pretrained(tmp_path)
+    first = load_file(tmp_path / WEIGHTS_FILE)
+    assert all("layers.0." in key for key in first), "PEFT saves the first"
+    second = {key.replace("layers.0.", "layers.1."): t.clone() for key, t in first.items()}
+    for state in (first, second, first | second):
+        save_file(state, tmp_path / WEIGHTS_FILE)
+        (fitted,), problems = fit_adapters([read_adapter(tmp_path)], TEXT)
+        assert problems == []
+        assert list(fitted.shapes) == list(fitted.read()) == ["model.layers.0.mlp.down_proj"]
 
 
 def test_two_layers_never_share_a_place(tmp_path: Path) -> None:
