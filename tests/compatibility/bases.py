@@ -80,8 +80,10 @@ SHARED_KEYS = {
 # What an adapter on all linear layers ends in.
 NOT_IN_PEFT = "PEFT makes none on Mamba's `out_proj`"
 PARAMETERS = "parameters that are no linear layer's"
-FLAT = "layers that flatten the batch cannot be routed"
+FLAT = "layers that flatten the batch"
+OTHER_TOKENS = "for a trace each token must be read once"
 FOUR_AXES = "kv_b_proj gets input of shape (2, 1, 3, 16)"
+PADDING = "takes in what pads the shorter ones"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +91,18 @@ class Base:
     """What is known of a base.
 
     kind: its model type. sizes: beside `SIZES`. targets: of the adapters that equal PEFT on it, as
-    PEFT's `target_modules`. all_linear: what an adapter on all linear layers ends in, a part of the
-    error; empty where it equals PEFT. drift: how far a trace's log-probabilities may be from those
-    of the whole text, in nats; more than usual where transformers itself computes a text token by
-    token with another rounding. refused: the error in which loading the base ends.
+    PEFT's `target_modules`. Errors, parts of them, empty where there is none: all_linear, of an
+    adapter on all linear layers; rows, of a run with texts of different lengths; refused, of
+    loading the base. drift: how far a trace's log-probabilities may be from those of the whole
+    text, in nats; more than usual where transformers itself computes a text token by token with
+    another rounding.
     """
 
     kind: str
     sizes: dict[str, Any] = field(default_factory=dict)
     targets: Sequence[str] | str = "all-linear"
     all_linear: str = ""
+    rows: str = ""
     drift: float = 1e-3
     refused: str = ""
 
@@ -150,6 +154,7 @@ _KNOWN = [
     ),
     Base(kind="dots1", targets=ATTENTION, all_linear=PARAMETERS),
     Base(kind="ernie4_5_moe", targets=ATTENTION, all_linear=PARAMETERS),
+    Base(kind="doge", targets=(*ATTENTION, *DENSE), all_linear=OTHER_TOKENS),
     Base(
         kind="dots3_note_text",
         sizes=ALL_KEYS,
@@ -185,6 +190,7 @@ _KNOWN = [
     ),
     Base(kind="gptj", sizes={"rotary_dim": 8}),
     Base(kind="granitemoehybrid", sizes={**HYBRID, "shared_intermediate_size": 64}),
+    Base(kind="hrm_text", sizes={"H_cycles": 1, "L_cycles": 2}),  # more amplify rounding
     Base(kind="hunyuan_v1_moe", targets=ATTENTION, all_linear=PARAMETERS),
     Base(kind="hy_v3", targets=ATTENTION, all_linear=FLAT),
     Base(kind="hy_v4", sizes=ALL_KEYS, targets=(*LATENT, *INDEXER, *DENSE), all_linear=FOUR_AXES),
@@ -285,11 +291,12 @@ _KNOWN = [
         targets=("in_proj_qkvz", "in_proj_ba", "out_proj", *ATTENTION),
         all_linear=PARAMETERS,
     ),
-    Base(kind="recurrent_gemma", sizes={"block_types": ["recurrent", "attention"]}),
+    Base(kind="recurrent_gemma", sizes={"block_types": ["recurrent", "attention"]}, rows=PADDING),
+    Base(kind="rwkv", rows="mixes up the rows of a batch"),
     Base(kind="solar_open", targets=ATTENTION, all_linear=PARAMETERS),
     Base(kind="youtu", sizes=ALL_KEYS, targets=(*LATENT, *DENSE), all_linear=FOUR_AXES),
     Base(kind="xglm", sizes={"ffn_dim": 64}),
-    Base(kind="xlstm", sizes={"hidden_size": 128, "num_heads": 4}),
+    Base(kind="xlstm", sizes={"hidden_size": 128, "num_heads": 4}, rows=PADDING),
     Base(
         kind="zamba",
         sizes={
@@ -307,9 +314,14 @@ _KNOWN = [
             "layers_block_type": ["linear_attention", "hybrid"] * 2,
             **ALL_KEYS,
         },
-        drift=0.02,
+        drift=0.05,
     ),
-    Base(kind="zaya", sizes={"num_experts_per_tok": 1}),
+    Base(
+        kind="zaya",
+        sizes={"num_experts_per_tok": 1},
+        targets=("q_proj", "k_proj", "v_proj_current", "o_proj", "fc1", "fc2"),
+        all_linear=OTHER_TOKENS,
+    ),
 ]
 
 # Kinds without a row, beside those that `left_out` tells from their configuration.

@@ -36,9 +36,9 @@ float32:
 - The shares count every decision: all layers of the adapter, all tokens.
 
 Every base runs with `base`, `single`, `spectr` and `spectr-context`. The first two are compared
-with PEFT. `spectr` is compared with its definition, computed on PEFT's model. `spectr-context` gets a
-message of two requests, and each answer is compared with PEFT. `preflight` says what loading says.
-How to load your own: [own_experts.md](own_experts.md).
+with PEFT. `spectr` is compared with its definition, computed on PEFT's model. `spectr-context` gets
+a message of two requests, and each answer is compared with PEFT. `preflight` says what loading
+says. How to load your own: [own_experts.md](own_experts.md).
 """
 
 BASES = """
@@ -122,7 +122,7 @@ def _base_row(base: Base) -> list[str]:
     if not isinstance(base.targets, str):
         targets = ", ".join(f"`{target}`" for target in base.targets)
     end = f"the base is refused: {base.refused}" if base.refused else base.all_linear or "equal"
-    return [f"`{base.kind}`", has, end, targets]
+    return [f"`{base.kind}`", has, end, targets, base.rows or "equal"]
 
 
 def _left_out_rows() -> Iterator[list[str]]:
@@ -144,7 +144,7 @@ def document() -> str:
             HEAD.format(**versions),
             BASES.format(number=len(rows)),
             markdown(
-                ["base", "has", "adapter on all linear layers", "else on"],
+                ["base", "has", "adapter on all linear layers", "else on", "lanes"],
                 map(_base_row, rows),
             ),
             OTHERS,

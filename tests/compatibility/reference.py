@@ -1,10 +1,11 @@
 """What a cell is compared with: the same base as transformers has it, and PEFT on it."""
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+Run = tuple[str, int]  # a layer's path, and which of its runs in a pass
+Decisions = Mapping[Run, NDArray[Any]]  # (T,) the expert of each token
 
 
 def same_base(loaded: PreTrainedModel) -> PreTrainedModel:
@@ -76,29 +80,23 @@ class Reference:
             )
         return list(text[0, len(ids) :].tolist())
 
-    def spectr(self, ids: Sequence[int], told: Mapping[str, NDArray[Any]]) -> "Decided":
+    def spectr(self, ids: Sequence[int], told: Decisions) -> tuple[Tensor, Decisions]:
         """SpectR by its definition, with K = 1: each token takes in each layer the expert with the
-        longest projection on its inputs' subspace.
+        longest projection on the subspace that it reads.
 
-        told: (T,) of each layer, the experts to take where two are equally good.
+        told: the experts to take where two are equally good. Returns the logits (T, V), and the
+        experts that were taken.
         """
-        best: dict[str, NDArray[Any]] = {}
+        taken: dict[Run, NDArray[Any]] = {}
         hooks = []
         for path, layer in self.layers.items():
             factors = [_update(layer, name) for name in self.names]
-            hook = partial(_route, factors=factors, told=told[path], best=best, path=path)
+            hook = partial(_route, path=path, factors=factors, told=told, taken=taken)
             hooks.append(layer.register_forward_hook(hook))
         logits = self.logits(ids, None)
         for hook in hooks:
             hook.remove()
-        return Decided(logits, best)
-
-
-class Decided(NamedTuple):
-    """logits: (T, V). experts: (T,) of each layer."""
-
-    logits: Tensor
-    experts: dict[str, NDArray[Any]]
+        return logits, taken
 
 
 def _update(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
@@ -115,17 +113,19 @@ def _route(
     args: tuple[Tensor],
     output: Tensor,
     *,
-    factors: Sequence[tuple[Tensor, Tensor]],
-    told: NDArray[Any],
-    best: dict[str, NDArray[Any]],
     path: str,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    told: Decisions,
+    taken: dict[Run, NDArray[Any]],
 ) -> Tensor:
     (x,) = args
-    scores = torch.stack([(x @ directions.T).norm(dim=-1) for directions, _ in factors], -1)
+    run = next(run for run in itertools.count() if (path, run) not in taken)
+    scores = torch.stack([(x[0] @ directions.T).norm(dim=-1) for directions, _ in factors], -1)
     experts = scores.argmax(-1)
-    proposed = torch.from_numpy(told.astype(np.int64)).clamp(min=0)
-    of_proposed = scores.gather(-1, proposed[None, :, None])[..., 0]
-    experts = torch.where(of_proposed > 0.9999 * scores.amax(-1), proposed, experts)
-    best[path] = experts[0].numpy()
-    added = torch.stack([x @ update.T for _, update in factors], -2)  # (1, T, E, D_out)
-    return output + added.take_along_dim(experts[..., None, None], -2)[..., 0, :]
+    if (path, run) in told:
+        proposed = torch.from_numpy(told[path, run].astype(np.int64)).clamp(min=0)[:, None]
+        is_as_good = scores.gather(-1, proposed) > 0.9999 * scores.amax(-1, keepdim=True)
+        experts = torch.where(is_as_good, proposed, experts[:, None])[:, 0]
+    taken[path, run] = experts.numpy()
+    added = torch.stack([x[0] @ update.T for _, update in factors], -2)  # (T, E, D_out)
+    return output + added.take_along_dim(experts[:, None, None], -2)[:, 0]

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from peft import LoraConfig
 from torch import Tensor
 from torch.testing import assert_close
@@ -25,6 +23,7 @@ from spectr_demo.trace import ColumnTrace, RoutingTrace
 from tests.compatibility.adapters import save_adapter
 from tests.compatibility.bases import NOT_IN_PEFT, Base, bases
 from tests.compatibility.conftest import EXPERTS, Case, save_base
+from tests.compatibility.reference import Decisions
 from tests.conftest import IN_CONTEXT
 
 TEXT = "Run the backup at 02:30 every Monday."
@@ -74,16 +73,16 @@ def assert_as_in_peft(case: Case, column: ColumnTrace, expert: str | None) -> No
     np.testing.assert_allclose(column.logprob[1:], logprob, atol=case.base.drift)
 
 
-def decisions(case: Case, trace: RoutingTrace, label: str) -> dict[str, NDArray[Any]]:
-    """(T,) of each layer: whom it chose for the tokens that were read."""
+def decisions(case: Case, trace: RoutingTrace, label: str) -> Decisions:
+    """Whom each layer chose for the tokens that were read."""
     library, experts = case.model.library, trace.column(label).experts
     cells = {
-        path: (int(layer), int(projection))
+        (path, bank.run): (int(layer), int(projection))
         for bank in library.banks
         for path, layer, projection in zip(bank.paths, *library.places(bank), strict=True)
     }
     assert len(set(cells.values())) == len(cells), "each layer has a cell of its own"
-    return {path: experts[:-1, layer, p, 0] for path, (layer, p) in cells.items()}
+    return {run: experts[:-1, layer, p, 0] for run, (layer, p) in cells.items()}
 
 
 @every_base
@@ -96,12 +95,12 @@ def test_base(case: Case) -> None:
 @every_base
 def test_single(case: Case) -> None:
     ids = case.model.encode(TEXT)
-    trace = run(case, [f"single:{name}" for name in EXPERTS])
     for e, name in enumerate(EXPERTS):
-        assert_same(logits_of(case, f"single:{name}", ids), case.reference.logits(ids, name))
-        column = trace.column(f"single:{name}")
-        assert_as_in_peft(case, column, name)
-        assert trace.share(column.label)[e] == 1
+        router = f"single:{name}"
+        assert_same(logits_of(case, router, ids), case.reference.logits(ids, name))
+        trace = run(case, [router])
+        assert_as_in_peft(case, trace.column(router), name)
+        assert trace.share(router)[e] == 1
 
 
 @every_base
@@ -109,13 +108,13 @@ def test_spectr(case: Case) -> None:
     trace = run(case, ["spectr"])
     column, told = trace.column("spectr"), decisions(case, trace, "spectr")
     ids = column.token_ids.tolist()
-    decided = case.reference.spectr(ids[:-1], told)
-    np.testing.assert_equal(told, decided.experts)
+    logits, taken = case.reference.spectr(ids[:-1], told)
+    np.testing.assert_equal(told, taken)
     num_answer = len(ids) - column.num_prompt
-    np.testing.assert_array_equal(decided.logits.argmax(-1)[-num_answer:], ids[-num_answer:])
-    logprob = logprob_of(torch.cat([decided.logits, decided.logits[-1:]]), ids)
+    np.testing.assert_array_equal(logits.argmax(-1)[-num_answer:], ids[-num_answer:])
+    logprob = logprob_of(torch.cat([logits, logits[-1:]]), ids)
     np.testing.assert_allclose(column.logprob[1:], logprob, atol=case.base.drift)
-    share = np.mean([experts == 0 for experts in decided.experts.values()])
+    share = np.mean([experts == 0 for experts in taken.values()])
     np.testing.assert_allclose(trace.share("spectr"), [share, 1 - share], atol=1e-6)
     assert 0 < share < 1
 
@@ -129,6 +128,10 @@ def test_default(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = case.model.encode(MESSAGE)
     lanes = case.model.lanes(router, ids)
     assert len({len(lane.ids) for lane in lanes}) == 2
+    if case.base.rows:
+        with pytest.raises(ValueError, match=re.escape(case.base.rows)):
+            run(case, [router, "single:green"], MESSAGE)
+        return
     trace = run(case, [router, "single:green"], MESSAGE)
     assert_as_in_peft(case, trace.column("single:green"), "green")
     column = trace.column("spectr-context")
@@ -166,10 +169,21 @@ def test_all_linear_layers(case: Case, tmp_path: Path) -> None:
             save_adapter(case.plain, config, folder)
         return
     save_adapter(case.plain, config, folder)
-    with pytest.raises(AdapterError, match=re.escape(case.base.all_linear)) as caught:
-        load(case.folder, str(folder))
-    (problem,) = caught.value.problems
-    assert preflight(case.folder, str(folder)).problems == (problem,)
+    errors = []
+    try:
+        model = load(case.folder, str(folder))
+    except AdapterError as error:
+        errors = error.problems
+        assert len(errors) == 1
+    assert preflight(case.folder, str(folder)).problems == tuple(errors)
+    if not errors:  # found only where the weights are there
+        for column in ("spectr", IN_CONTEXT):
+            try:
+                model.compare(TEXT, [column], max_new_tokens=2)
+            except ValueError as error:
+                errors.append(str(error))
+    assert errors
+    assert all(case.base.all_linear in error for error in errors), errors
 
 
 @pytest.mark.parametrize("base", REFUSED, ids=kind)
