@@ -84,7 +84,7 @@ def _fit(adapter: Adapter, skeleton: Skeleton) -> Fitted:
         )
     kept = {path: place for path, place in places.items() if path not in idle}
     lines = [f"expert {adapter.name!r}: {note}" for note in notes]
-    return Fitted([adapter.placed(kept, lines) if lines else adapter], problems)
+    return Fitted([adapter.placed(kept, lines)], problems)
 
 
 class _Misfit(NamedTuple):
