@@ -74,14 +74,7 @@ def preflight(
     # A CPU without a kernel for 4-bit products keeps the 4-bit values in float32.
     linear_bytes = dtype.itemsize if dtype == torch.float32 else NF4_BYTES
     shapes = [shape for adapter in adapters for shape in adapter.shapes.values()]
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if heads is None:  # a recurrent base: its state does not grow with the tokens
-        num_values = 0
-    else:
-        num_kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        num_values = 2 * text.num_hidden_layers * num_kv_heads * head_dim
+    num_values = sum(map(_cached_values, config.get_text_config().per_layer_config))
     return Preflight(
         problems=tuple(problems),
         num_parameters=num_parameters,
@@ -91,6 +84,17 @@ def preflight(
         cache=num_values * num_columns * num_tokens * dtype.itemsize,
         free_memory=free_memory(device),
     )
+
+
+def _cached_values(layer: PretrainedConfig) -> int:
+    """How many numbers a layer keeps of a token; none in a recurrent base, whose state does not
+    grow with the tokens. layer: its own configuration."""
+    heads = getattr(layer, "num_attention_heads", None)
+    if heads is None:
+        return 0
+    num_kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    return int(2 * num_kv_heads * head_dim)
 
 
 def config_of(base: str | None) -> PretrainedConfig:

@@ -108,9 +108,11 @@ def _of_modules(values: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _skeleton_of(key: _Key) -> Skeleton:
+    config = copy.deepcopy(key.config)  # which dtype and experts are written into
+    config._is_quantized = True  # as bases are loaded; it decides whether Jamba's `dt_proj` runs
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(key.config),  # which dtype and experts are written into
+            config,
             trust_remote_code=False,
             dtype=torch.float32,
             # The one way through a mixture of experts that does not look at who is chosen.
