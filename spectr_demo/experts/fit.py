@@ -116,12 +116,12 @@ def _misfit(place: str, shape: LoraShape, skeleton: Skeleton, adapter: Adapter) 
             _other_base(adapter),
         )
     for tensor in skeleton.inputs_of(place):
-        if tensor.dim() != 3 or tensor.shape[0] != NUM_ROWS:
+        if tensor.dim() != 3 or tensor.shape[:2] != (NUM_ROWS, NUM_TOKENS):
             return _Misfit(
                 f"{place} gets input of shape {tuple(tensor.shape)} where {NUM_ROWS} rows of "
                 f"{NUM_TOKENS} tokens are read, needed ({NUM_ROWS}, {NUM_TOKENS}, {shape.D_in})",
-                "layers that flatten the batch, or add an axis to it, cannot be routed: leave them "
-                "out of the adapter's target modules",
+                "layers that flatten the batch, add an axis to it, or read other tokens cannot be "
+                "routed: leave them out of the adapter's target modules",
             )
     return None
 

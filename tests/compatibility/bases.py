@@ -169,7 +169,7 @@ _KNOWN = [
         targets=(*ATTENTION, *DENSE, "in_proj"),
         all_linear=NOT_IN_PEFT,
     ),
-    Base(kind="falcon_mamba", targets=("in_proj", "x_proj"), all_linear=NOT_IN_PEFT),
+    Base(kind="falcon_mamba", targets=("in_proj", "x_proj", "dt_proj"), all_linear=NOT_IN_PEFT),
     Base(kind="flex_olmo", targets=ATTENTION, all_linear=PARAMETERS),
     Base(kind="gemma2", sizes=WINDOWS),
     Base(kind="gemma3_text", sizes=WINDOWS),
@@ -320,7 +320,7 @@ _KNOWN = [
         kind="zaya",
         sizes={"num_experts_per_tok": 1},
         targets=("q_proj", "k_proj", "v_proj_current", "o_proj", "fc1", "fc2"),
-        all_linear=OTHER_TOKENS,
+        all_linear="v_proj_delayed gets input of shape (2, 1, 64)",
     ),
 ]
 
