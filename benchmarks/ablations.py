@@ -31,15 +31,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 
 from spectr_demo import load
+from spectr_demo.base.generic import generic_prompts
 from spectr_demo.config import library_versions
 from spectr_demo.engine import reading
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.reading import ReadPrompt
 from spectr_demo.evaluation.composition import make_messages
 from spectr_demo.evaluation.parts import ORDINARY
-from spectr_demo.evaluation.requests import Detectors, detectors_of, evidence
+from spectr_demo.evaluation.requests import Detectors, evidence, metrics_of
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS, Example
 from spectr_demo.routing import detection, lanes
+from spectr_demo.routing.detection import standing
 from spectr_demo.routing.routers import parse_router
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ablations.json"
@@ -98,15 +100,24 @@ def told(
     examples: Mapping[str, Sequence[Example]],
     ordinary: Sequence[str],
     detectors: Detectors,
+    *,
+    is_relative: bool = True,
 ) -> tuple[list[float], list[float]]:
-    """1 for each request whose expert is named; 1 for each ordinary prompt that is `taken`."""
+    """1 for each request whose expert is named; 1 for each ordinary prompt that is `taken`.
+    is_relative: whether certainty is compared with that of ordinary prompts."""
+    generic = certainty(engine, generic_prompts(engine.base), detectors)
+
+    def of(prompts: Sequence[str]) -> Tensor:
+        found = certainty(engine, prompts, detectors)
+        return standing(found, generic) if is_relative else found
+
     right, most = [], []
     for name, some in examples.items():
-        found = certainty(engine, [example.prompt for example in some], detectors)
+        found = of([example.prompt for example in some])
         right += (found.argmax(-1) == engine.library.index(name)).float().tolist()
         most.append(found.amax(-1))
     least = torch.cat(most).quantile(LOST)
-    taken = certainty(engine, ordinary, detectors).amax(-1) > least
+    taken = of(ordinary).amax(-1) > least
     return right, taken.float().tolist()
 
 
@@ -167,14 +178,14 @@ def main() -> None:
         name: TASKS[name].build(SPLIT_SEED).heldout[IN_TABLES : IN_TABLES + arguments.num]
         for name in engine.library.names
     }
-    detectors = detectors_of(engine)
-    plain, raw = detectors.values()
+    plain, raw = (measured.detectors for measured in metrics_of(engine).values())
     lists = json.loads(ORDINARY.read_text(encoding="utf-8"))["development"]
     ordinary = [entry["prompt"] for entries in lists.values() for entry in entries]
     rows = {
         row: patched(patches, lambda: told(engine, examples, ordinary, plain))
         for row, patches in OF_REQUESTS.items()
     }
+    rows["certainty as it is"] = told(engine, examples, ordinary, plain, is_relative=False)
     rows["raw metric"] = told(engine, examples, ordinary, raw)
     rows["not standardised"] = told(engine, examples, ordinary, unstandardised(plain))
     right, taken = ({row: of_row[i] for row, of_row in rows.items()} for i in (0, 1))

@@ -158,7 +158,7 @@ def by_lanes(asked: Asked, lanes: Sequence[Lane]) -> dict[str, Choose]:
     """A token in a lane has the lane's expert, whatever it attends to."""
     at = torch.arange(len(asked.ids))
     is_in = torch.stack([(lane.start <= at) & (at < lane.stop) for lane in lanes], -1)
-    of_lanes = torch.stack([lane.certainty for lane in lanes if lane.certainty is not None])
+    of_lanes = torch.stack([lane.standing for lane in lanes if lane.standing is not None])
 
     def choose(weights: Tensor) -> Tensor:
         """weights: (T, lanes)."""

@@ -75,16 +75,16 @@ def in_context(engine: SpectrModel, texts: Mapping[str, Sequence[Text]]) -> Any:
     names = engine.library.names
     served = parse_router(IN_CONTEXT, names)
     always = replace(served, confidence=None)
-    least = engine.reader.least_certainty(served)
+    least = engine.reader.least_standing(served)
     assert least is not None
     kinds: Counter[str] = Counter()
     num_left = 0
     for own, some in texts.items():
         for text in some:
             lane = engine.reader.whole(always, text.prompt_ids)
-            assert lane.expert is not None and lane.certainty is not None
+            assert lane.expert is not None and lane.standing is not None
             kinds[kind(names[lane.expert], own)] += 1
-            num_left += float(lane.certainty.max()) <= least
+            num_left += float(lane.standing.max()) <= least
     return {**shares(kinds), "left to the base": round(num_left / kinds.total(), 4)}
 
 

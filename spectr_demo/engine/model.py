@@ -144,7 +144,7 @@ class SpectrModel:
         reads = [ROUTERS[router.name].reads_request for router in routers]
         read = self.reader.prompt(ids) if any(reads) else None
         return [
-            read.lanes(router, self.reader.least_certainty(router))
+            read.lanes(router, self.reader.least_standing(router))
             if read and is_reader
             else [Lane.whole(ids)]
             for router, is_reader in zip(routers, reads, strict=True)

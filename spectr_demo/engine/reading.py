@@ -23,7 +23,7 @@ from spectr_demo.engine.batches import read_after
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration, Measurement
-from spectr_demo.routing.detection import Detector, Evidence, detector
+from spectr_demo.routing.detection import Detector, Evidence, detector, standing
 from spectr_demo.routing.lanes import Span, best_cut, cost_of_cut, joined, spans
 from spectr_demo.routing.spectr import select
 
@@ -139,11 +139,15 @@ class _Measuring(_Listener):
 
 @dataclass(frozen=True)
 class Ordinary:
-    """What ordinary text is like for a library. certainty: (R,) the largest of each prompt."""
+    """What ordinary text is like for a library. certainty: (R, E) of its prompts."""
 
     calibration: Calibration
     detectors: dict[ExpertBank, Detector]
     certainty: Tensor
+
+    def standing(self, certainty: Tensor) -> Tensor:
+        """Of requests' certainty (..., E), see `routing.detection.standing`."""
+        return standing(certainty, self.certainty)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,23 +157,23 @@ class Lane:
     start, stop: its own tokens in the prompt; line ends between two lanes are in none. ids: all
     that is read in it: what stands before the request (the template's opening, earlier turns), its
     own tokens, the template's closing.
-    Of a router that read it: weights (E,) of the experts, all 0 where none stands out; certainty
-    (E,), and of each layer (P, E), see `Evidence`. None, and empty, for other routers.
+    Of a router that read it: weights (E,) of the experts, all 0 where none stands out; standing
+    (E,) and certainty of each layer (P, E), see `routing.detection`. None, and empty, for others.
     """
 
     start: int
     stop: int
     ids: list[int]
     weights: Tensor | None = None
-    certainty: Tensor | None = None
+    standing: Tensor | None = None
     by_layer: Mapping[ExpertBank, Tensor] = field(default_factory=dict)
 
     @property
     def expert(self) -> int | None:
         """The one that stands out most; None where none does."""
-        if self.certainty is None or self.weights is None or not self.weights.any():
+        if self.standing is None or self.weights is None or not self.weights.any():
             return None
-        return int(self.certainty.argmax())
+        return int(self.standing.argmax())
 
     @classmethod
     def whole(cls, ids: Sequence[int]) -> "Lane":
@@ -191,7 +195,7 @@ class ReadPrompt:
 
     def lanes(self, router: RouterConfig, least: float | None) -> list[Lane]:
         """The runs that are requests of their own, in order, with the weights of their experts.
-        least: what an expert must exceed, see `Reader.least_certainty`."""
+        least: what an expert must exceed, see `Reader.least_standing`."""
         lengths = [part.stop - part.start for part in self.parts]
         costs = [cost_of_cut(is_next=part.is_next, is_item=part.is_item) for part in self.parts]
         cut = best_cut(lengths, costs, self.explained)
@@ -202,8 +206,8 @@ class ReadPrompt:
     def lane(self, run: Span, router: RouterConfig, least: float | None) -> Lane:
         """One run of parts as a lane."""
         lane = self.runs[run]
-        assert lane.certainty is not None
-        return replace(lane, weights=_weights(lane.certainty, router, least))
+        assert lane.standing is not None
+        return replace(lane, weights=_weights(lane.standing, router, least))
 
 
 class Reader:
@@ -229,7 +233,7 @@ class Reader:
         requests = self.requests([encode(self._base.tokenizer, prompt) for prompt in prompts])
         measuring = _Measuring(requests, self._library)
         self.read(self.template.opening, [(requests, measuring)])
-        certainty = measuring.evidence.certainty.amax(-1)
+        certainty = measuring.evidence.certainty
         return Ordinary(measuring.measurement.calibration(), measuring.detectors, certainty)
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> Requests:
@@ -242,11 +246,12 @@ class Reader:
         batches = [(requests.ids, listener) for requests, listener in some]
         deque(read_after(self._base.model, beginning, batches), maxlen=0)
 
-    def least_certainty(self, router: RouterConfig) -> float | None:
+    def least_standing(self, router: RouterConfig) -> float | None:
         """What an expert must exceed: what this share of ordinary prompts reach at most."""
         if router.confidence is None:
             return None
-        return float(self.ordinary.certainty.quantile(router.confidence))
+        most = self.ordinary.standing(self.ordinary.certainty).amax(-1)
+        return float(most.quantile(router.confidence))
 
     def prompt(self, ids: Sequence[int]) -> ReadPrompt:
         """Reads a prompt, and each part of it that may be a request of its own. One of a single
@@ -261,7 +266,7 @@ class Reader:
         """A prompt that is taken for one request."""
         start, stop = self.template.request(ids)
         part = Part(start=start, stop=stop, is_next=False)
-        return self._read_parts(ids, [part]).lane((0, 1), router, self.least_certainty(router))
+        return self._read_parts(ids, [part]).lane((0, 1), router, self.least_standing(router))
 
     def _is_blank(self, token: int) -> bool:
         return not str(self._base.tokenizer.decode([token])).strip()
@@ -289,21 +294,21 @@ class Reader:
         explained: dict[Span, Tensor] = {}
         for runs, (_, listener) in zip(batches, some, strict=True):
             evidence = listener.evidence
-            certainty, of_runs = evidence.certainty, evidence.explained
+            standing, of_runs = self.ordinary.standing(evidence.certainty), evidence.explained
             for row, run in enumerate(runs):
                 a, b = bounds[run]
                 read[run] = Lane(
                     start=a,
                     stop=b,
                     ids=[*ids[:start], *ids[a:b], *ids[stop:]],
-                    certainty=certainty[row],
+                    standing=standing[row],
                     by_layer={bank: layers[row] for bank, layers in evidence.by_layer.items()},
                 )
                 explained[run] = of_runs[row]
         return ReadPrompt(found, read, explained)
 
 
-def _weights(certainty: Tensor, router: RouterConfig, least: float | None) -> Tensor:
+def _weights(standing: Tensor, router: RouterConfig, least: float | None) -> Tensor:
     """(E,) of the chosen experts."""
-    experts, weights, _ = select(certainty, router, least)
-    return torch.zeros_like(certainty).scatter(-1, experts, weights)
+    experts, weights, _ = select(standing, router, least)
+    return torch.zeros_like(standing).scatter(-1, experts, weights)

@@ -51,7 +51,7 @@ from spectr_demo.evaluation.ordinary import (
 )
 from spectr_demo.evaluation.parts import ORDINARY, Parts
 from spectr_demo.evaluation.reading import Reading, Text, read
-from spectr_demo.evaluation.requests import Detectors, by_metric, detectors_of, whom_figures
+from spectr_demo.evaluation.requests import Measured, by_metric, metrics_of, whom_figures
 from spectr_demo.evaluation.results import (
     accuracies,
     chat_shifts,
@@ -416,11 +416,11 @@ class Evaluation:
 
     def _by_metric(self, config: RouterConfig, prompts: Sequence[str], name: str) -> Any:
         expert = self.engine.library.index(name)
-        return by_metric(self.engine, prompts, expert, self._detectors)
+        return by_metric(self.engine, prompts, expert, self._metrics)
 
     @cached_property
-    def _detectors(self) -> dict[str, Detectors]:
-        return detectors_of(self.engine)
+    def _metrics(self) -> dict[str, Measured]:
+        return metrics_of(self.engine)
 
     def _chosen(self, config: RouterConfig, prompts: Sequence[str], of: str) -> ByConfidence:
         def compute(config: RouterConfig) -> ByConfidence:

@@ -41,7 +41,7 @@ def chosen_experts(
     """Whom the lanes of each prompt are for, at each of the `levels`."""
     names = engine.library.names
     least = {
-        str(level): engine.reader.least_certainty(replace(router, confidence=level))
+        str(level): engine.reader.least_standing(replace(router, confidence=level))
         for level in levels(router)
     }
     result: ByConfidence = {level: [] for level in least}

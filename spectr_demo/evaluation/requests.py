@@ -10,6 +10,7 @@ Axes: R requests, N tokens, P projections of a bank, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,22 +20,38 @@ from spectr_demo.base.generic import generic_prompts
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.listening import listen
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.detection import Detector, Evidence, Metric
+from spectr_demo.routing.detection import Detector, Evidence, Metric, standing
 
 METRICS = ("metric of ordinary text", "raw metric")
 Detectors = Mapping[ExpertBank, Detector]
 
 
-def detectors_of(engine: SpectrModel) -> dict[str, Detectors]:
-    """Of each of the `METRICS`; the second is measured now, over the same ordinary prompts."""
+@dataclass(frozen=True)
+class Measured:
+    """A metric's detectors, and their certainty (R, E) of ordinary prompts."""
+
+    detectors: Detectors
+    ordinary: Tensor
+
+
+def metrics_of(engine: SpectrModel) -> dict[str, Measured]:
+    """By name; the second of the `METRICS` is measured now, over the same ordinary prompts."""
+    prompts = [engine.encode(prompt) for prompt in generic_prompts(engine.base)]
+    requests = engine.reader.requests(prompts)
+    found = requests.evidence(engine.library)
     raw: dict[ExpertBank, Detector] = {}
 
     def measure(bank: ExpertBank, x: Tensor) -> None:
         raw[bank] = raw_detector(bank, x)
+        found.add(bank, raw[bank].scores(x))
 
-    prompts = [engine.encode(prompt) for prompt in generic_prompts(engine.base)]
-    listen(engine, engine.reader.requests(prompts), measure)
-    return dict(zip(METRICS, (engine.reader.ordinary.detectors, raw), strict=True))
+    listen(engine, requests, measure)
+    ordinary = engine.reader.ordinary
+    measured = (
+        Measured(ordinary.detectors, ordinary.certainty),
+        Measured(raw, found.certainty),
+    )
+    return dict(zip(METRICS, measured, strict=True))
 
 
 def raw_detector(bank: ExpertBank, inputs: Tensor) -> Detector:
@@ -52,9 +69,10 @@ def evidence(
     return found
 
 
-def whom(found: Evidence, expert: int) -> dict[str, list[float]]:
+def whom(found: Evidence, ordinary: Tensor, expert: int) -> dict[str, list[float]]:
     """Of R requests that are all for one expert:
 
+    ordinary: (R', E) certainty of ordinary prompts.
     one: 1 where the mean over the layers names it. vote: 1 where it is the commonest choice of the
     layers. layers: share of its layers that would choose it.
     """
@@ -68,7 +86,7 @@ def whom(found: Evidence, expert: int) -> dict[str, list[float]]:
             num_right += (named == expert).sum(1)
             num_own += len(bank.paths)
     return {
-        "one": (found.certainty.argmax(-1) == expert).float().tolist(),
+        "one": (standing(found.certainty, ordinary).argmax(-1) == expert).float().tolist(),
         "vote": (votes.argmax(-1) == expert).float().tolist(),
         "layers": (num_right / num_own).tolist(),
     }
@@ -78,11 +96,14 @@ def by_metric(
     engine: SpectrModel,
     prompts: Sequence[str],
     expert: int,
-    detectors: Mapping[str, Detectors],
+    metrics: Mapping[str, Measured],
 ) -> dict[str, dict[str, list[float]]]:
     """`whom` by metric, of prompts that are all for one expert."""
     ids = [engine.encode(prompt) for prompt in prompts]
-    return {metric: whom(evidence(engine, ids, each), expert) for metric, each in detectors.items()}
+    return {
+        name: whom(evidence(engine, ids, metric.detectors), metric.ordinary, expert)
+        for name, metric in metrics.items()
+    }
 
 
 def whom_figures(

@@ -13,7 +13,8 @@ of ordinary tokens, 1 their deviation.
 
 At one token and layer, `certainty` says how far each expert stands out from the others. A request
 has many tokens, read in many layers. Two means are made of them (`Evidence`): which expert the
-request is for, and how much of the text each expert accounts for.
+request is for, and how much of the text each expert accounts for. The first is compared with that
+of ordinary prompts (`standing`).
 
 Axes: N tokens, R requests, P projections of a bank, E experts, r rank, k directions.
 """
@@ -154,6 +155,17 @@ def certainty(scores: Tensor) -> Tensor:
     centred = scores - scores.mean(-1, keepdim=True)
     size = centred.square().sum(-1, keepdim=True) + scores.shape[-1] * _NOISE**2
     return centred / size.sqrt()
+
+
+def standing(certainty: Tensor, ordinary: Tensor) -> Tensor:
+    """How far each expert's certainty of a request is above that of ordinary prompts, in its own
+    standard deviations over them: (..., E) from (..., E) and (R, E) of R ordinary prompts.
+
+    What an expert answers to in any text is so left out. And one on a few layers is no more often
+    chosen, though the mean over them differs more from prompt to prompt.
+    """
+    std, mean = torch.std_mean(ordinary, dim=0, correction=0)
+    return (certainty - mean) / torch.where(std > 1e-6, std, 1.0)
 
 
 class Evidence:

@@ -139,7 +139,7 @@ def test_default(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     at = column.num_prompt
     for lane in lanes:
         assert lane.expert is not None
-        assert lane.certainty is not None
+        assert lane.standing is not None
         answer = case.reference.answer(lane.ids, EXPERTS[lane.expert], NUM_TOKENS)
         own = slice(at, at + len(answer))
         assert column.token_ids[own].tolist() == answer
@@ -148,8 +148,8 @@ def test_default(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = logprob[-len(answer) :]
         np.testing.assert_allclose(column.logprob[own], expected, atol=case.base.drift)
         assert all((experts[at : own.stop - 1] == lane.expert).all() for experts in told.values())
-        alone = case.model.reader.whole(router, lane.ids).certainty
-        assert_close(alone, lane.certainty, atol=1e-3, rtol=1e-3)
+        alone = case.model.reader.whole(router, lane.ids).standing
+        assert_close(alone, lane.standing, atol=1e-3, rtol=1e-3)
         at = own.stop
     assert at == column.num_tokens
 

@@ -40,15 +40,15 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
             runs = dict(read.runs)
             for part in range(len(found)):
                 lane, expert = runs[part, part + 1], experts[part]
-                assert lane.certainty is not None
-                certainty = torch.full_like(lane.certainty, -1)
+                assert lane.standing is not None
+                standing = torch.full_like(lane.standing, -1)
                 if expert is not None:
-                    certainty[expert] = 1
-                runs[part, part + 1] = replace(lane, certainty=certainty)
+                    standing[expert] = 1
+                runs[part, part + 1] = replace(lane, standing=standing)
             return replace(read, runs=runs)
 
         monkeypatch.setattr(Reader, "_read_parts", told)
-        monkeypatch.setattr(Reader, "least_certainty", lambda *_: 0.0)
+        monkeypatch.setattr(Reader, "least_standing", lambda *_: 0.0)
 
     return choose
 

@@ -129,9 +129,10 @@ def test_a_whole_prompt_by_hand(routed_model: SpectrModel) -> None:
         assert_close(lane.by_layer[bank], of_layers, atol=1e-3, rtol=1e-3)
         total += of_layers.sum(0)
         num += len(bank.paths)
-    assert lane.certainty is not None and lane.weights is not None
-    assert_close(lane.certainty, total / num, atol=1e-3, rtol=1e-3)
-    assert lane.expert == int(total.argmax())
+    assert lane.standing is not None and lane.weights is not None
+    expected = routed_model.reader.ordinary.standing(total / num)
+    assert_close(lane.standing, expected, atol=1e-2, rtol=1e-2)
+    assert lane.expert == int(expected.argmax())
     assert lane.weights.tolist() == torch.eye(3)[lane.expert].tolist()
 
 
@@ -159,8 +160,8 @@ def test_each_part_is_read_as_if_it_were_all_that_is_asked(
         assert routed_model.tokenizer.decode(ids[lane.start : lane.stop]) == text
         assert lane.ids == routed_model.encode(text)
         alone = routed_model.reader.whole(router, routed_model.encode(text))
-        assert lane.certainty is not None and alone.certainty is not None
-        assert_close(lane.certainty, alone.certainty, atol=1e-3, rtol=1e-3)
+        assert lane.standing is not None and alone.standing is not None
+        assert_close(lane.standing, alone.standing, atol=1e-3, rtol=1e-3)
         for bank, of_layers in lane.by_layer.items():
             assert_close(of_layers, alone.by_layer[bank], atol=1e-2, rtol=1e-2)
 
@@ -175,8 +176,8 @@ def test_the_turns_before_are_read_in_every_lane(
     for lane, text in zip(lanes, ["paint it red", "count to two"], strict=True):
         assert lane.ids == routed_model.encode([*turns, {"role": "user", "content": text}])
     alone = routed_model.reader.whole(context(routed_model), routed_model.encode("paint it red"))
-    assert lanes[0].certainty is not None and alone.certainty is not None
-    assert not torch.allclose(lanes[0].certainty, alone.certainty, atol=1e-3), "they are known"
+    assert lanes[0].standing is not None and alone.standing is not None
+    assert not torch.allclose(lanes[0].standing, alone.standing, atol=1e-3), "they are known"
 
 
 @pytest.mark.parametrize(
@@ -236,8 +237,8 @@ def test_lines_in_the_tokens_of_the_embedded_default(
         ids = model.encode(request)
         assert lane.ids == ids
         alone = model.reader.whole(router, ids)
-        assert lane.certainty is not None and alone.certainty is not None
-        assert_close(lane.certainty, alone.certainty, atol=1e-3, rtol=1e-3)
+        assert lane.standing is not None and alone.standing is not None
+        assert_close(lane.standing, alone.standing, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 100])
@@ -259,8 +260,8 @@ def test_runs_are_read_alike_however_many_at_once(
                 ids = routed_model.encode([*before, {"role": "user", "content": text}])
                 alone = routed_model.reader.whole(router, ids)
                 assert lane.ids == ids
-                assert lane.certainty is not None and alone.certainty is not None
-                assert_close(lane.certainty, alone.certainty, atol=1e-3, rtol=1e-3)
+                assert lane.standing is not None and alone.standing is not None
+                assert_close(lane.standing, alone.standing, atol=1e-3, rtol=1e-3)
 
 
 def test_a_message_is_cut_where_that_explains_it_better(
@@ -274,7 +275,7 @@ def test_a_message_is_cut_where_that_explains_it_better(
         read = read_parts(self, ids, of_message)
         best = {(0, 1): [0.9, 0, 0], (1, 2): [0, 0, 0.9]}
         explained = {run: torch.tensor(best.get(run, [0.4, 0.4, 0.4])) for run in read.runs}
-        runs = {run: replace(lane, certainty=explained[run]) for run, lane in read.runs.items()}
+        runs = {run: replace(lane, standing=explained[run]) for run, lane in read.runs.items()}
         found.append(sorted(runs))
         return ReadPrompt(of_message, runs, explained)
 
@@ -369,20 +370,22 @@ def test_ordinary_text_is_measured_once(
     )
 
 
-def test_the_least_certainty_is_that_of_so_many_ordinary_prompts(
+def test_the_least_standing_is_that_of_so_many_ordinary_prompts(
     routed_model: SpectrModel,
 ) -> None:
     reader = routed_model.reader
     best = []
     for prompt in generic_prompts(routed_model.base):
         lane = reader.whole(context(routed_model), routed_model.encode(prompt))
-        assert lane.certainty is not None
-        best.append(float(lane.certainty.max()))
-    assert_close(reader.ordinary.certainty, torch.tensor(best), atol=1e-3, rtol=1e-3)
+        assert lane.standing is not None
+        best.append(float(lane.standing.max()))
+    ordinary = reader.ordinary
+    most = ordinary.standing(ordinary.certainty).amax(-1)
+    assert_close(most, torch.tensor(best), atol=1e-3, rtol=1e-3)
     for confidence in (0.0, 0.8, 1.0):
-        least = reader.least_certainty(context(routed_model, confidence=confidence))
+        least = reader.least_standing(context(routed_model, confidence=confidence))
         assert least == pytest.approx(np.quantile(best, confidence), abs=1e-3)
-    assert reader.least_certainty(context(routed_model, confidence=None)) is None
+    assert reader.least_standing(context(routed_model, confidence=None)) is None
 
 
 @pytest.mark.parametrize("confidence", [None, 0.0, 0.5, 1.0])
@@ -403,11 +406,11 @@ def test_several_experts_of_one_request(routed_model: SpectrModel) -> None:
     reader = routed_model.reader
     one, two = (reader.whole(context(routed_model, top_k=k), ids) for k in (1, 2))
     soft = reader.whole(context(routed_model, top_k=2, weighting="softmax", temperature=0.1), ids)
-    assert one.certainty is not None and two.weights is not None and soft.weights is not None
-    order = one.certainty.argsort(descending=True).tolist()
+    assert one.standing is not None and two.weights is not None and soft.weights is not None
+    order = one.standing.argsort(descending=True).tolist()
     assert one.expert == two.expert == soft.expert == order[0], "the best one"
     assert two.weights[order].tolist() == [0.5, 0.5, 0]
-    expected = (one.certainty[order[:2]] / 0.1).softmax(-1)
+    expected = (one.standing[order[:2]] / 0.1).softmax(-1)
     assert_close(soft.weights[order[:2]], expected, atol=1e-3, rtol=1e-3)
 
 
@@ -422,14 +425,14 @@ def test_experts_of_other_layers(build_model: BuildModel, save_expert: SaveExper
     )
     ids = model.encode(TWO_LINES)
     lane = model.reader.whole(context(model), ids)
-    assert lane.certainty is not None
+    assert lane.standing is not None
     total, num = torch.zeros(3), torch.zeros(3)
     for bank, of_layers in lane.by_layer.items():
         assert of_layers.shape == (len(bank.paths), bank.num_experts)
         total[bank.expert_ids] += of_layers.sum(0)
         num[bank.expert_ids] += len(bank.paths)
     assert num.tolist() == [4, 14, 2]
-    assert_close(lane.certainty, total / num)
+    assert_close(lane.standing, model.reader.ordinary.standing(total / num))
     step = model.compare(TWO_LINES, [IN_CONTEXT, "base"], max_new_tokens=4)
     assert step.trace is not None and step.trace.columns[0].is_routed
 

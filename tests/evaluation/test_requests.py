@@ -7,13 +7,13 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.listening import late_means, listen
 from spectr_demo.evaluation.requests import (
     METRICS,
-    detectors_of,
     evidence,
+    metrics_of,
     raw_detector,
     whom,
     whom_figures,
 )
-from spectr_demo.routing.detection import Evidence
+from spectr_demo.routing.detection import Evidence, standing
 from spectr_demo.routing.routers import parse_router
 from tests.conftest import IN_CONTEXT
 
@@ -23,10 +23,15 @@ PROMPTS = ["red ships", "What is green, and what is a longer prompt?", "blue"]
 def test_evidence_is_that_of_the_engines_reader(routed_model: SpectrModel) -> None:
     router = parse_router(IN_CONTEXT, routed_model.library.names)
     ids = [routed_model.encode(prompt) for prompt in PROMPTS]
-    found = evidence(routed_model, ids, detectors_of(routed_model)[METRICS[0]])
+    measured = metrics_of(routed_model)[METRICS[0]]
+    found = evidence(routed_model, ids, measured.detectors)
     for row, one in enumerate(ids):
         lane = routed_model.reader.whole(router, one)
-        torch.testing.assert_close(found.certainty[row], lane.certainty, atol=1e-4, rtol=0)
+        own = standing(found.certainty[row], measured.ordinary)
+        torch.testing.assert_close(own, lane.standing, atol=1e-3, rtol=0)
+        for expert in range(3):
+            is_named = whom(found, measured.ordinary, expert)["one"][row]
+            assert is_named == float(lane.expert == expert)
         for bank, layers in lane.by_layer.items():
             torch.testing.assert_close(found.by_layer[bank][row], layers, atol=1e-3, rtol=0)
 
@@ -42,8 +47,8 @@ def test_the_raw_metric_is_spectrs_score_standardised(routed_model: SpectrModel)
 def test_the_metrics_differ(routed_model: SpectrModel) -> None:
     ids = [routed_model.encode(prompt) for prompt in PROMPTS]
     one, other = (
-        evidence(routed_model, ids, detectors).certainty
-        for detectors in detectors_of(routed_model).values()
+        evidence(routed_model, ids, measured.detectors).certainty
+        for measured in metrics_of(routed_model).values()
     )
     assert not torch.allclose(one, other, atol=1e-2)
 
@@ -82,7 +87,7 @@ def test_votes_and_layers_by_hand(routed_model: SpectrModel) -> None:
         found.add(bank, scores)
     num_first = len(banks[0].paths)
     assert num_first > num_layers / 2, "three projections against one"
-    first, second, third = (whom(found, expert) for expert in range(3))
+    first, second, third = (whom(found, torch.zeros(2, 3), expert) for expert in range(3))
     assert first["layers"] == [pytest.approx(num_first / num_layers)]
     assert first["one"] == first["vote"] == [1]
     assert second["layers"] == [pytest.approx(1 - num_first / num_layers)]

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.detection import Detector, Evidence, certainty, detector
+from spectr_demo.routing.detection import Detector, Evidence, certainty, detector, standing
 from spectr_demo.routing.spectr import Aligned, align, spectr_scores
 
 NOISE = 0.07**2
@@ -165,8 +165,16 @@ def test_certainty_is_a_cosine(scores: list[float]) -> None:
     assert found.isfinite().all()
     assert found.abs().max() <= 1 + 1e-6
     if len(scores) > 1:
-        assert abs(float(found.sum())) < 1e-3
+        rounding = 1e-5 * max(map(abs, scores))
+        assert abs(float(found.sum())) < 1e-3 + rounding
         assert found[max(range(len(scores)), key=scores.__getitem__)] == found.max()
+
+
+def test_standing_is_in_each_experts_own_deviations_over_ordinary_prompts() -> None:
+    ordinary = torch.tensor([[0.1, 0.5, 0.2], [0.3, -0.5, 0.2]])  # means 0.2, 0, 0.2
+    found = standing(torch.tensor([[0.4, 0.4, 0.7]]), ordinary)
+    assert_close(found, torch.tensor([[2.0, 0.8, 0.5]]))  # deviations 0.1, 0.5, none
+    assert_close(standing(ordinary, ordinary).mean(0), torch.zeros(3))
 
 
 def test_evidence_by_hand() -> None:

@@ -25,7 +25,7 @@ from spectr_demo.evaluation.reading import Text
 from spectr_demo.evaluation.robustness.libraries import Key, Library
 from spectr_demo.evaluation.robustness.variants import Variants
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.detection import certainty
+from spectr_demo.routing.detection import certainty, standing
 from spectr_demo.routing.routers import parse_router
 
 OF_TOKENS = ("arrow", "spectr", "norm", "spectr calibrated")
@@ -38,46 +38,61 @@ def hear(
     variants: Variants,
     generic: Sequence[str],
     prompts: Sequence[Sequence[int]],
-) -> list[dict[str, Tensor]]:
-    """What each column's detector says of each prompt: by layer path (C,), standardised.
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """What each column's detector says of the generic prompts and of each prompt: by layer path
+    (G, C) and (C,), standardised.
 
     generic: read in the same pass. They give the variants their statistics, and the detectors,
     which are too large to keep. prompts: token ids.
     """
     requests = engine.reader.requests([*map(engine.encode, generic), *prompts])
     is_generic = requests.owners < len(generic)
+    ordinary: dict[str, Tensor] = {}
     heard: list[dict[str, Tensor]] = [{} for _ in prompts]
 
     def of_bank(bank: ExpertBank, x: Tensor) -> None:
-        ordinary = x[is_generic.to(x.device)]
+        of_generic = x[is_generic.to(x.device)]
         for path in bank.paths:
-            variants.measure(path, ordinary)
-            scores = variants.detector(path, ordinary).scores(x)[:, 0]
-            for row, mean in zip(heard, late_means(requests, scores)[len(generic) :], strict=True):
+            variants.measure(path, of_generic)
+            scores = variants.detector(path, of_generic).scores(x)[:, 0]
+            means = late_means(requests, scores)
+            ordinary[path] = means[: len(generic)]
+            for row, mean in zip(heard, means[len(generic) :], strict=True):
                 row[path] = mean
 
     listen(engine, requests, of_bank)
-    return heard
+    return ordinary, heard
 
 
 def certainties(variants: Variants, heard: Mapping[str, Tensor], candidates: Tensor) -> Tensor:
-    """How sure the layers are, in the mean, of each of the candidates (C',) among themselves."""
-    total = torch.zeros(len(candidates), device=candidates.device)
-    num = torch.zeros_like(total)
+    """How sure the layers are, in the mean, of each of the candidates (C',) among themselves:
+    (..., C') from what was heard (..., C)."""
+    num = torch.zeros(len(candidates), device=candidates.device)
+    total: Tensor | float = 0.0
     for path, scores in heard.items():
         of_columns = scores.index_select(-1, variants.layers[path].columns)
         own = everywhere(variants, path, of_columns).index_select(-1, candidates)
-        is_here = own > -torch.inf
+        is_here = own.flatten(0, -2)[0] > -torch.inf if own.dim() > 1 else own > -torch.inf
+        added = torch.zeros_like(own)
         if is_here.any():
-            total[is_here] += certainty(own[is_here])
-            num += is_here
+            added[..., is_here] = certainty(own[..., is_here])
+        total = total + added
+        num += is_here
+    assert isinstance(total, Tensor)
     return total / num.clamp(min=1)
 
 
-def is_named(variants: Variants, heard: Mapping[str, Tensor], library: Library) -> float:
+def is_named(
+    variants: Variants,
+    ordinary: Mapping[str, Tensor],
+    heard: Mapping[str, Tensor],
+    library: Library,
+) -> float:
     """1 where `spectr-context` names a right candidate for a text, 0.5 for as good a rival."""
     right, rivals = library
-    found = certainties(variants, heard, torch.cat(library))
+    candidates = torch.cat(library)
+    of_text, of_ordinary = (certainties(variants, each, candidates) for each in (heard, ordinary))
+    found = standing(of_text, of_ordinary)
     lead = found[: len(right)].max() - found[-len(rivals) :].max()
     return 0.5 if abs(lead) <= _SLACK else float(lead > 0)
 
@@ -157,15 +172,16 @@ def read_text(
     name: str,
     libraries: Mapping[Key, Library],
     text: Text,
+    ordinary: Mapping[str, Tensor],
     heard: Mapping[str, Tensor],
 ) -> dict[Key, NDArray[np.float64]]:
-    """(2, methods) of each library, see `_Decisions.result`. heard: of the text's prompt."""
+    """(2, methods) of each library, see `_Decisions.result`. ordinary, heard: of `hear`."""
     plan = _Decisions(engine, variants, name, libraries, text)
     ids = [*text.prompt_ids, *text.answer_ids[:-1]]
     with torch.inference_mode(), routed(plan):
         decoder = decoder_of(engine.model)
         decoder(**decoder_inputs([ids], engine.model.device), use_cache=False)
     return {
-        key: np.c_[plan.result(key), [is_named(variants, heard, library)] * 2]
+        key: np.c_[plan.result(key), [is_named(variants, ordinary, heard, library)] * 2]
         for key, library in libraries.items()
     }

@@ -105,16 +105,18 @@ def _outcomes(
 ) -> Outcomes:
     """Read everything: the mean over an expert's texts, in every library."""
     outcomes: Outcomes = {}
-    heard = iter(
-        hear(engine, variants, prompts, [text.prompt_ids for own in texts.values() for text in own])
-    )
+    asked = [text.prompt_ids for own in texts.values() for text in own]
+    ordinary, of_texts = hear(engine, variants, prompts, asked)
+    heard = iter(of_texts)
     with torch.inference_mode(), tqdm(total=sum(map(len, texts.values())), unit="text") as bar:
         for name, own in texts.items():
             bar.set_description(name)
             libraries = libraries_of(variants, engine.library.index(name), seeds, sizes)
             results = []
             for text in own:
-                results.append(read_text(engine, variants, name, libraries, text, next(heard)))
+                results.append(
+                    read_text(engine, variants, name, libraries, text, ordinary, next(heard))
+                )
                 bar.update()
             for key in libraries:
                 mean = np.mean([result[key] for result in results], axis=0)
