@@ -159,6 +159,13 @@ def read_base_config(base: str) -> PretrainedConfig:
             f"base {base!r}: it is a {config.model_type!r} model, a causal language model was "
             "needed. Choose one that AutoModelForCausalLM of transformers loads."
         )
+    is_encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
+    if is_encoder and not config.is_encoder_decoder:  # BERT and its kin
+        raise ValueError(
+            f"base {base!r}: it is an encoder (a {config.model_type!r} model with "
+            "is_decoder=False), whose tokens see those after them; a decoder was needed. Choose "
+            "another base."
+        )
     stored = getattr(config, "quantization_config", None)
     if stored is not None and not stored.get("load_in_4bit", False):
         raise ValueError(

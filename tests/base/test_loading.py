@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast, T5Config
 
 from spectr_demo.base.loading import load_base
 from tests.base.conftest import count
@@ -86,6 +86,10 @@ def _make_t5(folder: Path) -> None:
     T5Config(d_model=64, num_layers=1).save_pretrained(folder)
 
 
+def _make_bert(folder: Path) -> None:
+    BertConfig(hidden_size=64, num_hidden_layers=1).save_pretrained(folder)
+
+
 def _declare_gptq(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -114,6 +118,7 @@ def _break_tokenizer(folder: Path) -> None:
     [
         (_remove_config, r"no config\.json"),
         (_make_t5, r"it is a 't5' model, a causal language model was needed"),
+        (_make_bert, r"an encoder .a 'bert' model with is_decoder=False.*; a decoder was needed"),
         (_declare_gptq, r"weights are quantized \(gptq\)"),
         (_break_config, r"its config could not be read"),
         (_cut_weights, r"its weights or tokenizer could not be read"),

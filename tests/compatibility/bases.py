@@ -131,6 +131,7 @@ _KNOWN = [
     ),
     Base(kind="bamba", sizes={"attn_layer_indices": [1]}),
     Base(kind="beam", sizes=WINDOWS, targets=ATTENTION, all_linear=PARAMETERS),
+    Base(kind="bert", refused="it is an encoder"),
     Base(kind="codegen", sizes={"rotary_dim": 8}),
     Base(kind="cohere2", sizes=WINDOWS),
     Base(kind="cohere2_moe", sizes=WINDOWS, targets=ATTENTION, all_linear=PARAMETERS),
@@ -324,15 +325,17 @@ _KNOWN = [
     ),
 ]
 
+_ROWS = {base.kind: base for base in _KNOWN}
+
 # Kinds without a row, beside those that `left_out` tells from their configuration.
 _LEFT_OUT = {
     "cpmant": "its tokens are not read one after another",
     "dbrx": "its configuration cannot be made in this version of transformers",
     "qwen4_exp_text": "its tables of word groups are not made small",
-    "reformer": "an encoder",
     "trocr": "a decoder of another model's encodings",
-    "xlm": "an encoder",
-    "xlnet": "an encoder",
+    "reformer": "an encoder, as bert",
+    "xlm": "an encoder, as bert",
+    "xlnet": "an encoder, as bert",
 }
 
 
@@ -340,6 +343,8 @@ def left_out(kind: str) -> str:
     """Why a kind of model that transformers lists has no row; empty where it has one."""
     config = CONFIG_MAPPING[kind]
     names = {f.name: f for f in fields(config)}
+    if kind in _ROWS:
+        return ""
     if kind in _LEFT_OUT:
         return _LEFT_OUT[kind]
     if config.model_type != kind:
@@ -349,13 +354,12 @@ def left_out(kind: str) -> str:
     if names["is_encoder_decoder"].default:
         return "an encoder with a decoder"
     if names.keys() >= {"is_decoder", "add_cross_attention"}:
-        return "an encoder"
+        return "an encoder, as bert"
     return ""
 
 
 def bases() -> list[Base]:
     """The rows of the table, in transformers' order."""
-    known = {base.kind: base for base in _KNOWN}
     kinds = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not left_out(kind)]
-    assert known.keys() <= set(kinds)
-    return [known.get(kind, Base(kind=kind)) for kind in kinds]
+    assert _ROWS.keys() <= set(kinds)
+    return [_ROWS.get(kind, Base(kind=kind)) for kind in kinds]

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.speed_tables import markdown
 from tests.compatibility.adapters import EQUAL, KINDS, REFUSED
-from tests.compatibility.bases import Base, bases, left_out
+from tests.compatibility.bases import NOT_IN_PEFT, Base, bases, left_out
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -44,9 +44,18 @@ says. How to load your own: [own_experts.md](own_experts.md).
 BASES = """
 ## Bases
 
-These are all {number} decoders that transformers lists as causal language models. *Has* is what
-makes one special. An adapter on all linear layers has `target_modules="all-linear"`. Where it does
-not fit, one on the layers in the last column does.
+These are {number} kinds that transformers lists as causal language models: all decoders, and `bert`
+for the encoders. *Has* is what makes one special. An adapter on all linear layers has
+`target_modules="all-linear"`. Where it does not fit, one on the layers in the last column does.
+
+"""
+
+ROWS = """
+## Texts of different lengths
+
+The answers to several requests of one message are texts of different lengths, side by side. A few
+bases cannot do that. A run of several requests then ends in an error. On `rwkv` a run of several
+columns does too.
 
 """
 
@@ -121,8 +130,13 @@ def _base_row(base: Base) -> list[str]:
     has, targets = ", ".join(special(base)) or "-", "-"
     if not isinstance(base.targets, str):
         targets = ", ".join(f"`{target}`" for target in base.targets)
-    end = f"the base is refused: {base.refused}" if base.refused else base.all_linear or "equal"
-    return [f"`{base.kind}`", has, end, targets, base.rows or "equal"]
+    if base.refused:
+        end = f"the base is refused: {base.refused}"
+    elif base.all_linear in ("", NOT_IN_PEFT):
+        end = base.all_linear or "equal"
+    else:
+        end = f"refused: {base.all_linear}"
+    return [f"`{base.kind}`", has, end, targets]
 
 
 def _left_out_rows() -> Iterator[list[str]]:
@@ -144,9 +158,11 @@ def document() -> str:
             HEAD.format(**versions),
             BASES.format(number=len(rows)),
             markdown(
-                ["base", "has", "adapter on all linear layers", "else on", "lanes"],
+                ["base", "has", "adapter on all linear layers", "else on"],
                 map(_base_row, rows),
             ),
+            ROWS,
+            markdown(["base", "error"], [[f"`{b.kind}`", b.rows] for b in rows if b.rows]),
             OTHERS,
             markdown(["why", "kinds"], _left_out_rows()),
             ADAPTERS.format(kinds=kinds),
