@@ -27,12 +27,11 @@ HISTORY = {"CHANGELOG.md", "log.md"}
 SAID = {
     "**The request says what one token cannot.**": [
         ("scores", SUBJECT, other)
-        for other in ("base", "arrow", "spectr-paper", "spectr", "spectr-calibrated")
+        for other in ("base", "arrow", "spectr-paper", "spectr")
     ],
     "**SpectR beats Arrow and merging, by little.**": [
         ("scores", "spectr", other) for other in ("arrow", "TIES", "uniform (outputs)")
     ],
-    "Standardised scores help": [("scores", "spectr-calibrated", "spectr")],
     "**Messages with two and three requests.**": [("messages", SUBJECT, "spectr")],
     "**A choice for each layer does not help.**": [
         ("requests", ONE_CHOICE, EACH_LAYER),
