@@ -221,7 +221,7 @@ def lane(start: int, stop: int, expert: int | None) -> Lane:
     weights = torch.zeros(3)
     if expert is not None:
         weights[expert] = 1
-    return Lane(start=start, stop=stop, ids=[], weights=weights, certainty=weights)
+    return Lane(start=start, stop=stop, ids=[], weights=weights, standing=weights)
 
 
 def test_figures_of_lanes_by_hand() -> None:
