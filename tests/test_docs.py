@@ -26,8 +26,7 @@ HISTORY = {"CHANGELOG.md", "log.md"}
 # What README.md says of two rows, and the claims (figure, more, less) that must be shown for it.
 SAID = {
     "**The request says what one token cannot.**": [
-        ("scores", SUBJECT, other)
-        for other in ("base", "arrow", "spectr-paper", "spectr")
+        ("scores", SUBJECT, other) for other in ("base", "arrow", "spectr-paper", "spectr")
     ],
     "**SpectR beats Arrow and merging, by little.**": [
         ("scores", "spectr", other) for other in ("arrow", "TIES", "uniform (outputs)")
