@@ -25,12 +25,15 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "global_head_dim": 16,
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
     "sliding_window": 8,
     # Mixtures of experts
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
+    "shared_intermediate_size": 64,
+    "dense_intermediate_size": 64,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -48,6 +51,11 @@ SIZES = {
     "index_topk": 128,  # more than a text has: else a padded text is another one to transformers
     "index_head_dim": 16,
     "index_n_heads": 2,
+    "o_lora_rank": 16,
+    # Layers with a window of their own shape
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
     # Layers that keep a state in place of keys and values
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
@@ -183,14 +191,14 @@ _KNOWN = [
             "activation_sparsity_pattern": [0.0] * 4,
         },
     ),
-    Base(kind="gemma4_text", sizes={**SHARED_KEYS, "global_head_dim": 16}),
+    Base(kind="gemma4_text", sizes=SHARED_KEYS),
     Base(kind="glm4_moe", targets=ATTENTION, all_linear=PARAMETERS),
     Base(
         kind="gpt_neo",
         sizes={"attention_types": [[["global", "local"], 1]], "window_size": 8},
     ),
     Base(kind="gptj", sizes={"rotary_dim": 8}),
-    Base(kind="granitemoehybrid", sizes={**HYBRID, "shared_intermediate_size": 64}),
+    Base(kind="granitemoehybrid", sizes=HYBRID),
     Base(kind="hrm_text", sizes={"H_cycles": 1, "L_cycles": 2}),  # more amplify rounding
     Base(kind="hunyuan_v1_moe", targets=ATTENTION, all_linear=PARAMETERS),
     Base(kind="hy_v3", targets=ATTENTION, all_linear=FLAT),
@@ -245,7 +253,6 @@ _KNOWN = [
     Base(kind="minimax_m2", targets=ATTENTION, all_linear=PARAMETERS),
     Base(
         kind="minimax_m3_vl_text",
-        sizes={"dense_intermediate_size": 64},
         targets=ATTENTION,
         all_linear=FLAT,
     ),

@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from spectr_demo.base.generic import generic_prompts
+from spectr_demo.engine import reading
 from spectr_demo.engine.model import SpectrModel, load
 from spectr_demo.experts import preflight
 from tests.compatibility.adapters import save_adapter
@@ -16,6 +18,7 @@ from tests.compatibility.bases import Base
 from tests.compatibility.reference import Reference, same_base
 
 EXPERTS = ("red", "green")
+NUM_PROMPTS = 6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,11 +36,12 @@ class Case:
 @pytest.fixture(autouse=True, scope="package")
 def in_float32() -> Iterator[None]:
     """Bases are loaded as on a CPU without a kernel for 4-bit products, to be compared exactly.
-    They are the tests' tiny base by name, whose ordinary prompts are there."""
+    They are the tests' tiny base by name, of whose ordinary prompts a few will do."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("spectr_demo.base.loading", preflight.__name__):
             patch.setattr(f"{module}.choose_compute_dtype", lambda device: torch.float32)
         patch.setattr("spectr_demo.base.loading._fingerprint", lambda *_: "tiny")
+        patch.setattr(reading, "generic_prompts", lambda base: generic_prompts(base)[:NUM_PROMPTS])
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
 

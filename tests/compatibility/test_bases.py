@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine import reading
 from spectr_demo.engine.layers import routed
-from spectr_demo.engine.model import load
+from spectr_demo.engine.model import SpectrModel, load
 from spectr_demo.experts.adapters import AdapterError
 from spectr_demo.experts.preflight import preflight
 from spectr_demo.routing.routers import parse_router
@@ -28,7 +28,7 @@ from tests.conftest import IN_CONTEXT
 
 TEXT = "Run the backup at 02:30 every Monday."
 MESSAGE = "Run the backup at 02:30.\nThen count the files, and say how many there are."
-NUM_TOKENS = 6
+NUM_TOKENS = 4
 
 ROUTED = [base for base in bases() if not base.refused]
 LIMITED = [base for base in ROUTED if base.all_linear]
@@ -42,8 +42,10 @@ def kind(base: Base) -> str:
 every_base = pytest.mark.parametrize("case", ROUTED, indirect=True, ids=kind)
 
 
-def run(case: Case, columns: Sequence[str | RouterConfig], text: str = TEXT) -> RoutingTrace:
-    trace = case.model.compare(text, columns, max_new_tokens=NUM_TOKENS).trace
+def run(
+    model: SpectrModel, columns: Sequence[str | RouterConfig], text: str = TEXT
+) -> RoutingTrace:
+    trace = model.compare(text, columns, max_new_tokens=NUM_TOKENS).trace
     assert trace is not None
     return trace
 
@@ -89,23 +91,22 @@ def decisions(case: Case, trace: RoutingTrace, label: str) -> Decisions:
 def test_base(case: Case) -> None:
     ids = case.model.encode(TEXT)
     assert_same(logits_of(case, "base", ids), case.reference.logits(ids, None))
-    assert_as_in_peft(case, run(case, ["base"]).column("base"), None)
+    assert_as_in_peft(case, run(case.model, ["base"]).column("base"), None)
 
 
 @every_base
 def test_single(case: Case) -> None:
     ids = case.model.encode(TEXT)
-    for e, name in enumerate(EXPERTS):
-        router = f"single:{name}"
-        assert_same(logits_of(case, router, ids), case.reference.logits(ids, name))
-        trace = run(case, [router])
-        assert_as_in_peft(case, trace.column(router), name)
-        assert trace.share(router)[e] == 1
+    for name in EXPERTS:
+        assert_same(logits_of(case, f"single:{name}", ids), case.reference.logits(ids, name))
+    trace = run(case.model, ["single:green"])
+    assert_as_in_peft(case, trace.column("single:green"), "green")
+    np.testing.assert_array_equal(trace.share("single:green"), [0, 1])
 
 
 @every_base
 def test_spectr(case: Case) -> None:
-    trace = run(case, ["spectr"])
+    trace = run(case.model, ["spectr"])
     column, told = trace.column("spectr"), decisions(case, trace, "spectr")
     ids = column.token_ids.tolist()
     logits, taken = case.reference.spectr(ids[:-1], told)
@@ -130,9 +131,9 @@ def test_default(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({len(lane.ids) for lane in lanes}) == 2
     if case.base.rows:
         with pytest.raises(ValueError, match=re.escape(case.base.rows)):
-            run(case, [router, "single:green"], MESSAGE)
+            run(case.model, [router, "single:green"], MESSAGE)
         return
-    trace = run(case, [router, "single:green"], MESSAGE)
+    trace = run(case.model, [router, "single:green"], MESSAGE)
     assert_as_in_peft(case, trace.column("single:green"), "green")
     column = trace.column("spectr-context")
     told = decisions(case, trace, "spectr-context")
@@ -159,31 +160,27 @@ def test_preflight(case: Case) -> None:
     assert preflight(case.folder, case.experts).problems == ()
 
 
-@pytest.mark.parametrize("case", LIMITED, indirect=True, ids=kind)
-def test_all_linear_layers(case: Case, tmp_path: Path) -> None:
-    """One line says what cannot be routed."""
+@pytest.mark.parametrize("base", LIMITED, ids=kind)
+def test_all_linear_layers(base: Base, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """What cannot be routed is said in one line, before any weight is there."""
+    model, adapter = base.model(), tmp_path / "red"
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    folder = tmp_path / "red"
-    if case.base.all_linear == NOT_IN_PEFT:
+    if base.all_linear == NOT_IN_PEFT:
         with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
-            save_adapter(case.plain, config, folder)
+            save_adapter(model, config, adapter)
         return
-    save_adapter(case.plain, config, folder)
-    errors = []
-    try:
-        model = load(case.folder, str(folder))
-    except AdapterError as error:
-        errors = error.problems
-        assert len(errors) == 1
-    assert preflight(case.folder, str(folder)).problems == tuple(errors)
-    if not errors:  # found only where the weights are there
-        for column in ("spectr", IN_CONTEXT):
-            try:
-                model.compare(TEXT, [column], max_new_tokens=2)
-            except ValueError as error:
-                errors.append(str(error))
-    assert errors
-    assert all(case.base.all_linear in error for error in errors), errors
+    save_adapter(model, config, adapter)
+    model.config.save_pretrained(tmp_path / "base")
+    problems = preflight(str(tmp_path / "base"), str(adapter)).problems
+    if problems:
+        with pytest.raises(AdapterError, match=re.escape(base.all_linear)) as caught:
+            load(str(tmp_path / "base"), str(adapter))
+        (problem,) = caught.value.problems
+        assert problems == (problem,)
+    else:  # found where the layer runs
+        routed_model = load(save_base(model, tokenizer, tmp_path), str(adapter))
+        with pytest.raises(ValueError, match=re.escape(base.all_linear)):
+            run(routed_model, ["spectr"])
 
 
 @pytest.mark.parametrize("base", REFUSED, ids=kind)
