@@ -1,0 +1,152 @@
+"""Routing as three torch operators, each of which is one launch on a GPU.
+
+On CUDA they are Triton kernels. On a CPU they are `reference.py`, or the same kernels in Triton's
+interpreter where `TRITON_INTERPRET=1`. On the device `meta` they do nothing. None of them asks the
+device for a value, so all can be part of a CUDA graph. They have no gradient.
+
+Axes: R rows, T tokens, N = R * T tokens in the order of the rows, P projections of a bank, E
+experts of the bank, F experts of z, K selected, r rank. F is E where z has all experts.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectr_demo.gpu import reference
+from spectr_demo.gpu.rules import Rules
+
+_RULES = (
+    "Tensor measure, Tensor top_k, Tensor filter, Tensor temperature, Tensor is_merged, int most, "
+    "Tensor? mean, Tensor? std, Tensor? constant"
+)
+_CHOICES = "Tensor(c!)? places, Tensor(d!)? weights, Tensor(e!)? scores"
+_SCHEMAS = (
+    f"add_chosen_(Tensor(a!) y, Tensor z, Tensor B, int place, Tensor singular_values, {_RULES}, "
+    f"Tensor? kept, {_CHOICES}, Tensor? step) -> ()",
+    f"weigh_(Tensor(a!) z, Tensor singular_values, {_RULES}, {_CHOICES}) -> ()",
+    "project_kept(Tensor x, Tensor A, Tensor arrows, int num_kept) -> (Tensor, Tensor)",
+)
+_FIELDS = [field.name for field in fields(Rules)]
+_library = torch.library.Library("spectr", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+
+def add_chosen_(
+    y: Tensor,
+    z: Tensor,
+    B: Tensor,
+    place: int,
+    singular_values: Tensor,
+    rules: Rules,
+    *,
+    kept: Tensor | None = None,
+    places: Tensor | None = None,
+    weights: Tensor | None = None,
+    scores: Tensor | None = None,
+    step: Tensor | None = None,
+) -> None:
+    """Score, select, weigh and add, for one token of each row at one layer.
+
+    `y += sum_e w_e B*_e z_e` in place, with `sum_e w_e z_e` for each z_e in rows that are merged.
+    Sums are float32, and rounded once. Of equal scores the expert that is first in z is chosen
+    first. NaN counts as the largest score.
+
+    y: (R, D_out), any float dtype. z: (R, P, F, r) and B: (E * r, D_out), in the bank's dtype.
+    place: of the layer in its bank. singular_values: (P, E, r) float32. kept: (R, P, F) int32,
+    where the experts of z are in the bank; None where z has all of them.
+
+    places (R, C, P, K_max) int16 or int32, weights and scores (R, C, P, K_max) float32, step (1,)
+    int64: where given, what the rows that score chose at this layer is written to slot step[0], by
+    falling score; a slot that is not there is not written. Places are those in the bank. A row
+    with a smaller K has weights of 0 after it.
+    """
+    assert len(y) == len(z) == rules.num_rows
+    torch.ops.spectr.add_chosen_(
+        y, z, B, place, singular_values, *_flat(rules), kept, places, weights, scores, step
+    )
+
+
+def weigh_(
+    z: Tensor,
+    singular_values: Tensor,
+    rules: Rules,
+    *,
+    places: Tensor | None = None,
+    weights: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> None:
+    """The same choice for any number of tokens: z (N, P, E, r) becomes what the bank's layers
+    multiply by B*, 0 for the experts that are not chosen. `y.addmm_(z[:, p].flatten(1), B[p])` is
+    then all that a layer adds.
+
+    places (N, P, K_max) int16 or int32, weights and scores (N, P, K_max) float32: where given, what
+    was chosen, as `add_chosen_` writes it. Rows that do not score leave theirs as they are.
+    """
+    assert len(z) % rules.num_rows == 0
+    torch.ops.spectr.weigh_(z, singular_values, *_flat(rules), places, weights, scores)
+
+
+def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """`z = A* x` of the experts that LAG's filter keeps: those with the longest arrows.
+
+    x: (N, D_in), any float dtype. A: (P * E * r, D_in). arrows: (N, P, E), the first entry of z of
+    each expert. num_kept: F, at most E. Returns z (N, P, F, r) in A's dtype, and kept (N, P, F)
+    int32, the places of its experts, by falling length.
+    """
+    z, kept = torch.ops.spectr.project_kept(x, A, arrows, num_kept)
+    return z, kept
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the operators are kernels on this device."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def _flat(rules: Rules) -> tuple[Any, ...]:
+    """As the schemas have them."""
+    return tuple(getattr(rules, name) for name in _FIELDS)
+
+
+def _code(is_cuda: bool) -> ModuleType:
+    if is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return import_module("spectr_demo.gpu.kernels")  # Triton may be missing
+    return reference
+
+
+def _implementation(name: str, is_cuda: bool) -> Callable[..., Any]:
+    """An operator with what its schema has, from the function of that name that takes `Rules`."""
+
+    def run(*args: Any) -> Any:
+        function = getattr(_code(is_cuda), name)
+        if name == "project_kept":
+            return function(*args)
+        start = {"add_chosen_": 5, "weigh_": 2}[name]
+        stop = start + len(_FIELDS)
+        rules = Rules(**dict(zip(_FIELDS, args[start:stop], strict=True)))
+        return function(*args[:start], rules, *args[stop:])
+
+    return run
+
+
+def _nothing(*args: Any) -> None:
+    """On the device `meta`: there are no values to change."""
+
+
+def _kept_on_meta(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    N, P, E = arrows.shape
+    shape = N, P, num_kept
+    return A.new_empty(*shape, len(A) // (P * E)), A.new_empty(shape, dtype=torch.int32)
+
+
+for _name in ("add_chosen_", "weigh_", "project_kept"):
+    _library.impl(_name, _implementation(_name, is_cuda=True), "CUDA")
+    _library.impl(_name, _implementation(_name, is_cuda=False), "CPU")
+    _library.impl(_name, _kept_on_meta if _name == "project_kept" else _nothing, "Meta")
