@@ -17,6 +17,7 @@ from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Lane, Reader
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.run import Run, Step
+from spectr_demo.engine.static import StepHook
 from spectr_demo.experts.adapters import AdapterError
 from spectr_demo.experts.library import ExpertLibrary, Sources, read_adapters
 from spectr_demo.experts.preflight import config_of
@@ -58,7 +59,7 @@ class SpectrModel:
         self.reader = Reader(base, library)
         self.template = self.reader.template
         attach_(self.model, library)
-        self._hooks = follow(self.model)
+        self._hooks = [*follow(self.model), StepHook(self.model)]
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""

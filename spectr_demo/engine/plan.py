@@ -15,6 +15,8 @@ from torch import Tensor
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.constant import ConstantRows
+from spectr_demo.engine.fused import FusedRouting
+from spectr_demo.engine.fused import MixedToken as MixedOnGpu
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.rows import RouterRows, by_router
 from spectr_demo.engine.token import MixedToken, TokenPath
@@ -78,18 +80,19 @@ class RoutingPlan:
         self.constant = ConstantRows(routers, expert_names, self._is_merged, weights or {})
         self.is_base_only = not self.groups and self.constant.is_none
         self.needs_all_tokens = recorder is not None
-        self._token_path = TokenPath(
-            self.groups,
-            self.constant,
-            [merged and not self.constant.is_folded for merged in self._is_merged],
-            recorder,
-        )
+        is_merged = [merged and not self.constant.is_folded for merged in self._is_merged]
+        self._token_path = TokenPath(self.groups, self.constant, is_merged, recorder)
+        self._fused = FusedRouting(routers, self.groups, self.constant, is_merged, recorder)
         # Of the banks of which a layer is still to run.
-        self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
+        self._mixed: dict[ExpertBank, Mixed | MixedToken | MixedOnGpu] = {}
+
+    def is_static(self, device: torch.device) -> bool:
+        """Whether one more token is read there at fixed addresses, and the host is not asked."""
+        return self._fused.serves(device)
 
     def begin_pass(self, input_ids: Tensor) -> None:
         if self.recorder is not None:
-            self.recorder.begin_pass(input_ids.shape[1])
+            self.recorder.begin_pass(input_ids.shape[1], input_ids.device)
 
     def add(self, y: Tensor, bank: ExpertBank, place: int, x: Tensor) -> Tensor:
         used = self.constant.used(bank)
@@ -100,7 +103,9 @@ class RoutingPlan:
             mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
             return mixed.add_(y, place)
         # One token on a CPU is mixed for all layers, and added to the first, by compiled code.
-        of_token = self._token_path.mix_and_add_(y, used, x)
+        of_token = None
+        if not self.is_static(x.device):
+            of_token = self._token_path.mix_and_add_(y, used, x)
         mixed = of_token or self.mix(used, x)
         if len(bank.paths) > 1:
             self._mixed[bank] = mixed
@@ -110,7 +115,7 @@ class RoutingPlan:
         if self.recorder is not None:
             self.recorder.add_hidden(hidden)
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
+    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed | MixedOnGpu:
         """Project, score, select, compose: what the bank's layers multiply by B*, from their input
         x (R, T, D_in).
 
@@ -119,6 +124,8 @@ class RoutingPlan:
         """
         if self.constant.is_folded:
             return Mixed(bank, bank.project(x), None)
+        if self.is_static(bank.A.device):
+            return self._fused.mix(bank, x)
         group = self._only_group
         (R, T, _), E = x.shape, bank.num_experts
         if group is None or not bank.copying_pays(group.router.top_k or E, R * T):

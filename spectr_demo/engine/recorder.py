@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.gpu import operators
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.trace import NOT_ROUTED
 
@@ -27,18 +28,32 @@ class Late(Protocol):
 
 
 class Recorder:
-    """Collects choices and hidden states; nothing is moved or copied while the model runs.
+    """Collects choices and hidden states; nothing waits for a GPU while the model runs.
 
-    late: of each bank, who is asked before its choices are read.
+    What one more token gives on a GPU is written to slots, which stay at their addresses. Which one
+    is next is written there too.
+
+    num_slots: tokens that have one. late: of each bank, who is asked before its choices are read.
+    num_in_slots: tokens that were written to slots.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_slots: int = 1) -> None:
+        self.num_slots = num_slots
+        self.num_in_slots = 0
         self.late: dict[ExpertBank, list[Late]] = defaultdict(list)
         self._choices: dict[tuple[int, ExpertBank], list[Choice]] = defaultdict(list)
         self._hidden: list[Tensor] = []
+        self._hidden_slots: Tensor | None = None  # (R, S, D)
+        self._step: Tensor | None = None
         self._num_read = 0
 
-    def begin_pass(self, num_tokens: int) -> None:
+    def step(self, device: torch.device) -> Tensor:
+        """(1,) int64 on the device: the slot of the next token."""
+        if self._step is None:
+            self._step = torch.zeros(1, dtype=torch.long, device=device)
+        return self._step
+
+    def begin_pass(self, num_tokens: int, device: torch.device) -> None:
         """That many tokens are read next.
 
         Several of them are a text from its start: the first pass, or one of a base that keeps no
@@ -51,20 +66,33 @@ class Recorder:
             self._hidden.clear()
             self._num_read = 0
         self._num_read += num_tokens
+        self.num_in_slots += num_tokens == 1 and operators.serve(device)
 
     def add_choice(self, bank: ExpertBank, row: int, choice: Choice) -> None:
         """Of one row, for the next tokens."""
         self._choices[row, bank].append(choice)
 
     def add_hidden(self, hidden: Tensor) -> None:
-        """hidden: (R, T, D), the decoder's last hidden states for the tokens of this pass."""
-        self._hidden.append(hidden)
+        """hidden: (R, T, D), the decoder's last hidden states for the tokens of this pass, which
+        ends here."""
+        if hidden.shape[1] > 1 or not operators.serve(hidden.device):
+            self._hidden.append(hidden)
+            return
+        if self._hidden_slots is None:
+            R, _, D = hidden.shape
+            self._hidden_slots = hidden.new_empty(R, self.num_slots, D)
+        step = self.step(hidden.device)
+        self._hidden_slots.index_copy_(1, step, hidden)
+        step.add_(1)
 
     def hidden(self) -> Tensor:
         """(R, T, D) over all tokens read so far."""
         self._hidden = [torch.cat(self._hidden, dim=1)]
-        self._check("the decoder", self._hidden[0].shape[1])
-        return self._hidden[0]
+        read = self._hidden[0]
+        if self._hidden_slots is not None:
+            read = torch.cat([read, self._hidden_slots[:, : self.num_in_slots]], dim=1)
+        self._check("the decoder", read.shape[1])
+        return read
 
     def collect(self, bank: ExpertBank) -> None:
         """Have what is late handed over."""

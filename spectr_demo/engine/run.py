@@ -32,6 +32,7 @@ from spectr_demo.engine.sampling import (
     logits_processors,
     pad_token_id,
 )
+from spectr_demo.engine.static import token_step
 from spectr_demo.engine.tracing import Row, build_trace
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.trace import RoutingTrace
@@ -88,7 +89,7 @@ class Run:
         self.settings = settings
         self.find_lanes = find_lanes
         self.make_plan = make_plan
-        self.recorder = Recorder() if record else None
+        self.recorder = Recorder(settings.max_new_tokens) if record else None
         self.trace_every = trace_every if record else None
         self.end_ids = end_token_ids(base)
         self.rows: list[Row] = []
@@ -137,20 +138,24 @@ class Run:
         texts = [row.lane.ids for row in self.rows]
         check_rows(model, [len(text) for text in texts])
         input_ids, mask = pad_left(texts, pad)
-        model.generate(
-            input_ids.to(self.base.device),
-            attention_mask=mask.to(self.base.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=self.settings.max_new_tokens,
-                use_cache=True,
-                do_sample=False,  # sampling is the last processor's, with a generator of its own
-                eos_token_id=sorted(self.end_ids) or None,
-                pad_token_id=pad,
-            ),
-            logits_processor=logits_processors(self.settings),
-            stopping_criteria=StoppingCriteriaList([Cancelled(self.is_cancelled)]),
-            streamer=TokenStreamer(self._add_tokens),
-        )
+        num_tokens = input_ids.shape[1] + self.settings.max_new_tokens
+        with token_step(model, self.plan, self.base.device, num_tokens) as cache:
+            model.generate(
+                input_ids.to(self.base.device),
+                attention_mask=mask.to(self.base.device),
+                **({} if cache is None else {"past_key_values": cache}),
+                generation_config=GenerationConfig(
+                    max_new_tokens=self.settings.max_new_tokens,
+                    use_cache=True,
+                    disable_compile=True,
+                    do_sample=False,  # sampling is the last processor's, with its own generator
+                    eos_token_id=sorted(self.end_ids) or None,
+                    pad_token_id=pad,
+                ),
+                logits_processor=logits_processors(self.settings),
+                stopping_criteria=StoppingCriteriaList([Cancelled(self.is_cancelled)]),
+                streamer=TokenStreamer(self._add_tokens),
+            )
 
     def _add_tokens(self, token_ids: list[int]) -> None:
         now = time.perf_counter()

@@ -11,6 +11,7 @@ experts of the bank, F experts of z, K selected, r rank. F is E where z has all 
 import os
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -105,9 +106,15 @@ def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[T
     return z, kept
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether the operators are kernels on this device."""
-    return device.type == "cuda" and find_spec("triton") is not None
+def serve(device: torch.device) -> bool:
+    """Whether routing runs by these operators there: on CUDA where Triton is installed, and on
+    `meta`, where nothing is computed."""
+    return device.type == "meta" or (device.type == "cuda" and _has_triton())
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _flat(rules: Rules) -> tuple[Any, ...]:
@@ -117,7 +124,7 @@ def _flat(rules: Rules) -> tuple[Any, ...]:
 
 def _code(is_cuda: bool) -> ModuleType:
     if is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        return import_module("spectr_demo.gpu.kernels")  # Triton may be missing
+        return import_module("spectr_demo.gpu.launch")  # Triton may be missing
     return reference
 
 

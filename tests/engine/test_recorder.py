@@ -11,6 +11,7 @@ from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.trace import NOT_ROUTED
 
 P, K = 2, 2
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_text_that_is_read_again_replaces_what_was_read(bank: ExpertBank) -> N
 
     def read(*widths: int) -> None:
         for width in widths:
-            recorder.begin_pass(width)
+            recorder.begin_pass(width, CPU)
             recorder.add_choice(bank, 0, choice(width, width))
             recorder.add_hidden(torch.full((1, width, 2), width))
 
@@ -101,7 +102,7 @@ def test_a_text_that_is_read_again_replaces_what_was_read(bank: ExpertBank) -> N
 
 def test_what_reads_other_tokens_than_the_base_has_no_trace(routed_model: SpectrModel) -> None:
     recorder, library = Recorder(), routed_model.library
-    recorder.begin_pass(4)
+    recorder.begin_pass(4, CPU)
     for bank in library.banks:
         num_layers = len(bank.paths)
         experts = torch.zeros(3, num_layers, K, dtype=torch.long)
