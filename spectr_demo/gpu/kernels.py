@@ -1,0 +1,378 @@
+"""The Triton code: one program scores, selects and weighs for one token at one layer.
+
+Where several programs share a token, each does that again: it is little beside what they multiply.
+
+Axes: R rows, P projections of a bank, E experts of the bank, F experts of z, K selected, r rank.
+Names in capitals are known when a kernel is compiled. BLOCK_* are powers of two.
+"""
+# mypy: allow-untyped-defs
+# Triton's compiler reads these functions, and types them by what they are given.
+
+import triton
+import triton.language as tl
+
+# `rules.MEASURES`, as compiled code reads them.
+FIRST, OUTPUT = tl.constexpr(1), tl.constexpr(2)
+# Keys: the value's order in the upper 32 bits, the place's in the lower ones.
+LEAST, MOST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
+LOW = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _keys(values, places):
+    """Integers, all different, whose order is that of float32 values. Of equal values the one with
+    the lower place is the larger. NaN is the largest."""
+    bits = values.to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ LOW, bits)
+    order = tl.where(values != values, LOW, order)
+    return (order.to(tl.int64) << 32) | (places ^ LOW).to(tl.int64)
+
+
+@triton.jit
+def _values(keys):
+    order = (keys >> 32).to(tl.int32)
+    return tl.where(order < 0, order ^ LOW, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _places(keys):
+    return (keys & LOW).to(tl.int32) ^ LOW
+
+
+@triton.jit
+def _best(keys, num, ROOM: tl.constexpr):
+    """The largest `num` of keys (n,), falling, in ROOM slots; and the last of them alone."""
+    slots = tl.arange(0, ROOM)
+    best = tl.full((ROOM,), LEAST, tl.int64)
+    last = tl.full((), MOST, tl.int64)
+    for k in range(num):
+        last = tl.max(tl.where(keys < last, keys, LEAST), axis=0)
+        best = tl.where(slots == k, last, best)
+    return best, last
+
+
+@triton.jit
+def _ids(kept, places, mask):
+    """Places in the bank of the experts at these places of z."""
+    if kept is None:
+        return places
+    return tl.load(kept + places, mask=mask, other=0)
+
+
+@triton.jit
+def _scores(
+    z,
+    ids,
+    singular_values,
+    measure,
+    F,
+    RANK: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """(BLOCK_F,) float32 what a router measures of z (F, r); and its first entry's size."""
+    f = tl.arange(0, BLOCK_F)
+    first = tl.abs(tl.load(z + f * RANK, mask=f < F, other=0).to(tl.float32))
+    scores = first
+    if measure != FIRST:
+        squares = tl.zeros((BLOCK_F,), tl.float32)
+        # All of z at once would be too much for a program where there are many experts.
+        for start in range(0, RANK, BLOCK_R):
+            i = start + tl.arange(0, BLOCK_R)
+            mask = (f < F)[:, None] & (i < RANK)[None, :]
+            values = tl.load(z + f[:, None] * RANK + i[None, :], mask=mask, other=0).to(tl.float32)
+            if measure == OUTPUT:
+                at = ids[:, None] * RANK + i[None, :]
+                values *= tl.load(singular_values + at, mask=mask, other=0)
+            squares += tl.sum(values * values, axis=1)
+        scores = tl.sqrt_rn(squares)
+    return scores, first
+
+
+@triton.jit
+def _choose(
+    z,
+    kept,
+    singular_values,
+    measure,
+    top_k,
+    filter,
+    temperature,
+    mean,
+    std,
+    constant,
+    row,
+    place,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """What one token chooses at one layer: z (F, r), kept (F,) or None.
+
+    Returns the chosen experts in ROOM slots, as places in z, weights and scores, by falling score;
+    those of a row that does not score are all experts. Then the range of slots that have a weight,
+    and the weights of all experts of z, (BLOCK_F,).
+    """
+    f = tl.arange(0, BLOCK_F)
+    slots = tl.arange(0, ROOM)
+    ids = _ids(kept, f, f < F)
+    layer = (row * P + place) * E  # of what each row has for each expert
+    how = tl.load(measure + row)
+    places = slots
+    weights = tl.zeros((ROOM,), tl.float32)
+    scores = tl.zeros((ROOM,), tl.float32)
+    dense = tl.zeros((BLOCK_F,), tl.float32)
+    start = 0
+    stop = 0
+    if how >= 0:
+        singular_values += place * E * RANK
+        values, first = _scores(z, ids, singular_values, how, F, RANK, BLOCK_F, BLOCK_R)
+        if mean is not None:
+            values -= tl.load(mean + layer + ids, mask=f < F, other=0)
+            values /= tl.load(std + layer + ids, mask=f < F, other=1)
+        num_kept = tl.load(filter + row)
+        if num_kept < F:
+            by_arrow = tl.where(f < F, _keys(first, f), LEAST)
+            _, last_kept = _best(by_arrow, num_kept, 1)
+            values = tl.where(by_arrow >= last_kept, values, -float("inf"))
+        stop = tl.load(top_k + row)
+        keys = tl.where(f < F, _keys(values, f), LEAST)
+        best, last = _best(keys, stop, ROOM)
+        places = tl.where(slots < stop, _places(best), 0)
+        scores = tl.where(slots < stop, _values(best), 0)
+        weights = tl.where(slots < stop, 1.0, 0.0)
+        dense = tl.where(keys >= last, 1.0, 0.0)
+        divisor = tl.load(temperature + row)
+        if divisor > 0:
+            # The lead is divided, not the score, whose rounding a low temperature would magnify.
+            top = _values(tl.max(keys, axis=0))
+            weights *= tl.exp(tl.where(slots < stop, scores - top, 0) / divisor)
+            dense *= tl.exp(tl.where(keys >= last, values - top, 0) / divisor)
+        total = tl.sum(weights, axis=0)
+        weights /= total
+        dense /= total
+    elif constant is not None:
+        constant += layer
+        dense = tl.load(constant + ids, mask=f < F, other=0)
+        weights = tl.load(constant + _ids(kept, slots, slots < F), mask=slots < F, other=0)
+        start = tl.min(tl.where(dense != 0, f, F), axis=0)
+        stop = tl.max(tl.where(dense != 0, f + 1, 0), axis=0)
+    return places, weights, scores, start, stop, dense
+
+
+@triton.jit(do_not_specialize=["place"])
+def add_chosen(
+    y,
+    y_stride,
+    z,
+    B,
+    place,
+    singular_values,
+    measure,
+    top_k,
+    filter,
+    temperature,
+    is_merged,
+    mean,
+    std,
+    constant,
+    kept,
+    places_out,
+    weights_out,
+    scores_out,
+    step,
+    num_slots,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    RANK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`operators.add_chosen_`; a program for each row and BLOCK_D columns of y."""
+    row = tl.program_id(0).to(tl.int64)
+    z += (row * P + place) * F * RANK
+    if kept is not None:
+        kept += (row * P + place) * F
+    places, weights, scores, start, stop, _ = _choose(
+        z,
+        kept,
+        singular_values,
+        measure,
+        top_k,
+        filter,
+        temperature,
+        mean,
+        std,
+        constant,
+        row,
+        place,
+        P,
+        E,
+        F,
+        RANK,
+        BLOCK_F,
+        BLOCK_R,
+        ROOM,
+    )
+    if places_out is not None:
+        token, slots = tl.load(step), tl.arange(0, ROOM)
+        is_written = (tl.load(measure + row) >= 0) & (token < num_slots) & (tl.program_id(1) == 0)
+        mask = slots < tl.where(is_written, WIDTH, 0)
+        at = ((row * num_slots + token) * P + place) * WIDTH + slots
+        ids = _ids(kept, places, slots < stop)
+        tl.store(places_out + at, ids.to(places_out.dtype.element_ty), mask=mask)
+        tl.store(weights_out + at, weights, mask=mask)
+        tl.store(scores_out + at, scores, mask=mask)
+
+    merged = tl.zeros((BLOCK_RANK,), tl.float32)  # sum_e w_e z_e
+    merges = tl.load(is_merged + row) != 0
+    if merges:
+        i = tl.arange(0, BLOCK_RANK)
+        for k in range(start, stop, BLOCK_EXPERTS):
+            slots = k + tl.arange(0, BLOCK_EXPERTS)
+            at = tl.minimum(slots, ROOM - 1)
+            weight = tl.where(slots < stop, tl.gather(weights, at, 0), 0)
+            mask = (weight != 0)[:, None] & (i < RANK)[None, :]
+            rows = tl.gather(places, at, 0)[:, None] * RANK + i[None, :]
+            values = tl.load(z + rows, mask=mask, other=0).to(tl.float32)
+            merged += tl.sum(weight[:, None] * values, axis=0)
+
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for begin in range(start * RANK, stop * RANK, BLOCK_ROWS):
+        rows = begin + tl.arange(0, BLOCK_ROWS)  # of the chosen experts' factors, one after another
+        at, i = tl.minimum(rows // RANK, ROOM - 1), rows % RANK
+        expert = tl.gather(places, at, 0)
+        weight = tl.where(rows < stop * RANK, tl.gather(weights, at, 0), 0)
+        mask = weight != 0
+        if merges:
+            values = tl.gather(merged, i, 0)
+        else:
+            values = tl.load(z + expert * RANK + i, mask=mask, other=0).to(tl.float32)
+        rows_of_B = _ids(kept, expert, mask).to(tl.int64) * RANK + i
+        factors = tl.load(
+            B + rows_of_B[:, None] * D + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0
+        )
+        total += tl.sum((weight * values)[:, None] * factors.to(tl.float32), axis=0)
+    y += row * y_stride + d
+    total += tl.load(y, mask=d < D, other=0).to(tl.float32)
+    tl.store(y, total.to(y.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def weigh(
+    z,
+    T,
+    singular_values,
+    measure,
+    top_k,
+    filter,
+    temperature,
+    is_merged,
+    mean,
+    std,
+    constant,
+    places_out,
+    weights_out,
+    scores_out,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """`operators.weigh_`; a program for each token and layer."""
+    token, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = token // T
+    z += (token * P + place) * E * RANK
+    places, weights, scores, _, _, dense = _choose(
+        z,
+        None,
+        singular_values,
+        measure,
+        top_k,
+        filter,
+        temperature,
+        mean,
+        std,
+        constant,
+        row,
+        place,
+        P,
+        E,
+        E,
+        RANK,
+        BLOCK_F,
+        BLOCK_R,
+        ROOM,
+    )
+    if places_out is not None:
+        slots = tl.arange(0, ROOM)
+        mask = slots < tl.where(tl.load(measure + row) >= 0, WIDTH, 0)
+        at = (token * P + place) * WIDTH + slots
+        tl.store(places_out + at, places.to(places_out.dtype.element_ty), mask=mask)
+        tl.store(weights_out + at, weights, mask=mask)
+        tl.store(scores_out + at, scores, mask=mask)
+    merges = tl.load(is_merged + row) != 0
+    e = tl.arange(0, BLOCK_F)
+    for start in range(0, RANK, BLOCK_R):
+        i = start + tl.arange(0, BLOCK_R)
+        at = z + e[:, None] * RANK + i[None, :]
+        inside = (e < E)[:, None] & (i < RANK)[None, :]
+        values = tl.load(at, mask=inside & (dense != 0)[:, None], other=0).to(tl.float32)
+        values *= dense[:, None]
+        if merges:
+            values = dense[:, None] * tl.sum(values, axis=0)[None, :]
+        tl.store(at, values.to(z.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def project_kept(
+    z,
+    kept,
+    x,
+    x_stride,
+    A,
+    arrows,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    F: tl.constexpr,
+    RANK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`operators.project_kept`; a program for each token, layer and kept expert."""
+    layer, f = tl.program_id(0).to(tl.int64), tl.program_id(1)  # of all layers of all tokens
+    token, place = layer // P, layer % P
+    e = tl.arange(0, BLOCK_E)
+    lengths = tl.abs(tl.load(arrows + layer * E + e, mask=e < E, other=0).to(tl.float32))
+    _, last = _best(tl.where(e < E, _keys(lengths, e), LEAST), f + 1, 1)
+    expert = _places(last)
+    tl.store(kept + layer * F + f, expert)
+    i, d = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_D)
+    A += ((place * E + expert) * RANK + i[:, None]) * D
+    x += token * x_stride
+    total = tl.zeros((BLOCK_RANK, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        mask = start + d < D
+        value = tl.load(x + start + d, mask=mask, other=0).to(A.dtype.element_ty)
+        factors = tl.load(A + start + d[None, :], mask=(i < RANK)[:, None] & mask[None, :], other=0)
+        total += factors.to(tl.float32) * value.to(tl.float32)[None, :]
+    out = z + (layer * F + f) * RANK + i
+    tl.store(out, tl.sum(total, axis=1).to(z.dtype.element_ty), mask=i < RANK)
