@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from spectr_demo import cpu
 from spectr_demo.base.memory import available_memory
@@ -57,27 +58,25 @@ def nf4_config(dtype: torch.dtype, *, can_offload: bool = False) -> BitsAndBytes
     )
 
 
-def nothing_to_quantize(base: str | None, model: PreTrainedModel) -> ValueError:
-    """The error for a base without a layer that bitsandbytes quantizes."""
-    return ValueError(
-        f"base {base!r}: {type(model).__name__} has no linear layer that "
-        "bitsandbytes can quantize. Choose another base."
-    )
+def is_quantizable(layer: nn.Module) -> bool:
+    """Whether loading in 4 bits quantizes this layer of a dense model's decoder.
+
+    transformers leaves subclasses of `nn.Linear` as they are: all of Falcon's layers are such.
+    """
+    return type(layer) is nn.Linear or isinstance(layer, Conv1D)
 
 
 def settle_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, str]:
     """Make the 4-bit layers ready to run where they are.
 
-    dtype: what they compute in. Returns the bits of a weight, and a description for people. Raises
-    ValueError where no layer is in 4 bits, unless all of them were kept on CPU and disk.
+    dtype: what they compute in. Returns the bits of a weight, and a description for people. A base
+    has no such layer where all of them were kept on CPU and disk, or are of its own class.
     """
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
     spread = f"spread over {', '.join(places)}" if len(places) > 1 else ""
-    if not layers and spread and OFFLOADED.issuperset(places):
-        return 8 * dtype.itemsize, f"unquantized, {spread}"
     if not layers:
-        raise nothing_to_quantize(model.name_or_path, model)
+        return 8 * dtype.itemsize, f"unquantized, {spread}" if spread else "unquantized"
     for layer in layers:  # a checkpoint that was 4-bit already brings its maker's choice
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
         cast(bnb.nn.Params4bit, layer.weight).quant_state.dtype = dtype  # of expanded weights

@@ -70,7 +70,7 @@ REFUSED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_bias": ("biases of lora_B", _is_set),
     "megatron_config": ("Megatron's parallel layers", _is_set),
     "modules_to_save": ("modules that are trained whole", _is_set),
-    "target_parameters": ("parameters that are no linear layer's", _is_set),
+    "target_parameters": ("LoRA of parameters, as of a mixture's experts", _is_set),
     "trainable_token_indices": ("trained embeddings of tokens", _is_set),
     "use_bdlora": ("BD-LoRA, whose factors are block-diagonal", _is_set),
     "use_dora": ("DoRA", _is_set),

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
 from spectr_demo.base.decoder import decoder_of
 from spectr_demo.base.loading import read_base_config
 from spectr_demo.base.memory import free_memory
-from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype, nothing_to_quantize
+from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype, is_quantizable
 from spectr_demo.config import base_from_environment
 from spectr_demo.experts.library import Sources, read_adapters
 from spectr_demo.experts.skeleton import linear_shape, skeleton_of
@@ -68,8 +66,8 @@ def preflight(
     model = skeleton_of(config).model
     adapters, problems = read_adapters(experts, config)
 
-    inside = filter(None, map(linear_shape, decoder_of(model).modules()))
-    num_linear = sum(D_in * D_out for D_in, D_out in inside)
+    layers = filter(is_quantizable, decoder_of(model).modules())
+    num_linear = sum(D_in * D_out for D_in, D_out in filter(None, map(linear_shape, layers)))
     num_parameters = model.num_parameters()
     # A CPU without a kernel for 4-bit products keeps the 4-bit values in float32.
     linear_bytes = dtype.itemsize if dtype == torch.float32 else NF4_BYTES
@@ -105,12 +103,7 @@ def config_of(base: str | None) -> PretrainedConfig:
     """
     base = base or base_from_environment()
     base = base or str(whole_embedded_checkpoint(choose_compute_dtype(_device())))
-    config = read_base_config(base)
-    model = skeleton_of(config).model
-    # A subclass of `nn.Linear`, as Falcon's layers are, is not quantized either.
-    if not any(type(m) is nn.Linear or isinstance(m, Conv1D) for m in decoder_of(model).modules()):
-        raise nothing_to_quantize(base, model)
-    return config
+    return read_base_config(base)
 
 
 def _device() -> torch.device:

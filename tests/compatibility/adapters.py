@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from peft import (
+    BdLoraConfig,
+    EvaConfig,
+    KasaConfig,
     LoraConfig,
     MontecloraConfig,
     PeftConfig,
@@ -43,7 +46,9 @@ class Variant:
     function that gives a configuration, from the names of the base's linear layers. edit: what
     others do to the saved folder. is_renamed: PEFT cannot read what they make of it, and is asked
     about the folder as it was before. error: the one line in which loading it ends, "..." standing
-    for what depends on the base; empty where the adapter equals PEFT.
+    for what depends on the base; empty where the adapter equals PEFT. kinds: of the bases for which
+    PEFT makes such an adapter. is_plain_here: whether PEFT makes a plain adapter of it on these
+    bases, though not on others.
     """
 
     name: str
@@ -51,12 +56,16 @@ class Variant:
     edit: Edit | None = None
     is_renamed: bool = False
     error: str = ""
+    kinds: Sequence[str] = KINDS
+    is_plain_here: bool = False
 
     def config(self, names: Sequence[str]) -> PeftConfig:
         """names: of the base's linear layers, such as `q_proj`, in the order of its modules."""
-        settings = self.settings(names) if callable(self.settings) else self.settings
         usual = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        return LoraConfig(**usual | settings)
+        return LoraConfig(**usual | self.own_settings(names))
+
+    def own_settings(self, names: Sequence[str]) -> Settings:
+        return self.settings(names) if callable(self.settings) else self.settings
 
 
 def save_adapter(
@@ -73,7 +82,7 @@ def save_adapter(
     return model.eval()
 
 
-def _write(**values: Any) -> Edit:
+def write(**values: Any) -> Edit:
     """Writes values into the configuration."""
 
     def edit(folder: Path) -> None:
@@ -97,7 +106,7 @@ def _rename(change: Callable[[str], str]) -> Edit:
 
     def edit(folder: Path) -> None:
         targets = json.loads((folder / CONFIG).read_text())["target_modules"]
-        _write(target_modules=[change(name) for name in targets])(folder)
+        write(target_modules=[change(name) for name in targets])(folder)
         _rewrite(
             lambda state: {
                 PREFIX + change(name.removeprefix(PREFIX)): tensor for name, tensor in state.items()
@@ -118,6 +127,19 @@ def _pickled(folder: Path) -> None:
 
 def _uses(what: str) -> str:
     return f"it uses {what}, {PLAIN}"
+
+
+def _initialised(value: str, *, edit: Edit | None = None, **facts: Any) -> Variant:
+    """Refused for how it was initialised. edit: where PEFT cannot do that here."""
+    return Variant(
+        name=f"`init_lora_weights` {value!r}",
+        settings={} if edit else {"init_lora_weights": value},
+        edit=edit,
+        error=_uses(
+            f"an initialisation that changes the base's own weights (init_lora_weights={value!r})"
+        ),
+        **facts,
+    )
 
 
 EQUAL = [
@@ -156,15 +178,27 @@ EQUAL = [
         Variant(name=f"`init_lora_weights` {value!r}", settings={"init_lora_weights": value})
         for value in (False, "gaussian", "orthogonal", "mica")
     ),
+    Variant(
+        name="`init_lora_weights` 'eva'",
+        settings={"init_lora_weights": "eva", "eva_config": EvaConfig()},
+    ),
     Variant(name="VeLoRA", settings={"velora_config": VeloraConfig(num_groups=8)}),
     Variant(
         name="MonteCLoRA",
         settings={"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=2)},
     ),
+    Variant(
+        name="biases to be trained (`bias`), where no layer has one",
+        settings={"bias": "all"},
+        kinds=("llama", "qwen3_5_text"),
+    ),
     Variant(name="weights in float16", edit=_cast(torch.float16)),
     Variant(name="weights in bfloat16", edit=_cast(torch.bfloat16)),
-    Variant(name="weights in float8", edit=_cast(torch.float8_e4m3fn)),
-    Variant(name="no name of a base", edit=_write(base_model_name_or_path=None)),
+    *(
+        Variant(name=f"weights in {str(dtype).removeprefix('torch.')}", edit=_cast(dtype))
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    ),
+    Variant(name="no name of a base", edit=write(base_model_name_or_path=None)),
     Variant(
         name="saved from a compiled model (`_orig_mod`)",
         edit=_rename(lambda name: f"_orig_mod.{name}"),
@@ -201,62 +235,66 @@ REFUSED = [
     ),
     Variant(
         name="`trainable_token_indices`",
-        settings={"trainable_token_indices": [3, 4]},
-        error=_uses("trained embeddings of tokens (trainable_token_indices=[3, 4])"),
+        settings={"trainable_token_indices": [5, 17]},
+        error=_uses("trained embeddings of tokens (trainable_token_indices=[5, 17])"),
     ),
     Variant(
         name="`layer_replication`",
-        edit=_write(layer_replication=[[0, 2], [1, 2]]),
+        settings={"layer_replication": [[0, 2], [1, 2]]},
+        kinds=("llama",),
         error=_uses("a base with repeated layers (layer_replication=[[0, 2], [1, 2]])"),
     ),
     Variant(
         name="`target_parameters`",
-        edit=_write(target_parameters=["mlp.experts.down_proj"]),
+        edit=write(target_parameters=["mlp.experts.down_proj"]),
         error=_uses(
-            "parameters that are no linear layer's (target_parameters=['mlp.experts.down_proj'])"
+            "LoRA of parameters, as of a mixture's experts "
+            "(target_parameters=['mlp.experts.down_proj'])"
         ),
     ),
-    *(
-        Variant(
-            name=f"`init_lora_weights` {value!r}",
-            edit=_write(init_lora_weights=value),
-            error=_uses(
-                "an initialisation that changes the base's own weights "
-                f"(init_lora_weights={value!r})"
-            ),
-        )
-        for value in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
-    ),
+    _initialised("pissa"),
+    _initialised("pissa_niter_16"),
+    _initialised("olora", kinds=("llama", "qwen3_5_text")),
+    _initialised("lora_ga", is_plain_here=True),  # without gradients
+    _initialised("corda", edit=write(init_lora_weights="corda")),
+    _initialised("loftq", edit=write(init_lora_weights="loftq")),
     Variant(
         name="KaSA",
-        edit=_write(kasa_config={"beta": 0.0001}),
-        error=_uses("KaSA, which changes the base's own weights (kasa_config={'beta': 0.0001})"),
+        settings={"kasa_config": KasaConfig()},
+        error=_uses("KaSA, which changes the base's own weights (kasa_config={...})"),
+        kinds=("llama",),
     ),
     Variant(
         name="BD-LoRA",
-        edit=_write(use_bdlora={"nblocks": 2}),
-        error=_uses("BD-LoRA, whose factors are block-diagonal (use_bdlora={'nblocks': 2})"),
+        settings=lambda names: {
+            "use_bdlora": BdLoraConfig(
+                target_modules_bd_a=[names[0]], nblocks=2, match_strict=False
+            )
+        },
+        error=_uses("BD-LoRA, whose factors are block-diagonal (use_bdlora={...)"),
+        kinds=("llama", "qwen3_5_text"),
     ),
     Variant(
         name="QALoRA",
-        edit=_write(use_qalora=True),
+        settings={"use_qalora": True},
+        is_plain_here=True,
         error=_uses("QALoRA, which pools the inputs of a GPTQ base (use_qalora=True)"),
     ),
     Variant(
         name="Arrow's own configuration",
-        edit=_write(arrow_config={"top_k": 3}),
+        edit=write(arrow_config={"top_k": 3}),
         error=_uses(
             "PEFT's Arrow router, which is no adapter of its own (arrow_config={'top_k': 3})"
         ),
     ),
     Variant(
         name="Megatron",
-        edit=_write(megatron_config={"hidden_size": 64}),
+        edit=write(megatron_config={"hidden_size": 64}),
         error=_uses("Megatron's parallel layers (megatron_config={'hidden_size': 64})"),
     ),
     Variant(
         name="a setting of a later PEFT",
-        edit=_write(use_newest_lora=True),
+        edit=write(use_newest_lora=True),
         error=_uses("a setting that is not known here (use_newest_lora=True)"),
     ),
     Variant(
@@ -279,7 +317,7 @@ REFUSED = [
     ),
     Variant(
         name="another method of PEFT",
-        edit=_write(peft_type="LOHA"),
+        edit=write(peft_type="LOHA"),
         error="its peft_type is 'LOHA'; only 'LORA' can be routed",
     ),
     Variant(
@@ -306,7 +344,7 @@ REFUSED = [
     ),
     Variant(
         name="a rank that its configuration does not say",
-        edit=_write(r=8, lora_alpha=8),
+        edit=write(r=8, lora_alpha=8),
         error="... has lora_A (4, ...) and lora_B (..., 4), but adapter_config.json says rank 8 "
         "(as ... layers do); the two files do not belong together",
     ),
@@ -322,8 +360,3 @@ REFUSED = [
         "trained on another base model (...), or on another class of it",
     ),
 ]
-
-
-def variants() -> list[Variant]:
-    """The rows of the table."""
-    return [*EQUAL, *REFUSED]

@@ -87,9 +87,10 @@ SHARED_KEYS = {
 
 # What an adapter on all linear layers ends in.
 NOT_IN_PEFT = "PEFT makes none on Mamba's `out_proj`"
-PARAMETERS = "parameters that are no linear layer's"
+PARAMETERS = "LoRA of parameters, as of a mixture's experts"
 FLAT = "layers that flatten the batch"
 OTHER_TOKENS = "for a trace each token must be read once"
+# It expands what the cache keeps: at each token it reads those of all tokens before again.
 FOUR_AXES = "kv_b_proj gets input of shape (2, 1, 3, 16)"
 PADDING = "takes in what pads the shorter ones"
 
@@ -159,7 +160,7 @@ _KNOWN = [
     Base(
         kind="deepseek_v4",
         targets=("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj", *DENSE),
-        all_linear="o_a_proj",
+        all_linear="o_a_proj gets input of shape (2, 3, 8, 8)",
     ),
     Base(kind="dots1", targets=ATTENTION, all_linear=PARAMETERS),
     Base(kind="ernie4_5_moe", targets=ATTENTION, all_linear=PARAMETERS),
@@ -171,7 +172,6 @@ _KNOWN = [
         all_linear=FOUR_AXES,
     ),
     Base(kind="exaone_moe", targets=ATTENTION, all_linear=PARAMETERS),
-    Base(kind="falcon", refused="no linear layer that bitsandbytes can quantize"),
     Base(
         kind="falcon_h1",
         sizes={"mamba_d_ssm": 128},
@@ -221,7 +221,17 @@ _KNOWN = [
         sizes={**CONVOLUTIONS, "num_dense_layers": 1},
     ),
     Base(kind="lfm3", sizes=CONVOLUTIONS),
-    Base(kind="llama4_text", targets=ATTENTION, all_linear="router"),
+    Base(
+        kind="llama4_text",
+        sizes={
+            "attention_chunk_size": 8,
+            "no_rope_layer_interval": 2,  # every other layer sees all of the text
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 64,
+        },
+        targets=(*ATTENTION, *(f"feed_forward.{name}" for name in DENSE)),
+        all_linear=FLAT,
+    ),
     Base(
         kind="longcat_flash",
         sizes={
@@ -283,7 +293,7 @@ _KNOWN = [
         targets=("q_proj", "k_proj", "v_proj", "out_proj"),
         all_linear=FLAT,
     ),
-    Base(kind="phimoe", targets=ATTENTION, all_linear="router"),
+    Base(kind="phimoe", targets=ATTENTION, all_linear=FLAT),
     Base(kind="qwen2_moe", targets=ATTENTION, all_linear=FLAT),
     Base(kind="qwen3_5_text", sizes=HYBRID),
     Base(

@@ -77,6 +77,7 @@ ERRORS = """
 ## Adapters that are refused
 
 The error is one line, and begins with the expert's name. "..." stands for what depends on the base.
+What PEFT makes for some of these bases only is tried on those.
 
 """
 

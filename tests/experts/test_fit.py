@@ -143,7 +143,7 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
             "all-linear",
             r"kv_b_proj gets input of shape \(2, 1, 3, 64\) .*\(2 of its 16 ",
         ),
-        ("falcon", "all-linear", "has no linear layer that bitsandbytes can quantize"),
+        ("falcon", "all-linear", None),
         ("mamba", ["in_proj", "x_proj", "dt_proj"], None),
     ],
 )
@@ -362,7 +362,7 @@ MIXTURE = MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
 def test_a_mixture_of_experts_is_one_line(tmp_path: Path) -> None:
     folder = saved(tmp_path / "expert", MIXTURE, "all-linear")
     (problem,) = problems_of(folder, MIXTURE)
-    assert "it uses parameters that are no linear layer's (target_parameters=[" in problem
+    assert "it uses LoRA of parameters, as of a mixture's experts (target_parameters=[" in problem
 
     folder = saved(tmp_path / "older", MIXTURE, ["q_proj", "k_proj", "v_proj"])
     config = Path(folder) / CONFIG_FILE
@@ -376,6 +376,25 @@ def test_a_mixture_of_experts_is_one_line(tmp_path: Path) -> None:
     (problem,) = problems_of(renamed(folder, as_in_transformers_4), MIXTURE)
     assert "layers.0.block_sparse_moe.experts.0.w1 is not in the base (4 of its 6" in problem
     assert "it keeps the experts of a mixture in one stacked tensor" in problem
+
+
+def test_dense_layers_beside_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT now trains the mixture's parameters in their place. It left the mixture alone before."""
+    config = BASES["deepseek_v3"]
+    folder = saved(tmp_path / "expert", config, ["q_a_proj", "down_proj"])
+    (problem,) = problems_of(folder, config)
+    assert "of a mixture's experts (target_parameters=['down_proj'])" in problem
+    of_down = [key for key in load_file(Path(folder) / WEIGHTS_FILE) if "q_a_proj" not in key]
+    assert all(".layers.1.mlp.experts." in key for key in of_down)
+
+    renamings = "peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING"
+    monkeypatch.setattr(renamings, {})
+    older = saved(tmp_path / "older", config, ["q_a_proj", "down_proj"])
+    paths = assert_as_in_peft(older, config).shapes.keys()
+    assert {path for path in paths if "q_a_proj" not in path} == {
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.shared_experts.down_proj",
+    }
 
 
 def test_another_base_is_one_line(tmp_path: Path) -> None:

@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from spectr_demo.base.loading import load_base
 from spectr_demo.engine.model import load
 from spectr_demo.experts import preflight as module
 from spectr_demo.experts.preflight import preflight
@@ -44,6 +50,23 @@ def test_four_bit_weights_are_counted_as_such(
     wide = preflight(base_folder, []).weights
     monkeypatch.setattr(module, "choose_compute_dtype", lambda device: torch.bfloat16)
     assert preflight(base_folder, []).weights < wide / 2
+
+
+def test_layers_that_are_not_quantized_are_counted_whole(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Falcon's linear layers are of a class of its own, which stays in 16 bits."""
+    config = FalconConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(module, "choose_compute_dtype", lambda device: torch.bfloat16)
+    base = load_base(str(tmp_path), device="cpu", dtype=torch.bfloat16)
+    assert (base.bits, base.quantization) == (16, "unquantized")
+    assert base.model(torch.tensor([[3, 4, 5]])).logits.dtype == torch.bfloat16
+    found = preflight(str(tmp_path), [])
+    assert found.weights == sum(p.nbytes for p in base.model.parameters())
 
 
 def test_problems_are_those_that_loading_raises(
