@@ -54,9 +54,10 @@ def _best(keys, num, ROOM: tl.constexpr):
 @triton.jit
 def _ids(kept, places, mask):
     """Places in the bank of the experts at these places of z."""
-    if kept is None:
-        return places
-    return tl.load(kept + places, mask=mask, other=0)
+    ids = places
+    if kept is not None:
+        ids = tl.load(kept + places, mask=mask, other=0)
+    return ids
 
 
 @triton.jit
@@ -164,6 +165,44 @@ def _choose(
     return places, weights, scores, start, stop, dense
 
 
+@triton.jit
+def _record(
+    places_out, weights_out, scores_out, start, num, places, weights, scores, ROOM: tl.constexpr
+):
+    """Write the first `num` slots of what was chosen, from this place on."""
+    slots = tl.arange(0, ROOM)
+    out, mask = start + slots, slots < num
+    tl.store(places_out + out, places.to(places_out.dtype.element_ty), mask=mask)
+    tl.store(weights_out + out, weights, mask=mask)
+    tl.store(scores_out + out, scores, mask=mask)
+
+
+@triton.jit
+def _merged(
+    z,
+    places,
+    weights,
+    start,
+    stop,
+    RANK: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+):
+    """`sum_e w_e z_e` (BLOCK_RANK,) of the experts in these slots."""
+    i = tl.arange(0, BLOCK_RANK)
+    merged = tl.zeros((BLOCK_RANK,), tl.float32)
+    for k in range(start, stop, BLOCK_EXPERTS):
+        slots = k + tl.arange(0, BLOCK_EXPERTS)
+        at = tl.minimum(slots, ROOM - 1)
+        weight = tl.where(slots < stop, tl.gather(weights, at, 0), 0)
+        mask = (weight != 0)[:, None] & (i < RANK)[None, :]
+        rows = tl.gather(places, at, 0)[:, None] * RANK + i[None, :]
+        values = tl.load(z + rows, mask=mask, other=0).to(tl.float32)
+        merged += tl.sum(weight[:, None] * values, axis=0)
+    return merged
+
+
 @triton.jit(do_not_specialize=["place"])
 def add_chosen(
     y,
@@ -227,27 +266,17 @@ def add_chosen(
         ROOM,
     )
     if places_out is not None:
-        token, slots = tl.load(step), tl.arange(0, ROOM)
-        is_written = (tl.load(measure + row) >= 0) & (token < num_slots) & (tl.program_id(1) == 0)
-        mask = slots < tl.where(is_written, WIDTH, 0)
-        at = ((row * num_slots + token) * P + place) * WIDTH + slots
-        ids = _ids(kept, places, slots < stop)
-        tl.store(places_out + at, ids.to(places_out.dtype.element_ty), mask=mask)
-        tl.store(weights_out + at, weights, mask=mask)
-        tl.store(scores_out + at, scores, mask=mask)
+        token = tl.load(step)
+        is_recorded = (tl.load(measure + row) >= 0) & (token < num_slots) & (tl.program_id(1) == 0)
+        num = tl.where(is_recorded, WIDTH, 0)
+        layer = (row * num_slots + token) * P + place
+        ids = _ids(kept, places, tl.arange(0, ROOM) < stop)
+        _record(places_out, weights_out, scores_out, layer * WIDTH, num, ids, weights, scores, ROOM)
 
-    merged = tl.zeros((BLOCK_RANK,), tl.float32)  # sum_e w_e z_e
+    merged = tl.zeros((BLOCK_RANK,), tl.float32)
     merges = tl.load(is_merged + row) != 0
     if merges:
-        i = tl.arange(0, BLOCK_RANK)
-        for k in range(start, stop, BLOCK_EXPERTS):
-            slots = k + tl.arange(0, BLOCK_EXPERTS)
-            at = tl.minimum(slots, ROOM - 1)
-            weight = tl.where(slots < stop, tl.gather(weights, at, 0), 0)
-            mask = (weight != 0)[:, None] & (i < RANK)[None, :]
-            rows = tl.gather(places, at, 0)[:, None] * RANK + i[None, :]
-            values = tl.load(z + rows, mask=mask, other=0).to(tl.float32)
-            merged += tl.sum(weight[:, None] * values, axis=0)
+        merged = _merged(z, places, weights, start, stop, RANK, ROOM, BLOCK_RANK, BLOCK_EXPERTS)
 
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -321,12 +350,11 @@ def weigh(
         ROOM,
     )
     if places_out is not None:
-        slots = tl.arange(0, ROOM)
-        mask = slots < tl.where(tl.load(measure + row) >= 0, WIDTH, 0)
-        at = (token * P + place) * WIDTH + slots
-        tl.store(places_out + at, places.to(places_out.dtype.element_ty), mask=mask)
-        tl.store(weights_out + at, weights, mask=mask)
-        tl.store(scores_out + at, scores, mask=mask)
+        num = tl.where(tl.load(measure + row) >= 0, WIDTH, 0)
+        layer = token * P + place
+        _record(
+            places_out, weights_out, scores_out, layer * WIDTH, num, places, weights, scores, ROOM
+        )
     merges = tl.load(is_merged + row) != 0
     e = tl.arange(0, BLOCK_F)
     for start in range(0, RANK, BLOCK_R):
