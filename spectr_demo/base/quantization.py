@@ -16,6 +16,7 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
 
 from spectr_demo import cpu
 from spectr_demo.base.memory import available_memory
@@ -114,7 +115,7 @@ def _settle_on_cpu_(
         with torch.no_grad():
             model.eval()(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     elif _has_room(layers, dtype):
-        expand_4bit_(model, dtype)
+        expand_4bit_(model)
         name = dtype_name(dtype)
         packed = f"{kind} values, expanded to {name} (this CPU has no 4-bit kernel for {name})"
     else:
@@ -141,8 +142,21 @@ def _expand_at_every_step_(layers: Sequence[bnb.nn.Linear4bit]) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+def expand_4bit_(model: PreTrainedModel) -> None:
+    """Replace every `Linear4bit` by an `nn.Linear` with the same values; the model is a dense one.
+
+    It must come before the first forward. On CPUs with the fused kernel that forward reorders the
+    packed weights in place, and dequantizing them then gives garbage. transformers' `dequantize`
+    is not used: a layer that has two names would stay in 4 bits under one of them.
+    """
+    _expand_some_(model, [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)])
+    cast(HfQuantizer, model.hf_quantizer).remove_quantization_config(model)
+    # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
+    del model.is_loaded_in_4bit
+
+
 def _expand_some_(model: PreTrainedModel, layers: Sequence[bnb.nn.Linear4bit]) -> None:
-    """Replace these layers by an `nn.Linear` with the same values, as `expand_4bit_` does all."""
+    """Replace these layers, under all their names, by an `nn.Linear` with the same values."""
     expanded: dict[nn.Module, nn.Linear] = {}
     for layer in layers:
         packed = cast(bnb.nn.Params4bit, layer.weight)
@@ -154,18 +168,6 @@ def _expand_some_(model: PreTrainedModel, layers: Sequence[bnb.nn.Linear4bit]) -
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in expanded:
             model.set_submodule(path, expanded[module])
-
-
-def expand_4bit_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace every `Linear4bit` by an `nn.Linear` with the same NF4 values, in `dtype`.
-
-    It must come before the first forward. On CPUs with the fused kernel that forward reorders the
-    packed weights in place, and dequantizing them then gives garbage.
-    """
-    model.dequantize(dtype=dtype)
-    # transformers leaves this flag behind, and PEFT would take the layers for 4-bit ones.
-    del model.is_loaded_in_4bit
-    model.requires_grad_(False)
 
 
 def cast_unquantized_(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -82,11 +82,32 @@ def test_expanding_changes_no_output(
     for module in packed.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False  # the fused kernel rounds to bfloat16
-    expand_4bit_(expanded, torch.float32)
+    expand_4bit_(expanded)
     assert count(packed, bnb.nn.Linear4bit) == count(expanded, nn.Linear) - 1 == 14
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         assert_close(expanded(tokens).logits, packed(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["mlp", "mlp.up_proj"])
+def test_a_layer_with_two_names_is_expanded_once(folder: Path, path: str) -> None:
+    """... whether it is reached by two, or what has it is."""
+    model = quantized(folder).eval()
+    shared = model.get_submodule(f"model.layers.0.{path}")
+    model.set_submodule(f"model.layers.1.{path}", shared)
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # the fused kernel rounds to bfloat16
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+    expand_4bit_(model)
+    first, second = (model.model.layers[i].mlp.up_proj for i in (0, 1))
+    assert first is second
+    assert type(first) is nn.Linear
+    assert count(model, bnb.nn.Linear4bit) == 0
+    with torch.no_grad():
+        assert_close(model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_expanded_model_is_an_ordinary_one_to_peft_and_to_torch(folder: Path) -> None:

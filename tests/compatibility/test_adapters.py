@@ -78,11 +78,11 @@ def test_adapter(host: Host, variant: Variant, tmp_path: Path) -> None:
         variant.edit(ours)
     problems = preflight(host.folder, str(ours)).problems
     if variant.error:
-        expected = re.escape(f"expert 'red': {variant.error}").replace(r"\.\.\.", ".*")
+        pattern = re.escape(f"expert 'red': {variant.error}").replace(r"\.\.\.", ".*")
         with pytest.raises(AdapterError) as caught:
             load_experts(str(ours), host.ours.model)
         (problem,) = caught.value.problems
-        assert re.fullmatch(expected, problem), problem
+        assert re.fullmatch(pattern, problem), problem
         assert problems == (problem,)
         return
     assert problems == ()
