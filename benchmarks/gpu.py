@@ -1,197 +1,216 @@
-"""Decode speed at the shapes of Llama-3.2-3B and Llama-3.1-8B, NF4 and bfloat16, on one GPU.
+"""Speed on one GPU at the shapes of Llama-3.2-3B and Llama-3.1-8B: NF4, computed in 16 bits.
 
     python benchmarks/gpu.py [--quick] [--json FILE]
 
-Weights and experts are random, so nothing is downloaded. Each case decodes greedily with a growing
-cache after a prompt of 64 tokens. The ratio is to the bare base with as many rows. `kernels` are
-the CUDA kernels of one token. The file is written anew after each part, so a run that is cut keeps
-what it had. --quick: a tiny shape, on any device, to see that the script works.
+Each case generates from a prompt of 64 tokens, as `SpectrModel` does. `eager` launches each kernel
+of a token, and its cache grows. `graph` is one CUDA graph a token, with a static cache. A rate is
+that of the median token; a ratio is to the bare base in the same mode, with as many rows. `prefill`
+is the time to the first token after a prompt of 2,000 tokens. Weights and experts are random, so
+nothing is downloaded. The file is written anew after each case, so a run that is cut keeps what it
+had. --quick: a tiny shape, on any device, to see that the script works.
 """
 
+from __future__ import annotations
+
 import gc
+import itertools
 import json
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
-from benchmarks.common import arguments, report, rows, seconds
+from benchmarks.common import arguments, conditions
+from benchmarks.random_models import RANK, SHAPES, random_base, random_library, random_plan
 from spectr_demo.engine.layers import attach_, detach_, follow, routed
 from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.experts.adapters import WEIGHTS_FILE, Adapter
-from spectr_demo.experts.library import ExpertLibrary
-from spectr_demo.experts.shared_inputs import shared_inputs
-from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.routers import parse_router
+from spectr_demo.engine.recorder import Recorder
+from spectr_demo.engine.static import StepHook, token_step
+from spectr_demo.experts.adapters import WEIGHTS_FILE
 
-RANK = 8
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SHAPES = {
-    "Llama-3.2-3B": LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "Llama-3.1-8B": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-    ),
-}
-TINY = LlamaConfig(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=512,
-)
+ROUTERS = ("single:e0", "uniform", "spectr", "spectr-paper", "arrow", "norm", "spectr-context")
+SHORT, LONG = 64, 2000  # tokens of a prompt
+SKIPPED = 4  # tokens, in which kernels are compiled and the graph is made
 
 
-def random_base(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
-    """A model of this shape with random weights, its linear layers in NF4."""
-    torch.manual_seed(0)
-    with device:
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    for path, layer in list(model.model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            with device:
-                quantized = bnb.nn.Linear4bit(
-                    layer.in_features,
-                    layer.out_features,
-                    bias=False,
-                    compute_dtype=torch.bfloat16,
-                    quant_type="nf4",
-                )
-            quantized.weight = bnb.nn.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4"
-            ).to(device)
-            model.model.set_submodule(path, quantized)
-    return model
+class Clock(BaseStreamer):
+    """When each token is there, in seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is kept back."""
 
 
-def random_library(model: LlamaForCausalLM, num_experts: int) -> ExpertLibrary:
-    """Experts of rank 8 on all linear layers, made where the model is, already aligned."""
-    device = model.device
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    layers = {
-        f"model.{path}": layer
-        for path, layer in model.model.named_modules()
-        if isinstance(layer, nn.Linear)
-    }
-    banks = []
-    for paths, _ in shared_inputs(model, list(layers)):
-        num_rows, D_in = num_experts * RANK, layers[paths[0]].in_features
-        sizes = [layers[path].out_features for path in paths]
-        B = [torch.randn(num_rows, D, device=device, dtype=dtype) / D**0.5 for D in sizes]
-        A = torch.randn(len(paths) * num_rows, D_in, device=device, dtype=dtype) / D_in**0.5
-        singular_values = [b.float().norm(dim=1).view(num_experts, RANK) for b in B]
-        banks.append(
-            ExpertBank(
-                paths=paths,
-                expert_ids=torch.arange(num_experts),
-                A=A,
-                B=tuple(0.01 * b for b in B),
-                singular_values=0.01 * torch.stack(singular_values),
-            )
+Plan = Callable[[Recorder | None], RoutingPlan | None]
+
+
+class Case:
+    """Generates in one mode. What it gives is seconds: until the first token, and between two."""
+
+    def __init__(
+        self,
+        model: Any,
+        num_rows: int,
+        plan: Plan,
+        *,
+        mode: str = "eager",
+        is_recorded: bool = False,
+    ) -> None:
+        self.model, self.num_rows, self.plan, self.mode = model, num_rows, plan, mode
+        self.is_recorded = is_recorded
+
+    @torch.inference_mode()
+    def __call__(self, num_prompt: int, num_tokens: int) -> list[float]:
+        plan = self.plan(Recorder(num_tokens) if self.is_recorded else None)
+        device, clock = self.model.device, Clock()
+        ids = torch.arange(num_prompt, device=device).expand(self.num_rows, -1) % 500
+        config = GenerationConfig(
+            max_new_tokens=num_tokens, do_sample=False, disable_compile=True, pad_token_id=0
         )
-    adapters = [
-        Adapter.of({}, name=f"e{e}", source="random", base_model="random", sha256=str(e))
-        for e in range(num_experts)
-    ]
-    return ExpertLibrary(adapters=tuple(adapters), aligned=(), banks=tuple(banks))
+        with routed(plan), ExitStack() as stack:
+            cache = None
+            if self.mode == "graph":
+                assert plan is not None
+                step = token_step(self.model, plan, device, num_prompt + num_tokens)
+                cache = stack.enter_context(step)
+            wait(device)
+            start = time.perf_counter()
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=clock,
+                generation_config=config,
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+        times = [start, *clock.times[1:]]  # the first to come is the prompt
+        return [after - before for before, after in itertools.pairwise(times)]
 
 
-def arrow_model(config: LlamaConfig, device: torch.device, num_experts: int, folder: Path) -> Any:
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def kernels(case: Case) -> int:
+    """That a GPU runs for one token."""
+    counts = []
+    for num_tokens in (SKIPPED, SKIPPED + 1):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            case(SHORT, num_tokens)
+            torch.cuda.synchronize()
+        events = profiled.events() or ()
+        counts.append(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events))
+    return counts[1] - counts[0]
+
+
+def arrow_model(
+    config: PreTrainedConfig, device: torch.device, num_experts: int, folder: Path
+) -> PreTrainedModel:
     """PEFT's own Arrow on as many random adapters."""
-    folders = []
     lora = LoraConfig(r=RANK, target_modules=TARGET_MODULES, init_lora_weights=False)
+    with torch.device("meta"):
+        peft = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    shapes = {n: p.shape for n, p in peft.named_parameters() if "lora_" in n}
+    folders = []
     for e in range(num_experts):
-        with torch.device("meta"):
-            peft = get_peft_model(LlamaForCausalLM(config), lora)
-        shapes = {n: p.shape for n, p in peft.named_parameters() if "lora_" in n}
         path = folder / f"{config.hidden_size}-{e}"
-        path.mkdir(exist_ok=True)
+        path.mkdir()
         peft.peft_config["default"].save_pretrained(path)
         weights = {
-            name.replace(".default", ""): 0.02 * torch.randn(shape, dtype=torch.bfloat16)
+            name.replace(".default", ""): (0.02 * torch.randn(shape, device=device)).cpu()
             for name, shape in shapes.items()
         }
         save_file(weights, path / WEIGHTS_FILE)
         folders.append(str(path))
-    return create_arrow_model(random_base(config, device), folders, ArrowConfig(top_k=3)).eval()
+    base = random_base(config, device)
+    model: PreTrainedModel = create_arrow_model(base, folders, ArrowConfig(top_k=3)).eval()
+    return model
 
 
-class Decoder:
-    """Decodes `num_tokens` at each call; the prompt is read once, before the clock starts."""
+class Bench:
+    """The cases of one base, and what is found so far."""
 
-    def __init__(
-        self, model: Any, num_rows: int, num_tokens: int, plan: RoutingPlan | None = None
-    ) -> None:
-        self.model, self.num_tokens, self.plan = model, num_tokens, plan
-        prompt = torch.arange(64, device=model.device).expand(num_rows, -1)
-        with torch.inference_mode(), routed(plan):
-            output = model(prompt, use_cache=True)
-        self.token, self.cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+    def __init__(self, output: Path | None, num_tokens: int) -> None:
+        self.output, self.num_tokens = output, num_tokens
+        self.results: list[dict[str, Any]] = []
+        self.bare: dict[tuple[str, int], float] = {}
 
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        with routed(self.plan):
-            for _ in range(self.num_tokens):
-                output = self.model(self.token, past_key_values=self.cache, use_cache=True)
-                self.token = output.logits[:, -1:].argmax(-1)
-
-
-def kernels(decoder: Decoder) -> int:
-    """CUDA kernels of one token."""
-    decoder.num_tokens = 1
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        decoder()
-        torch.cuda.synchronize()
-    events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len(events)
-
-
-def in_context(library: ExpertLibrary, num_rows: int) -> RoutingPlan:
-    """The default router after it has read a request for each row, as if for an expert each."""
-    names = library.names
-    routers = [parse_router("spectr-context", names)] * num_rows
-    weights = torch.eye(len(names))
-    return RoutingPlan(routers, names, weights={row: weights[row] for row in range(num_rows)})
+    def measure(self, name: str, case: Case, **facts: Any) -> None:
+        """A row for the case; the bare base comes first."""
+        device = case.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            times = case(SHORT, SKIPPED + self.num_tokens)[SKIPPED:]
+            found = {"tokens_per_second": 1 / statistics.median(times)}
+            place = case.mode, case.num_rows
+            self.bare.setdefault(place, found["tokens_per_second"])
+            found["ratio"] = found["tokens_per_second"] / self.bare[place]
+            if case.mode == "eager":
+                found["prefill_s"] = min(case(LONG, 1)[0] for _ in range(2))
+                if device.type == "cuda" and case.num_rows == 1:
+                    found["kernels"] = kernels(case)
+            if device.type == "cuda":
+                found["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        except Exception as error:  # one case that fails leaves the others
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"[:200]}
+        row = {"case": name, "mode": case.mode, "rows": case.num_rows, **facts, **found}
+        row["recorded"] = case.is_recorded
+        print(row, flush=True)
+        self.results.append(row)
+        if self.output:
+            save(self.output, self.results)
 
 
-def decoders(
-    model: Any, library: ExpertLibrary, routers: Sequence[str], num_rows: int, num_tokens: int
-) -> dict[str, Decoder]:
-    """The bare base and each router, in a batch of so many rows."""
-    names, cases = library.names, {"bare base": Decoder(model, num_rows, num_tokens)}
-    for router in routers:
-        if router == "spectr-context":
-            plan = in_context(library, num_rows)
-        else:
-            plan = RoutingPlan([parse_router(router, names)] * num_rows, names)
-        cases[router] = Decoder(model, num_rows, num_tokens, plan)
-    return cases
+def save(output: Path, results: Sequence[dict[str, Any]]) -> None:
+    document = {**conditions("python benchmarks/gpu.py", None), "results": list(results)}
+    output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_experts(
+    bench: Bench, model: PreTrainedModel, num_experts: int, routers: Sequence[str], shape: str
+) -> None:
+    """The bare base, then the routers on so many experts."""
+    bench.bare.clear()
+    library, facts = random_library(model, num_experts), {"shape": shape, "experts": num_experts}
+    hook = StepHook(model)
+    for num_rows, mode in itertools.product((1, 4), ("eager", "graph")):
+        bare = Case(model, num_rows, partial(random_plan, library, "base", num_rows), mode=mode)
+        bench.measure("bare base", bare, **facts)
+    attach_(model, library)
+    hooks = [*follow(model), hook]
+    for num_rows, mode, router in itertools.product((1, 4), ("eager", "graph"), routers):
+        plan = partial(random_plan, library, router, num_rows)
+        bench.measure(router, Case(model, num_rows, plan, mode=mode), **facts)
+        if router in ("spectr", "spectr-context"):
+            recorded = Case(model, num_rows, plan, mode=mode, is_recorded=True)
+            bench.measure(router, recorded, **facts)
+    for each in hooks:
+        each.remove()
+    detach_(model)
 
 
 def main() -> None:
@@ -199,46 +218,23 @@ def main() -> None:
     if not options.quick and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: no CUDA device was found; it needs one, or --quick")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = {"tiny": TINY} if options.quick else SHAPES
-    num_tokens, num_rounds = (4, 2) if options.quick else (8, 2)
-    results: list[dict[str, Any]] = []
-
-    def keep(found: list[dict[str, Any]]) -> None:
-        results.extend(found)
-        report("python benchmarks/gpu.py", results, options.json)
-
-    for shape, config in shapes.items():
-        model = random_base(config, device)
-        few, many = (random_library(model, n) for n in (8, 1000))
+    shapes = ("tiny",) if options.quick else ("Llama-3.2-3B", "Llama-3.1-8B")
+    bench = Bench(options.json, 4 if options.quick else 32)
+    for shape in shapes:
+        model = random_base(SHAPES[shape], device)
+        measure_experts(bench, model, 8, ROUTERS, shape)
+        if shape != "Llama-3.1-8B":
+            measure_experts(bench, model, 1000, ("lag", "spectr"), shape)
+        del model
+        gc.collect()
         with tempfile.TemporaryDirectory() as folder:
-            theirs = arrow_model(config, device, 8, Path(folder))
-        for num_rows in (1, 4):
-            for library, routers in (
-                (few, ("base", "single:e0", "spectr", "spectr-paper", "arrow", "spectr-context")),
-                (many, ("lag",)),
-            ):
-                attach_(model, library)
-                hooks = follow(model)
-                cases = decoders(model, library, routers, num_rows, num_tokens)
-                if library is few:
-                    cases["PEFT Arrow"] = Decoder(theirs, num_rows, num_tokens)
-                times = seconds(cases, num_rounds)
-                facts = {"shape": shape, "experts": len(library.names), "rows": num_rows}
-                found = rows(times, "bare base", **facts)
-                for row in found:
-                    row["tokens_per_second"] = num_tokens / row["seconds"]
-                    if device.type == "cuda":
-                        row["kernels"] = kernels(cases[row["case"]])
-                        row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-                keep(found)
-                for hook in hooks:
-                    hook.remove()
-                detach_(model)
-        del model, few, many, theirs, cases
+            theirs = arrow_model(SHAPES[shape], device, 8, Path(folder))
+            for num_rows in (1, 4):
+                case = Case(theirs, num_rows, lambda recorder: None)
+                bench.measure("PEFT Arrow", case, shape=shape, experts=8)
+            del theirs, case
         gc.collect()
         torch.cuda.empty_cache()
-    if device.type == "cuda":
-        print(json.dumps({"gpu": torch.cuda.get_device_name(device)}))
 
 
 if __name__ == "__main__":

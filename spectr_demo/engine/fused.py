@@ -7,6 +7,7 @@ Axes: R rows, T tokens, P projections of a bank, E experts, F of them kept by LA
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ class FusedRouting:
         self._groups = groups
         self._constant = constant
         self._recorder = recorder
+        self._rules_for: dict[int, Rules] = {}  # any bank of so many experts
         self._rules_of: dict[ExpertBank, Rules] = {}
         self._slots_of: dict[ExpertBank, SlotsOfBank] = {}
         self._has_measures = all(group.measure for group in groups)
@@ -164,9 +166,12 @@ class FusedRouting:
                     mean[group.rows], std[group.rows] = group.calibration.of(bank, group.score)
         if not all(rule.measure for rule in self._rows):
             constant = self._constant.of(bank)[:, 0]
-        return Rules.of(
-            self._rows, bank.num_experts, device=device, mean=mean, std=std, constant=constant
-        )
+        if bank.num_experts not in self._rules_for:
+            self._rules_for[bank.num_experts] = Rules.of(
+                self._rows, bank.num_experts, device=device
+            )
+        rules = self._rules_for[bank.num_experts]
+        return replace(rules, mean=mean, std=std, constant=constant)
 
 
 def _add_choices(

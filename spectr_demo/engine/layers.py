@@ -153,7 +153,9 @@ def follow(model: PreTrainedModel) -> list[Any]:
 
     def before_head(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         # Of a prompt only the last token comes here, as a slice. Because of its strides torch would
-        # copy the whole embedding, once for each row.
+        # on a CPU copy the whole embedding, once for each row.
+        if not args[0].is_cpu:
+            return args
         return (args[0].clone(memory_format=torch.contiguous_format),)
 
     decoder, head = decoder_of(model), model.get_output_embeddings()

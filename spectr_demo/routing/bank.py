@@ -133,9 +133,10 @@ class ExpertBank:
     def folded(self, weights: Tensor, *, is_merged: bool) -> "ExpertBank | None":
         """A bank of the experts whose weight (E,) is not 0, with the weights in the factors; None
         if there is none. is_merged: both factors are summed, to one expert in the place of all."""
-        places = weights.nonzero().flatten().to(self.A.device)
-        if len(places) == 0:
+        used = weights.nonzero().flatten()  # on the CPU, as the weights and the ids are
+        if len(used) == 0:
             return None
+        places = used.to(self.A.device)
         P, E, r = self._shape
         scale = weights.to(self.A)[places, None, None]
         A = self.A.view(P, E, r, -1)[:, places] * scale
@@ -144,7 +145,7 @@ class ExpertBank:
             A, B = A.sum(1, keepdim=True), [(b * scale).sum(0, keepdim=True) for b in B]
         return replace(
             self,
-            expert_ids=self.expert_ids[places.cpu()][: A.shape[1]],
+            expert_ids=self.expert_ids[used][: A.shape[1]],
             A=A.flatten(0, 2),
             B=tuple(b.flatten(0, 1) for b in B),
             singular_values=self.singular_values[:, places][:, : A.shape[1]],
@@ -165,9 +166,9 @@ class ExpertBank:
         return z.view(*x.shape[:-1], *self._shape)
 
     def project_first(self, x: Tensor) -> Tensor:
-        """The first entry of `z` alone, (R, T, P, E): the token along each expert's arrow."""
+        """The first entry of `z` alone, (..., P, E): the token along each expert's arrow."""
         z = linear(x.to(self.A.dtype), self.A[:: self._shape[-1]])
-        return z.view(*x.shape[:2], *self._shape[:2])
+        return z.view(*x.shape[:-1], *self._shape[:2])
 
     def project_chosen(self, x: Tensor, experts: Tensor) -> Tensor:
         """`z` of a few experts for each token: (R, T, P, F, r) from their places (R, T, P, F)."""

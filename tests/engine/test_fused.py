@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from spectr_demo.config import RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.gpu import operators
 from spectr_demo.routing.routers import ROUTERS
@@ -10,17 +11,15 @@ from tests.conftest import IN_CONTEXT
 
 PROMPT = "every day at noon\nand at night"
 SCORED = [key for key, row in ROUTERS.items() if row.score]
-COLUMNS = ["base", "single:red", "uniform", IN_CONTEXT, *SCORED]
+FILTERED = RouterConfig(name="lag", prefilter=2, top_k=2, weighting="softmax")  # of three experts
+MERGED = RouterConfig(name="arrow", top_k=2, composition="parameters")
+COLUMNS = ["base", "single:red", "uniform", IN_CONTEXT, *SCORED, FILTERED, MERGED]
+BATCHES = [COLUMNS, [FILTERED] * 2, *([column] for column in COLUMNS)]
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "serve", lambda device: True)
-
-
-@pytest.mark.parametrize("columns", [COLUMNS, *([column] for column in COLUMNS)], ids=str)
+@pytest.mark.parametrize("columns", BATCHES)
 def test_run_is_that_of_a_cpu(
-    columns: list[str], routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+    columns: list[str | RouterConfig], routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same text, choices, weights, scores and statistics, in a batch and alone."""
     expected = routed_model.compare(PROMPT, columns, max_new_tokens=8)
