@@ -11,12 +11,21 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+# Kernels of a GPU are tested in Triton's interpreter, which must be chosen before Triton is
+# imported. PEFT imports it.
+if not torch.cuda.is_available():
+    with suppress(ImportError), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        import triton  # noqa: F401
+
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -13,6 +13,7 @@ from spectr_demo.gpu import kernels
 from spectr_demo.gpu.rules import Rules
 
 _TILE = 8192  # entries that a program of four warps holds at once in float32
+_OPTIONS = {"enable_fp_fusion": True}  # Triton 3.9 warns where this is left open
 _COLUMNS = 64  # of y, of a program: few, so that a row's programs fill the GPU
 
 
@@ -57,8 +58,9 @@ def add_chosen_(
             **blocks,
             BLOCK_RANK=block_rank,
             BLOCK_EXPERTS=min(blocks["ROOM"], max(1, _TILE // block_rank)),
-            BLOCK_ROWS=min(_TILE // _COLUMNS, next_power_of_2(max(rules.most, 1) * r)),
+            BLOCK_ROWS=min(_TILE // _COLUMNS, next_power_of_2(blocks["ROOM"] * r)),
             BLOCK_D=_COLUMNS,
+            **_OPTIONS,
         )
 
 
@@ -86,6 +88,7 @@ def weigh_(
             E=E,
             RANK=r,
             **_blocks(rules, places, E, r),
+            **_OPTIONS,
         )
 
 
@@ -111,6 +114,7 @@ def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[T
             BLOCK_E=next_power_of_2(E),
             BLOCK_RANK=block_rank,
             BLOCK_D=max(1, min(next_power_of_2(D), _TILE // block_rank)),
+            **_OPTIONS,
         )
     return z, kept
 
