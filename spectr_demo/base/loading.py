@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -225,8 +226,9 @@ def _from_pretrained(
     generation, notices = read_generation(base, where, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
+            output_loading_info=True,
             config=config,
             generation_config=generation,
             trust_remote_code=False,
@@ -239,6 +241,12 @@ def _from_pretrained(
         raise
     except Exception as error:  # other people's files fail in many ways
         raise ValueError(_unreadable(base, "weights or tokenizer", error)) from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers gives them random values
+        raise ValueError(
+            f"base {base!r}: its files lack {len(missing)} weights of a {type(model).__name__} "
+            f"({missing[0]}, ...). Choose a whole checkpoint of a causal language model."
+        )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = read_processor_template(where)
     settle_template_(tokenizer, f"base {base!r}")

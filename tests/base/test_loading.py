@@ -8,6 +8,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast, T5Config
 
@@ -109,6 +110,17 @@ def _pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def _lose(*names: str) -> Callable[[Path], None]:
+    """Weights of these names."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        state = {name: tensor for name, tensor in load_file(path).items() if name not in names}
+        save_file(state, path, metadata={"format": "pt"})
+
+    return damage
+
+
 def _break_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("[]")
 
@@ -123,6 +135,11 @@ def _break_tokenizer(folder: Path) -> None:
         (_break_config, r"its config could not be read"),
         (_cut_weights, r"its weights or tokenizer could not be read"),
         (_pickle_weights, r"weights must be safetensors"),
+        (_lose("model.norm.weight"), r"lack 1 weights of a LlamaForCausalLM \(model\.norm\.weight"),
+        (
+            _lose("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"),
+            r"lack 2 weights of a LlamaForCausalLM \(model\.layers\.0\.mlp\.down_proj\.weight, \.",
+        ),
         (_break_tokenizer, r"its weights or tokenizer could not be read"),
     ],
 )
