@@ -343,6 +343,16 @@ REFUSED = [
         error="... holds int8 (as ... tensors do); floating point was needed: save it in bfloat16",
     ),
     Variant(
+        name="two numbers in a byte (float4)",
+        edit=_rewrite(
+            lambda state: {
+                name: torch.zeros(*tensor.shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+                for name, tensor in state.items()
+            }
+        ),
+        error="torch cannot read its numbers (...); save it in bfloat16",
+    ),
+    Variant(
         name="a rank that its configuration does not say",
         edit=write(r=8, lora_alpha=8),
         error="... has lora_A (4, ...) and lora_B (..., 4), but adapter_config.json says rank 8 "
