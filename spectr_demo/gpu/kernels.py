@@ -74,20 +74,18 @@ def _scores(
     """(BLOCK_F,) float32 what a router measures of z (F, r); and its first entry's size."""
     f = tl.arange(0, BLOCK_F)
     first = tl.abs(tl.load(z + f * RANK, mask=f < F, other=0).to(tl.float32))
-    scores = first
-    if measure != FIRST:
-        squares = tl.zeros((BLOCK_F,), tl.float32)
-        # All of z at once would be too much for a program where there are many experts.
-        for start in range(0, RANK, BLOCK_R):
-            i = start + tl.arange(0, BLOCK_R)
-            mask = (f < F)[:, None] & (i < RANK)[None, :]
-            values = tl.load(z + f[:, None] * RANK + i[None, :], mask=mask, other=0).to(tl.float32)
-            if measure == OUTPUT:
-                at = ids[:, None] * RANK + i[None, :]
-                values *= tl.load(singular_values + at, mask=mask, other=0)
-            squares += tl.sum(values * values, axis=1)
-        scores = tl.sqrt_rn(squares)
-    return scores, first
+    squares = tl.zeros((BLOCK_F,), tl.float32)
+    # All of z at once would be too much for a program where there are many experts. It is read
+    # before it is known what is measured: a load that waits for another one doubles the time.
+    for start in range(0, RANK, BLOCK_R):
+        i = start + tl.arange(0, BLOCK_R)
+        mask = (f < F)[:, None] & (i < RANK)[None, :]
+        values = tl.load(z + f[:, None] * RANK + i[None, :], mask=mask, other=0).to(tl.float32)
+        scaled = tl.where(measure == OUTPUT, RANK, 0)
+        mask = (f < F)[:, None] & (i < scaled)[None, :]
+        values *= tl.load(singular_values + ids[:, None] * RANK + i[None, :], mask=mask, other=1)
+        squares += tl.sum(values * values, axis=1)
+    return tl.where(measure == FIRST, first, tl.sqrt_rn(squares)), first
 
 
 @triton.jit
@@ -122,7 +120,8 @@ def _choose(
     slots = tl.arange(0, ROOM)
     ids = _ids(kept, f, f < F)
     layer = (row * P + place) * E  # of what each row has for each expert
-    how = tl.load(measure + row)
+    how, stop_of_row = tl.load(measure + row), tl.load(top_k + row)
+    num_kept, divisor = tl.load(filter + row), tl.load(temperature + row)
     places = slots
     weights = tl.zeros((ROOM,), tl.float32)
     scores = tl.zeros((ROOM,), tl.float32)
@@ -135,19 +134,17 @@ def _choose(
         if mean is not None:
             values -= tl.load(mean + layer + ids, mask=f < F, other=0)
             values /= tl.load(std + layer + ids, mask=f < F, other=1)
-        num_kept = tl.load(filter + row)
         if num_kept < F:
             by_arrow = tl.where(f < F, _keys(first, f), LEAST)
             _, last_kept = _best(by_arrow, num_kept, 1)
             values = tl.where(by_arrow >= last_kept, values, -float("inf"))
-        stop = tl.load(top_k + row)
+        stop = stop_of_row
         keys = tl.where(f < F, _keys(values, f), LEAST)
         best, last = _best(keys, stop, ROOM)
         places = tl.where(slots < stop, _places(best), 0)
         scores = tl.where(slots < stop, _values(best), 0)
         weights = tl.where(slots < stop, 1.0, 0.0)
         dense = tl.where(keys >= last, 1.0, 0.0)
-        divisor = tl.load(temperature + row)
         if divisor > 0:
             # The lead is divided, not the score, whose rounding a low temperature would magnify.
             top = _values(tl.max(keys, axis=0))
@@ -241,6 +238,10 @@ def add_chosen(
 ):
     """`operators.add_chosen_`; a program for each row and BLOCK_D columns of y."""
     row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    y += row * y_stride + d
+    before = tl.load(y, mask=d < D, other=0)
+    merges = tl.load(is_merged + row) != 0
     z += (row * P + place) * F * RANK
     if kept is not None:
         kept += (row * P + place) * F
@@ -274,11 +275,9 @@ def add_chosen(
         _record(places_out, weights_out, scores_out, layer * WIDTH, num, ids, weights, scores, ROOM)
 
     merged = tl.zeros((BLOCK_RANK,), tl.float32)
-    merges = tl.load(is_merged + row) != 0
     if merges:
         merged = _merged(z, places, weights, start, stop, RANK, ROOM, BLOCK_RANK, BLOCK_EXPERTS)
 
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(start * RANK, stop * RANK, BLOCK_ROWS):
         rows = begin + tl.arange(0, BLOCK_ROWS)  # of the chosen experts' factors, one after another
@@ -295,8 +294,7 @@ def add_chosen(
             B + rows_of_B[:, None] * D + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0
         )
         total += tl.sum((weight * values)[:, None] * factors.to(tl.float32), axis=0)
-    y += row * y_stride + d
-    total += tl.load(y, mask=d < D, other=0).to(tl.float32)
+    total += before.to(tl.float32)
     tl.store(y, total.to(y.dtype.element_ty), mask=d < D)
 
 
@@ -365,6 +363,9 @@ def weigh(
         values *= dense[:, None]
         if merges:
             values = dense[:, None] * tl.sum(values, axis=0)[None, :]
+        # Threads that share what they read do not wait for each other. None may write before all
+        # have read, to choose too.
+        tl.debug_barrier()
         tl.store(at, values.to(z.dtype.element_ty), mask=inside)
 
 

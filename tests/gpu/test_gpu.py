@@ -1,5 +1,7 @@
 """On a GPU: the kernels, compiled."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,8 @@ def test_kernels_add_what_the_reference_adds(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.kept], ids=lambda case: case.name)
 def test_kernels_weigh_as_the_reference_does(case: Case) -> None:
-    check_weigh(case, "cuda")
+    """Of many tokens, some met a thread that wrote what another one had yet to read."""
+    check_weigh(replace(case, T=64), "cuda")
 
 
 @pytest.mark.parametrize(("E", "F", "r"), [(1, 1, 1), (5, 5, 6), (1000, 20, 3), (12, 3, 64)])
