@@ -133,7 +133,8 @@ def _choose(
         values, first = _scores(z, ids, singular_values, how, F, RANK, BLOCK_F, BLOCK_R)
         if mean is not None:
             values -= tl.load(mean + layer + ids, mask=f < F, other=0)
-            values /= tl.load(std + layer + ids, mask=f < F, other=1)
+            # On a GPU `/` is not rounded to nearest, and could choose another expert than torch.
+            values = tl.div_rn(values, tl.load(std + layer + ids, mask=f < F, other=1))
         if num_kept < F:
             by_arrow = tl.where(f < F, _keys(first, f), LEAST)
             _, last_kept = _best(by_arrow, num_kept, 1)
@@ -151,8 +152,7 @@ def _choose(
             weights *= tl.exp(tl.where(slots < stop, scores - top, 0) / divisor)
             dense *= tl.exp(tl.where(keys >= last, values - top, 0) / divisor)
         total = tl.sum(weights, axis=0)
-        weights /= total
-        dense /= total
+        weights, dense = tl.div_rn(weights, total), tl.div_rn(dense, total)
     elif constant is not None:
         constant += layer
         dense = tl.load(constant + ids, mask=f < F, other=0)
@@ -200,13 +200,35 @@ def _merged(
     return merged
 
 
-@triton.jit(do_not_specialize=["place"])
+@triton.jit
+def _layer(row, ys, y_strides, Bs, COLUMNS: tl.constexpr, STARTS: tl.constexpr):
+    """Of the layers of a bank, the one that has this block of columns: its place, the row of its y,
+    its B, its number of columns, and which of its blocks this is.
+
+    They are selected, not branched on: the compiler then knows what divides them all, and reads in
+    vectors.
+    """
+    block = tl.program_id(1)
+    place = 0
+    first = 0
+    num_columns = tl.full((), COLUMNS[0], tl.int32)
+    y, B = ys[0] + row * y_strides[0], Bs[0]
+    for p in tl.static_range(1, len(STARTS)):
+        is_past = block >= STARTS[p]
+        place = tl.where(is_past, p, place)
+        first = tl.where(is_past, STARTS[p], first)
+        num_columns = tl.where(is_past, COLUMNS[p], num_columns)
+        y = tl.where(is_past, ys[p] + row * y_strides[p], y)
+        B = tl.where(is_past, Bs[p], B)
+    return place, y, B, num_columns, block - first
+
+
+@triton.jit(do_not_specialize=["num_slots"])
 def add_chosen(
-    y,
-    y_stride,
+    ys,
+    y_strides,
     z,
-    B,
-    place,
+    Bs,
     singular_values,
     measure,
     top_k,
@@ -227,7 +249,8 @@ def add_chosen(
     E: tl.constexpr,
     F: tl.constexpr,
     RANK: tl.constexpr,
-    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STARTS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ROOM: tl.constexpr,
@@ -236,11 +259,14 @@ def add_chosen(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`operators.add_chosen_`; a program for each row and BLOCK_D columns of y."""
+    """`operators.add_chosen_`; a program for each row and BLOCK_D columns of a layer's y. COLUMNS:
+    of each y; STARTS: the first program of each."""
     row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    y += row * y_stride + d
-    before = tl.load(y, mask=d < D, other=0)
+    place, y, B, num_columns, block = _layer(row, ys, y_strides, Bs, COLUMNS, STARTS)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < num_columns
+    y += d
+    before = tl.load(y, mask=inside, other=0)
     merges = tl.load(is_merged + row) != 0
     z += (row * P + place) * F * RANK
     if kept is not None:
@@ -268,7 +294,7 @@ def add_chosen(
     )
     if places_out is not None:
         token = tl.load(step)
-        is_recorded = (tl.load(measure + row) >= 0) & (token < num_slots) & (tl.program_id(1) == 0)
+        is_recorded = (tl.load(measure + row) >= 0) & (token < num_slots) & (block == 0)
         num = tl.where(is_recorded, WIDTH, 0)
         layer = (row * num_slots + token) * P + place
         ids = _ids(kept, places, tl.arange(0, ROOM) < stop)
@@ -290,12 +316,11 @@ def add_chosen(
         else:
             values = tl.load(z + expert * RANK + i, mask=mask, other=0).to(tl.float32)
         rows_of_B = _ids(kept, expert, mask).to(tl.int64) * RANK + i
-        factors = tl.load(
-            B + rows_of_B[:, None] * D + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0
-        )
+        at_B = B + rows_of_B[:, None] * num_columns + d[None, :]
+        factors = tl.load(at_B, mask=mask[:, None] & inside[None, :], other=0)
         total += tl.sum((weight * values)[:, None] * factors.to(tl.float32), axis=0)
     total += before.to(tl.float32)
-    tl.store(y, total.to(y.dtype.element_ty), mask=d < D)
+    tl.store(y, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])

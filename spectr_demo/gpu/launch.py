@@ -3,14 +3,17 @@
 Axes: as in `operators`.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from spectr_demo.gpu import kernels
-from spectr_demo.gpu.rules import Rules
+from spectr_demo.gpu.rules import FlatRules
 
 _TILE = 8192  # entries that a program of four warps holds at once in float32
 _OPTIONS = {"enable_fp_fusion": True}  # Triton 3.9 warns where this is left open
@@ -18,12 +21,11 @@ _COLUMNS = 64  # of y, of a program: few, so that a row's programs fill the GPU
 
 
 def add_chosen_(
-    y: Tensor,
+    ys: Sequence[Tensor],
     z: Tensor,
-    B: Tensor,
-    place: int,
+    Bs: Sequence[Tensor],
     singular_values: Tensor,
-    rules: Rules,
+    rules: FlatRules,
     kept: Tensor | None,
     places: Tensor | None,
     weights: Tensor | None,
@@ -31,63 +33,84 @@ def add_chosen_(
     step: Tensor | None,
 ) -> None:
     """See `operators.add_chosen_`."""
-    (R, P, F, r), D = z.shape, B.shape[1]
-    blocks = _blocks(rules, places, F, r)
-    block_rank = next_power_of_2(r)
-    with _on(y):
-        kernels.add_chosen[R, cdiv(D, _COLUMNS)](
-            y,
-            y.stride(0),
+    *of_rows, constant, most = rules
+    R, P, F, r = z.shape
+    num_slots, width = (0, 0) if places is None else (places.shape[1], places.shape[3])
+    room = max(most, width, 0 if constant is None else F)
+    columns = tuple([B.shape[1] for B in Bs])
+    num_blocks, sizes = _sizes_of_token(P, singular_values.shape[1], F, r, columns, width, room)
+    with _on(z):
+        kernels.add_chosen[R, num_blocks](
+            tuple(ys),
+            tuple([y.stride(0) for y in ys]),
             z,
-            B,
-            place,
+            tuple(Bs),
             singular_values,
-            *_tensors(rules),
+            *of_rows,
+            constant,
             kept,
             places,
             weights,
             scores,
             step,
-            0 if places is None else places.shape[1],
-            WIDTH=0 if places is None else places.shape[-1],
-            P=P,
-            E=singular_values.shape[1],
-            F=F,
-            RANK=r,
-            D=D,
-            **blocks,
-            BLOCK_RANK=block_rank,
-            BLOCK_EXPERTS=min(blocks["ROOM"], max(1, _TILE // block_rank)),
-            BLOCK_ROWS=min(_TILE // _COLUMNS, next_power_of_2(blocks["ROOM"] * r)),
-            BLOCK_D=_COLUMNS,
-            **_OPTIONS,
+            num_slots,
+            **sizes,
         )
+
+
+@cache
+def _sizes_of_token(
+    P: int, E: int, F: int, r: int, columns: tuple[int, ...], width: int, room: int
+) -> tuple[int, dict[str, object]]:
+    """Programs for each row, and the sizes of a launch of `kernels.add_chosen`."""
+    starts = list(accumulate((cdiv(D, _COLUMNS) for D in columns), initial=0))
+    blocks, block_rank = _blocks(F, r, room), next_power_of_2(r)
+    return starts.pop(), {
+        "WIDTH": width,
+        "P": P,
+        "E": E,
+        "F": F,
+        "RANK": r,
+        "COLUMNS": columns,
+        "STARTS": tuple(starts),
+        **blocks,
+        "BLOCK_RANK": block_rank,
+        "BLOCK_EXPERTS": min(blocks["ROOM"], max(1, _TILE // block_rank)),
+        "BLOCK_ROWS": min(_TILE // _COLUMNS, next_power_of_2(blocks["ROOM"] * r)),
+        "BLOCK_D": _COLUMNS,
+        **_OPTIONS,
+    }
 
 
 def weigh_(
     z: Tensor,
     singular_values: Tensor,
-    rules: Rules,
+    rules: FlatRules,
     places: Tensor | None,
     weights: Tensor | None,
     scores: Tensor | None,
 ) -> None:
     """See `operators.weigh_`."""
+    measure, *of_rows, constant, most = rules
     N, P, E, r = z.shape
+    width = 0 if places is None else places.shape[2]
+    room = max(most, width, 0 if constant is None else E)
     with _on(z):
         kernels.weigh[N, P](
             z,
-            N // rules.num_rows,
+            N // len(measure),
             singular_values,
-            *_tensors(rules),
+            measure,
+            *of_rows,
+            constant,
             places,
             weights,
             scores,
-            WIDTH=0 if places is None else places.shape[-1],
+            WIDTH=width,
             P=P,
             E=E,
             RANK=r,
-            **_blocks(rules, places, E, r),
+            **_blocks(E, r, room),
             **_OPTIONS,
         )
 
@@ -119,32 +142,17 @@ def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[T
     return z, kept
 
 
-def _tensors(rules: Rules) -> tuple[Tensor | None, ...]:
-    """In the order in which kernels take them."""
-    return (
-        rules.measure,
-        rules.top_k,
-        rules.filter,
-        rules.temperature,
-        rules.is_merged,
-        rules.mean,
-        rules.std,
-        rules.constant,
-    )
-
-
-def _blocks(rules: Rules, places: Tensor | None, num_experts: int, rank: int) -> dict[str, int]:
-    """Of the choice: ROOM has a slot for each expert that a row may use, or that is recorded."""
-    width = 0 if places is None else places.shape[-1]
-    constant = 0 if rules.constant is None else num_experts
+@cache
+def _blocks(num_experts: int, rank: int, room: int) -> dict[str, int]:
+    """Of the choice. room: a slot for each expert that a row may use, or that is recorded."""
     block = next_power_of_2(num_experts)
     return {
         "BLOCK_F": block,
         "BLOCK_R": max(1, min(next_power_of_2(rank), _TILE // block)),
-        "ROOM": next_power_of_2(max(rules.most, width, constant, 1)),
+        "ROOM": next_power_of_2(max(room, 1)),
     }
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    return torch.cuda.device(tensor.get_device()) if tensor.is_cuda else nullcontext()

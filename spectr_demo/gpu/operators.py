@@ -9,7 +9,7 @@ experts of the bank, F experts of z, K selected, r rank. F is E where z has all 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -24,27 +24,26 @@ from spectr_demo.gpu import reference
 from spectr_demo.gpu.rules import Rules
 
 _RULES = (
-    "Tensor measure, Tensor top_k, Tensor filter, Tensor temperature, Tensor is_merged, int most, "
-    "Tensor? mean, Tensor? std, Tensor? constant"
+    "Tensor measure, Tensor top_k, Tensor filter, Tensor temperature, Tensor is_merged, "
+    "Tensor? mean, Tensor? std, Tensor? constant, int most"
 )
 _CHOICES = "Tensor(c!)? places, Tensor(d!)? weights, Tensor(e!)? scores"
 _SCHEMAS = (
-    f"add_chosen_(Tensor(a!) y, Tensor z, Tensor B, int place, Tensor singular_values, {_RULES}, "
+    f"add_chosen_(Tensor(a!)[] ys, Tensor z, Tensor[] Bs, Tensor singular_values, {_RULES}, "
     f"Tensor? kept, {_CHOICES}, Tensor? step) -> ()",
     f"weigh_(Tensor(a!) z, Tensor singular_values, {_RULES}, {_CHOICES}) -> ()",
     "project_kept(Tensor x, Tensor A, Tensor arrows, int num_kept) -> (Tensor, Tensor)",
 )
-_FIELDS = [field.name for field in fields(Rules)]
+_NUM_RULES = len(fields(Rules))
 _library = torch.library.Library("spectr", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
 def add_chosen_(
-    y: Tensor,
+    ys: Sequence[Tensor],
     z: Tensor,
-    B: Tensor,
-    place: int,
+    Bs: Sequence[Tensor],
     singular_values: Tensor,
     rules: Rules,
     *,
@@ -54,24 +53,25 @@ def add_chosen_(
     scores: Tensor | None = None,
     step: Tensor | None = None,
 ) -> None:
-    """Score, select, weigh and add, for one token of each row at one layer.
+    """Score, select, weigh and add, for one token of each row at all layers of a bank.
 
     `y += sum_e w_e B*_e z_e` in place, with `sum_e w_e z_e` for each z_e in rows that are merged.
     Sums are float32, and rounded once. Of equal scores the expert that is first in z is chosen
     first. NaN counts as the largest score.
 
-    y: (R, D_out), any float dtype. z: (R, P, F, r) and B: (E * r, D_out), in the bank's dtype.
-    place: of the layer in its bank. singular_values: (P, E, r) float32. kept: (R, P, F) int32,
-    where the experts of z are in the bank; None where z has all of them.
+    ys: P of (R, D_out), all of one float dtype. z: (R, P, F, r) and Bs: P of (E * r, D_out), in the
+    bank's dtype. D_out is the layer's own. singular_values: (P, E, r) float32. kept: (R, P, F)
+    int32, where the experts of z are in the bank; None where z has all of them.
 
     places (R, C, P, K_max) int16 or int32, weights and scores (R, C, P, K_max) float32, step (1,)
-    int64: where given, what the rows that score chose at this layer is written to slot step[0], by
-    falling score; a slot that is not there is not written. Places are those in the bank. A row
-    with a smaller K has weights of 0 after it.
+    int64: where given, what the rows that score chose is written to slot step[0], by falling score;
+    a slot that is not there is not written. Places are those in the bank. A row with a smaller K
+    has weights of 0 after it.
     """
-    assert len(y) == len(z) == rules.num_rows
+    assert len(ys) == len(Bs) == z.shape[1]
+    assert len({y.dtype for y in ys}) == len({B.dtype for B in Bs}) == 1
     torch.ops.spectr.add_chosen_(
-        y, z, B, place, singular_values, *_flat(rules), kept, places, weights, scores, step
+        ys, z, Bs, singular_values, *rules.flat, kept, places, weights, scores, step
     )
 
 
@@ -92,7 +92,7 @@ def weigh_(
     was chosen, as `add_chosen_` writes it. Rows that do not score leave theirs as they are.
     """
     assert len(z) % rules.num_rows == 0
-    torch.ops.spectr.weigh_(z, singular_values, *_flat(rules), places, weights, scores)
+    torch.ops.spectr.weigh_(z, singular_values, *rules.flat, places, weights, scores)
 
 
 def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
@@ -117,11 +117,6 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _flat(rules: Rules) -> tuple[Any, ...]:
-    """As the schemas have them."""
-    return tuple(getattr(rules, name) for name in _FIELDS)
-
-
 def _code(is_cuda: bool) -> ModuleType:
     if is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         return import_module("spectr_demo.gpu.launch")  # Triton may be missing
@@ -130,15 +125,14 @@ def _code(is_cuda: bool) -> ModuleType:
 
 def _implementation(name: str, is_cuda: bool) -> Callable[..., Any]:
     """An operator with what its schema has, from the function of that name that takes `Rules`."""
+    start = {"add_chosen_": 4, "weigh_": 2}.get(name)
 
     def run(*args: Any) -> Any:
         function = getattr(_code(is_cuda), name)
-        if name == "project_kept":
+        if start is None:
             return function(*args)
-        start = {"add_chosen_": 5, "weigh_": 2}[name]
-        stop = start + len(_FIELDS)
-        rules = Rules(**dict(zip(_FIELDS, args[start:stop], strict=True)))
-        return function(*args[:start], rules, *args[stop:])
+        stop = start + _NUM_RULES
+        return function(*args[:start], args[start:stop], *args[stop:])
 
     return run
 

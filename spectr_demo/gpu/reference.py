@@ -6,11 +6,13 @@ Axes: R rows, T tokens, N = R * T tokens in the order of the rows, P projections
 experts of z, K selected, r rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from spectr_demo.config import Composition, RouterConfig
-from spectr_demo.gpu.rules import MEASURES, Rules
+from spectr_demo.gpu.rules import MEASURES, FlatRules, Rules
 from spectr_demo.routing.spectr import (
     Score,
     arrow_scores,
@@ -29,12 +31,11 @@ Choice = tuple[Tensor, Tensor, Tensor]  # places in the bank, weights and scores
 
 
 def add_chosen_(
-    y: Tensor,
+    ys: Sequence[Tensor],
     z: Tensor,
-    B: Tensor,
-    place: int,
+    Bs: Sequence[Tensor],
     singular_values: Tensor,
-    rules: Rules,
+    flat: FlatRules,
     kept: Tensor | None,
     places: Tensor | None,
     weights: Tensor | None,
@@ -42,32 +43,36 @@ def add_chosen_(
     step: Tensor | None,
 ) -> None:
     """See `operators.add_chosen_`."""
-    layer, D = slice(place, place + 1), B.shape[1]
-    B = B.view(-1, z.shape[-1], D).float()
-    for row in range(len(y)):
+    rules, layers = Rules.from_flat(flat), slice(0, len(ys))
+    for row in range(len(z)):
         token = slice(row, row + 1)
-        ids = None if kept is None else kept[token, layer]
-        values, choice = _mix(z[token, layer], singular_values[layer], rules, row, layer, ids)
-        factors = B if ids is None else B[ids.flatten()]
-        y[row] = (y[row].float() + values.flatten() @ factors.view(-1, D)).to(y.dtype)
+        ids = None if kept is None else kept[token]
+        values, choice = _mix(z[token], singular_values, rules, row, layers, ids)
+        for place, (y, B) in enumerate(zip(ys, Bs, strict=True)):
+            factors = B.view(-1, z.shape[-1], B.shape[1]).float()
+            if kept is not None:
+                factors = factors[kept[row, place]]
+            added = values[0, place].flatten() @ factors.flatten(0, 1)
+            y[row] = (y[row].float() + added).to(y.dtype)
         if choice is None or places is None:
             continue
         assert weights is not None and scores is not None and step is not None
         slot = int(step)
         if slot < places.shape[1]:
             for buffer, part in zip((places, weights, scores), choice, strict=True):
-                _write_(buffer[row, slot, place], part[0, 0])
+                _write_(buffer[row, slot], part[0])
 
 
 def weigh_(
     z: Tensor,
     singular_values: Tensor,
-    rules: Rules,
+    flat: FlatRules,
     places: Tensor | None,
     weights: Tensor | None,
     scores: Tensor | None,
 ) -> None:
     """See `operators.weigh_`."""
+    rules = Rules.from_flat(flat)
     T = len(z) // rules.num_rows
     for row in range(rules.num_rows):
         tokens, layers = slice(row * T, row * T + T), slice(0, z.shape[1])

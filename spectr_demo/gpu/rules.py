@@ -4,8 +4,9 @@ Axes: R rows, P projections of a bank, E experts of the bank, K selected.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from spectr_demo.routing.routers import Measure
 
 MEASURES: dict[Measure, int] = {"length": 0, "first": 1, "output": 2}
 CONSTANT = -1
+FlatRules = Sequence[Any]  # `Rules.flat`
 
 
 class Rule(NamedTuple):
@@ -37,10 +39,10 @@ class Rules:
     """The same of all rows, on one device, made once for a bank and a plan.
 
     measure: (R,) int32, a value of `MEASURES`, or `CONSTANT`. top_k, filter: (R,) int32, at most E.
-    temperature: (R,) float32. is_merged: (R,) int32. most: the largest top_k, K_max; 0 where no row
-    scores. mean, std: (R, P, E) float32, by which scores are standardised, 0 and 1 in rows that are
-    not; None where none is. constant: (R, P, E) float32, weights of the rows that do not score;
-    None where all of them are 0.
+    temperature: (R,) float32. is_merged: (R,) int32. mean, std: (R, P, E) float32, by which scores
+    are standardised, 0 and 1 in rows that are not; None where none is. constant: (R, P, E) float32,
+    weights of the rows that do not score; None where all of them are 0. most: the largest top_k,
+    K_max; 0 where no row scores.
     """
 
     measure: Tensor
@@ -48,10 +50,10 @@ class Rules:
     filter: Tensor
     temperature: Tensor
     is_merged: Tensor
-    most: int
     mean: Tensor | None = None
     std: Tensor | None = None
     constant: Tensor | None = None
+    most: int
 
     @classmethod
     def of(
@@ -77,12 +79,21 @@ class Rules:
             filter=column([min(row.filter or num_experts, num_experts) for row in rows]),
             temperature=column([row.temperature for row in rows], torch.float32),
             is_merged=column([row.is_merged for row in rows]),
-            most=max(top_k),
             mean=mean,
             std=std,
             constant=constant,
+            most=max(top_k),
         )
 
     @property
     def num_rows(self) -> int:
         return len(self.measure)
+
+    @cached_property
+    def flat(self) -> tuple[Any, ...]:
+        """The fields in their order, as operators take them."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @classmethod
+    def from_flat(cls, flat: FlatRules) -> "Rules":
+        return cls(**dict(zip((field.name for field in fields(cls)), flat, strict=True)))

@@ -2,6 +2,7 @@
 one: `python -m tests.gpu.compiled`. The interpreter runs code that the compiler refuses.
 """
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from spectr_demo.gpu import launch
 from tests.gpu.cases import CASES, Choices, inputs_of
 
-NAMES = ["all routers", "bfloat16", "1,000 experts, 20 kept"]
+NAMES = ["one expert", "five layers", "bfloat16", "1,000 experts, 20 kept"]
 
 
 def main() -> None:
@@ -28,20 +29,23 @@ def main() -> None:
 
     def compile_alone(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, warmup=True, **options)
-        print(self.__name__, len(kernel.asm["cubin"]), "bytes")
+        vectors = set(re.findall(r"ld\.global\.(v\d)", kernel.asm["ptx"]))
+        print(self.__name__, case.name, len(kernel.asm["cubin"]), "bytes", *vectors, sep=", ")
 
     JITFunction.run = compile_alone
     for case in (case for case in CASES if case.name in NAMES):
-        rules, z, B, singular_values, kept = inputs_of(case, "cpu")
+        rules, z, Bs, singular_values, kept = inputs_of(case, "cpu")
         R, P = len(case.rows), case.P
         choices = Choices.empty(case, (R, 3, P, rules.most), "cpu")
-        y, step = torch.zeros(R, case.D, dtype=case.y_dtype), torch.zeros(1, dtype=torch.int64)
-        token = y, z[:R].contiguous(), B[1], 1, singular_values, rules
+        ys = [torch.zeros(R, D, dtype=case.y_dtype) for D in case.D]
+        step = torch.zeros(1, dtype=torch.int64)
+        token = ys, z[:R].contiguous(), Bs, singular_values, rules.flat
         launch.add_chosen_(*token, kept, *choices, step)
         if kept is None:
-            launch.weigh_(z, singular_values, rules, None, None, None)
+            launch.weigh_(z, singular_values, rules.flat, None, None, None)
         else:
-            launch.weigh_(z.new_zeros(R, P, case.E, case.r), singular_values, rules, *choices)
+            z = z.new_zeros(R, P, case.E, case.r)
+            launch.weigh_(z, singular_values, rules.flat, *(part[:, 0] for part in choices))
             A = torch.zeros(P * case.E * case.r, 96, dtype=case.dtype)
             launch.project_kept(A[:R], A, torch.zeros(R, P, case.E), 20)
 

@@ -15,5 +15,7 @@ def test_they_compile_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "tests.gpu.compiled"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert set(names) == {"add_chosen", "weigh", "project_kept"}
+    lines = [line.split(", ") for line in done.stdout.splitlines()]
+    assert {line[0] for line in lines} == {"add_chosen", "weigh", "project_kept"}
+    # Of three layers, too, B is read 16 bytes at a time.
+    assert "v4" in next(line for line in lines if line[:2] == ["add_chosen", "bfloat16"])

@@ -104,40 +104,41 @@ def test_every_router_that_is_measured_adds_its_delta(is_merged: bool, code: Non
 
         expected.append(y[i] + delta(x[i], A, B, standardised, config))
     rules = Rules.of(rows, 6, device="cpu", mean=mean, std=std)
-    add_chosen_(y, z, bank_B, 0, singular_values, rules)
+    add_chosen_([y], z, [bank_B], singular_values, rules)
     assert_close(y, torch.stack(expected))
 
 
 def test_a_prompt_gets_what_its_tokens_get(code: None) -> None:
     """`weigh_` and a product, against `add_chosen_` of each token."""
     case = CASES[0]
-    rules, z, B, singular_values, _ = inputs_of(case, "cpu")
+    rules, z, Bs, singular_values, _ = inputs_of(case, "cpu")
     R, T = len(case.rows), case.T
     tokens = z.view(R, T, *z.shape[1:]).clone()
     weigh_(z, singular_values, rules)
-    for place in range(case.P):
-        y = (z[:, place].flatten(1) @ B[place]).view(R, T, -1)
-        for t in range(T):
-            token = torch.zeros(R, case.D)
-            add_chosen_(token, tokens[:, t].contiguous(), B[place], place, singular_values, rules)
-            assert_close(y[:, t], token)
+    for t in range(T):
+        ys = [torch.zeros(R, D) for D in case.D]
+        add_chosen_(ys, tokens[:, t].contiguous(), Bs, singular_values, rules)
+        for place, y in enumerate(ys):
+            of_prompt = z[:, place].flatten(1) @ Bs[place]
+            assert_close(of_prompt.view(R, T, -1)[:, t], y)
 
 
 def test_experts_that_were_kept_before_are_those_that_the_filter_keeps(code: None) -> None:
     torch.manual_seed(0)
     R, P, E, r = 2, 2, 50, 4
-    x, A, B = torch.randn(R, 16), torch.randn(P * E * r, 16), torch.randn(E * r, 24)
+    x, A = torch.randn(R, 16), torch.randn(P * E * r, 16)
+    Bs = [torch.randn(E * r, D) for D in (24, 8)]
     S = torch.rand(P, E, r)
     rules = Rules.of([Rule("length", 3, 5), Rule("output", 2, 5)], E, device="cpu")
     z, kept = project_kept(x, A, (x @ A[::r].mT).view(R, P, E), 5)
     results = []
     for values, of_bank in ((z, kept), ((x @ A.mT).view(R, P, E, r), None)):
-        y, step = torch.zeros(R, 24), torch.zeros(1, dtype=torch.int64)
+        ys, step = [torch.zeros(R, 24), torch.zeros(R, 8)], torch.zeros(1, dtype=torch.int64)
         places = torch.zeros(R, 1, P, 3, dtype=torch.int16)
         weights, scores = torch.zeros(R, 1, P, 3), torch.zeros(R, 1, P, 3)
         record = {"places": places, "weights": weights, "scores": scores, "step": step}
-        add_chosen_(y, values, B, 1, S, rules, kept=of_bank, **record)
-        results.append((y, places, weights, scores))
+        add_chosen_(ys, values, Bs, S, rules, kept=of_bank, **record)
+        results.append((*ys, places, weights, scores))
     for one, other in zip(*results, strict=True):
         assert_close(one, other)
 
@@ -154,7 +155,7 @@ def choose(z: Tensor, *rows: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     }
     y = torch.zeros(R, E)
     rules = Rules.of(rows, E, device="cpu")
-    add_chosen_(y, z.view(R, 1, E, 1), torch.eye(E), 0, torch.ones(1, E, 1), rules, **record)
+    add_chosen_([y], z.view(R, 1, E, 1), [torch.eye(E)], torch.ones(1, E, 1), rules, **record)
     return y, *(record[name].view(R, K) for name in ("places", "weights", "scores"))
 
 
@@ -208,20 +209,24 @@ def test_where_it_is_recorded_is_read_from_the_device(code: None) -> None:
         z[0, 0, 0] = t  # 0, 1, 2 against 1
         y, first_two = torch.zeros(1, 2), [part[:, :2] for part in (places, weights, scores)]
         record = dict(zip(("places", "weights", "scores"), first_two, strict=True))
-        add_chosen_(y, z, B, 0, S, rules, **record, step=step)
+        add_chosen_([y], z, [B], S, rules, **record, step=step)
     assert weights.flatten().tolist() == [1, 1, 0]
     assert places[0, 0, 0, 0] == 1 and places[0, 2, 0, 0] == UNWRITTEN
     assert scores.flatten().tolist() == [1, 1, 0]
 
 
 def test_rows_of_y_may_lie_apart(code: None) -> None:
-    rules, z, B, S, _ = inputs_of(CASES[0], "cpu")
-    z = z[: rules.num_rows].contiguous()
-    wide, plain = torch.zeros(rules.num_rows, 200), torch.zeros(rules.num_rows, CASES[0].D)
-    add_chosen_(wide[:, 3 : 3 + CASES[0].D], z, B[0], 0, S, rules)
-    add_chosen_(plain, z, B[0], 0, S, rules)
-    assert torch.equal(wide[:, 3 : 3 + CASES[0].D], plain)
-    assert wide[:, :3].eq(0).all() and wide[:, 3 + CASES[0].D :].eq(0).all()
+    """As those of layers whose outputs are one tensor."""
+    case = CASES[0]
+    rules, z, Bs, S, _ = inputs_of(case, "cpu")
+    R = rules.num_rows
+    z, first = z[:R].contiguous(), 3
+    wide, plain = torch.zeros(R, 200), [torch.zeros(R, D) for D in case.D]
+    add_chosen_(list(wide[:, first : first + sum(case.D)].split(case.D, dim=1)), z, Bs, S, rules)
+    add_chosen_(plain, z, Bs, S, rules)
+    expected = torch.zeros_like(wide)
+    expected[:, first : first + sum(case.D)] = torch.cat(plain, dim=1)
+    assert torch.equal(wide, expected)
 
 
 def test_rules_are_no_more_than_a_bank_can_fill() -> None:
@@ -246,13 +251,13 @@ class Counted(TorchDispatchMode):
 
 
 def test_each_is_one_operator_and_does_nothing_on_meta() -> None:
-    rules, z, B, S, _ = inputs_of(CASES[0], "meta")
+    rules, z, Bs, S, _ = inputs_of(CASES[0], "meta")
     z = z[: rules.num_rows].contiguous()
-    y, x = (torch.empty(rules.num_rows, 80, device="meta") for _ in range(2))
+    x, *ys = (torch.empty(rules.num_rows, 80, device="meta") for _ in range(3))
     A = torch.empty(2 * 5 * 6, 80, device="meta", dtype=torch.float16)
     arrows = torch.empty(8, 2, 5, device="meta")
     with Counted() as counted:
-        add_chosen_(y, z, B[1], 1, S, rules)
+        add_chosen_(ys, z, Bs, S, rules)
         weigh_(z, S, rules)
         values, kept = project_kept(x, A, arrows, 3)
     assert counted.names == [
@@ -264,15 +269,15 @@ def test_each_is_one_operator_and_does_nothing_on_meta() -> None:
 
 def test_they_change_what_their_schemas_say() -> None:
     """And what they give on `meta` has the shape and dtype of what they give elsewhere."""
-    rules, z, B, S, _ = inputs_of(CASES[0], "cpu")
+    rules, z, Bs, S, _ = inputs_of(CASES[0], "cpu")
     z = z[: rules.num_rows].contiguous()
-    flat = [getattr(rules, name) for name in Rules.__dataclass_fields__]
     record = [torch.zeros(8, 2, 2, 5, dtype=torch.int16), *torch.zeros(2, 8, 2, 2, 5)]
     checks = ("test_schema", "test_faketensor")
 
     def check(name: str, *args: object) -> None:
         torch.library.opcheck(getattr(torch.ops.spectr, name).default, args, test_utils=checks)
 
-    check("add_chosen_", torch.ones(8, 80), z, B[0], 0, S, *flat, None, *record, torch.tensor([1]))
-    check("weigh_", z, S, *flat, *(part[:, 0].contiguous() for part in record))
+    ys = [torch.ones(8, D) for D in CASES[0].D]
+    check("add_chosen_", ys, z, Bs, S, *rules.flat, None, *record, torch.tensor([1]))
+    check("weigh_", z, S, *rules.flat, *(part[:, 0].contiguous() for part in record))
     check("project_kept", torch.randn(3, 8), torch.randn(2 * 5 * 4, 8), torch.randn(3, 2, 5), 2)
