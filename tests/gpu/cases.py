@@ -242,7 +242,9 @@ def check_choices(ours: Choices, theirs: Choices, of_all: Choices, E: int) -> Te
     assert_close(found[is_chosen], ours.scores[is_chosen])
     chosen = torch.nn.functional.one_hot(ours.places.where(is_chosen, E).long(), E + 1)
     assert chosen[..., :E].sum(-2).max() <= 1, "none is chosen twice"
-    is_same = ((ours.places == theirs.places) | ~is_chosen).all(-1)
+    is_same = ours.places == theirs.places
+    assert is_same[~is_chosen].all(), "no other slot is written"
+    is_same = is_same.all(-1)
     assert (~is_same).sum() <= max(1, is_same.numel() // 100)
     return is_same
 
