@@ -43,10 +43,13 @@ from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.static import StepHook, token_step
 from spectr_demo.experts.adapters import WEIGHTS_FILE
+from spectr_demo.experts.preflight import preflight
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROUTERS = ("single:e0", "uniform", "spectr", "spectr-paper", "arrow", "norm", "spectr-context")
+EAGER = ("single:e0", "spectr", "spectr-context", "lag")  # the others take as long
 SHORT, LONG = 64, 2000  # tokens of a prompt
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SKIPPED = 4  # tokens, in which kernels are compiled and the graph is made
 
 
@@ -125,26 +128,58 @@ def kernels(case: Case) -> int:
     return counts[1] - counts[0]
 
 
-def arrow_model(
-    config: PreTrainedConfig, device: torch.device, num_experts: int, folder: Path
-) -> PreTrainedModel:
-    """PEFT's own Arrow on as many random adapters."""
-    lora = LoraConfig(r=RANK, target_modules=TARGET_MODULES, init_lora_weights=False)
+def random_adapters(
+    config: PreTrainedConfig, num_experts: int, rank: int, folder: Path
+) -> list[str]:
+    """PEFT adapters on all linear layers; their folders."""
+    lora = LoraConfig(r=rank, target_modules=TARGET_MODULES, init_lora_weights=False)
     with torch.device("meta"):
         peft = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
     shapes = {n: p.shape for n, p in peft.named_parameters() if "lora_" in n}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     folders = []
     for e in range(num_experts):
-        path = folder / f"{config.hidden_size}-{e}"
+        path = folder / f"rank-{rank}-{e}"
         path.mkdir()
         peft.peft_config["default"].save_pretrained(path)
         weights = {
-            name.replace(".default", ""): (0.02 * torch.randn(shape, device=device)).cpu()
+            name.replace(".default", ""): 0.02 * torch.randn(shape, device=device).bfloat16().cpu()
             for name, shape in shapes.items()
         }
         save_file(weights, path / WEIGHTS_FILE)
         folders.append(str(path))
-    base = random_base(config, device)
+    return folders
+
+
+def memory(config: PreTrainedConfig, shape: str) -> dict[str, Any]:
+    """What `preflight` counts for ten experts of rank 16 and four columns of 1,024 tokens, and what
+    such a run takes at most, recorded, in gigabytes."""
+    num_rows, num_tokens, num_new = 4, 1024, 128
+    model = random_base(config, DEVICE)
+    library = random_library(model, 10, rank=16)
+    attach_(model, library)
+    hooks = [*follow(model), StepHook(model)]
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    plan = partial(random_plan, library, "spectr", num_rows)
+    Case(model, num_rows, plan, mode="graph", is_recorded=True)(num_tokens - num_new, num_new)
+    taken = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    for hook in hooks:
+        hook.remove()
+    with tempfile.TemporaryDirectory() as name:
+        config.save_pretrained(name)
+        folders = random_adapters(config, 10, 16, Path(name))
+        counted = preflight(name, folders, num_columns=num_rows, num_tokens=num_tokens)
+    found = {"case": "memory", "shape": shape, "taken_gb": taken / 1e9}
+    return found | {
+        f"{key}_gb": getattr(counted, key) / 1e9 for key in ("weights", "experts", "cache")
+    }
+
+
+def arrow_model(config: PreTrainedConfig, num_experts: int, folder: Path) -> PreTrainedModel:
+    """PEFT's own Arrow on as many random adapters."""
+    folders = random_adapters(config, num_experts, RANK, folder)
+    base = random_base(config, DEVICE)
     model: PreTrainedModel = create_arrow_model(base, folders, ArrowConfig(top_k=3)).eval()
     return model
 
@@ -179,6 +214,9 @@ class Bench:
             found = {"error": f"{type(error).__name__}: {error}"[:200]}
         row = {"case": name, "mode": case.mode, "rows": case.num_rows, **facts, **found}
         row["recorded"] = case.is_recorded
+        self.keep(row)
+
+    def keep(self, row: dict[str, Any]) -> None:
         print(row, flush=True)
         self.results.append(row)
         if self.output:
@@ -203,6 +241,8 @@ def measure_experts(
     attach_(model, library)
     hooks = [*follow(model), hook]
     for num_rows, mode, router in itertools.product((1, 4), ("eager", "graph"), routers):
+        if mode == "eager" and router not in EAGER:
+            continue
         plan = partial(random_plan, library, router, num_rows)
         bench.measure(router, Case(model, num_rows, plan, mode=mode), **facts)
         if router in ("spectr", "spectr-context"):
@@ -217,23 +257,28 @@ def main() -> None:
     options = arguments(__doc__)
     if not options.quick and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: no CUDA device was found; it needs one, or --quick")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = ("tiny",) if options.quick else ("Llama-3.2-3B", "Llama-3.1-8B")
     bench = Bench(options.json, 4 if options.quick else 32)
     for shape in shapes:
-        model = random_base(SHAPES[shape], device)
+        model = random_base(SHAPES[shape], DEVICE)
         measure_experts(bench, model, 8, ROUTERS, shape)
-        if shape != "Llama-3.1-8B":
-            measure_experts(bench, model, 1000, ("lag", "spectr"), shape)
-        del model
-        gc.collect()
         with tempfile.TemporaryDirectory() as folder:
-            theirs = arrow_model(SHAPES[shape], device, 8, Path(folder))
+            theirs = arrow_model(SHAPES[shape], 8, Path(folder))
             for num_rows in (1, 4):
                 case = Case(theirs, num_rows, lambda recorder: None)
                 bench.measure("PEFT Arrow", case, shape=shape, experts=8)
             del theirs, case
-        gc.collect()
+        if shape != "Llama-3.1-8B":  # of whose layers 1,000 take 60 GB
+            measure_experts(bench, model, 1000, ("lag",), shape)
+        del model
+        free_memory()
+        bench.keep(memory(SHAPES[shape], shape))
+        free_memory()
+
+
+def free_memory() -> None:
+    gc.collect()
+    if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
 
 

@@ -86,9 +86,13 @@ def random_base(
 
 
 def random_library(
-    model: PreTrainedModel, num_experts: int, dtype: torch.dtype = torch.bfloat16
+    model: PreTrainedModel,
+    num_experts: int,
+    *,
+    rank: int = RANK,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> ExpertLibrary:
-    """Experts of rank 8 on all linear layers, made where the model is, already aligned."""
+    """Experts on all linear layers, made where the model is, already aligned."""
     device = model.device
     layers = {
         f"model.{path}": layer
@@ -97,11 +101,11 @@ def random_library(
     }
     banks = []
     for paths, _ in shared_inputs(model, list(layers)):
-        num_rows, D_in = num_experts * RANK, layers[paths[0]].in_features
+        num_rows, D_in = num_experts * rank, layers[paths[0]].in_features
         sizes = [layers[path].out_features for path in paths]
         B = [torch.randn(num_rows, D, device=device, dtype=dtype) / D**0.5 for D in sizes]
         A = torch.randn(len(paths) * num_rows, D_in, device=device, dtype=dtype) / D_in**0.5
-        singular_values = [b.float().norm(dim=1).view(num_experts, RANK) for b in B]
+        singular_values = [b.float().norm(dim=1).view(num_experts, rank) for b in B]
         banks.append(
             ExpertBank(
                 paths=paths,

@@ -153,8 +153,8 @@ def _alignment_lines(machine: str) -> list[list[str]]:
 # --- a GPU ------------------------------------------------------------------------------------
 
 GPU_CASES = (
-    *("bare base", "base", "single:e0", "spectr", "spectr-paper", "arrow", "spectr-context", "lag"),
-    "PEFT Arrow",
+    *("bare base", "single:e0", "uniform", "spectr", "spectr-paper", "arrow", "norm", "lag"),
+    *("spectr-context", "PEFT Arrow"),
 )
 
 
@@ -164,16 +164,33 @@ def _gpu_rows(benchmark: str) -> list[Row]:
 
 
 def gpu_table() -> str:
-    """Tokens a second of each row, one line for each batch."""
-    rows, lines = _gpu_rows("gpu"), []
-    for shape, num_experts, num_rows in dict.fromkeys(
-        (row["shape"], row["experts"], row["rows"]) for row in rows
+    """Tokens a second of each row, and the ratio to the bare base: one line for each batch."""
+    rows = [row for row in _gpu_rows("gpu") if row["case"] != "memory" and not row["recorded"]]
+    lines = []
+    for shape, num_experts, num_rows, mode in dict.fromkeys(
+        (row["shape"], row["experts"], row["rows"], row["mode"]) for row in rows
     ):
-        of_batch = _those(rows, shape=shape, experts=num_experts, rows=num_rows)
-        found = [find(of_batch, case=case) for case in GPU_CASES]
-        speeds = [f"{row['tokens_per_second']:.1f}" if row else "" for row in found]
-        lines.append([shape, f"{num_experts:,}", str(num_rows), *speeds])
-    return markdown(["shape", "experts", "rows", *GPU_CASES], lines)
+        facts = {"shape": shape, "experts": num_experts, "rows": num_rows}
+        of_batch = _those(rows, **facts, mode=mode)
+        speeds = []
+        for case in GPU_CASES:
+            row = find(of_batch, case=case)
+            known = row is not None and "ratio" in row
+            speeds.append(f"{row['tokens_per_second']:.0f} ({row['ratio']:.2f})" if known else "")
+        if any(speeds[1:]):
+            lines.append([shape, f"{num_experts:,}", str(num_rows), mode, *speeds])
+    return markdown(["shape", "experts", "rows", "mode", *GPU_CASES], lines)
+
+
+def launches_table() -> str:
+    """Of one row that is not recorded."""
+    rows = _those(_gpu_rows("launches"), rows=1, recorded=False)
+    base = rows[0]
+    lines = [["bare base", f"{base['token, base']:,}", "1.00", f"{base['prompt, base']:,}", "1.00"]]
+    for row in rows:
+        cells = [[f"{row[w]:,}", f"{row[f'{w}, times']:.2f}"] for w in ("token", "prompt")]
+        lines.append([f"`{row['router']}`", *cells[0], *cells[1]])
+    return markdown(["router", "one token", "of the base", "a prompt", "of the base"], lines)
 
 
 def copies_table() -> str:
@@ -289,6 +306,7 @@ def aims_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "aims": aims_table,
     "gpu": gpu_table,
+    "launches": launches_table,
     "copies": copies_table,
     **{f"speed {machine}": partial(speed_table, machine) for machine in MACHINES},
     **{f"costs {machine}": partial(costs_table, machine) for machine in MACHINES},

@@ -6,7 +6,8 @@ tensors alone. What they need of a bank and of the rows is bound here, once for 
 Axes: R rows, T tokens, P projections of a bank, E experts, F of them kept by LAG's filter, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,39 +22,7 @@ from spectr_demo.gpu.operators import add_chosen_, project_kept, weigh_
 from spectr_demo.gpu.rules import Rule, Rules
 from spectr_demo.routing.bank import ExpertBank, Mixed
 
-
-class MixedToken:
-    """One token of each row at a bank: its layers choose when they add."""
-
-    def __init__(
-        self,
-        bank: ExpertBank,
-        rules: Rules,
-        z: Tensor,
-        kept: Tensor | None,
-        choices: "SlotsOfBank | None",
-    ) -> None:
-        """z: (R, P, F, r). kept: (R, P, F), where its experts are in the bank; None for all."""
-        self._bank = bank
-        self._rules = rules
-        self._z = z
-        self._kept = kept
-        self._choices = {} if choices is None else choices.buffers()
-
-    def add_(self, y: Tensor, place: int) -> Tensor:
-        """y (R, 1, D_out) with what the layer adds, in place."""
-        bank = self._bank
-        add_chosen_(
-            y.view(len(y), -1),
-            self._z,
-            bank.B[place],
-            place,
-            bank.singular_values,
-            self._rules,
-            kept=self._kept,
-            **self._choices,
-        )
-        return y
+BaseLayer = Callable[[Tensor], Tensor]
 
 
 class SlotsOfBank:
@@ -102,6 +71,8 @@ class FusedRouting:
         self._rules_for: dict[int, Rules] = {}  # any bank of so many experts
         self._rules_of: dict[ExpertBank, Rules] = {}
         self._slots_of: dict[ExpertBank, SlotsOfBank] = {}
+        self._outputs: dict[ExpertBank, list[Tensor]] = {}  # of layers that are still to run
+        self._stream: torch.cuda.Stream | None = None
         self._has_measures = all(group.measure for group in groups)
         self._rows = [Rule(is_merged=merged) for merged in is_merged]
         for group in groups:
@@ -119,14 +90,10 @@ class FusedRouting:
         """Whether it can route there. A router of which no measure is known is left to torch."""
         return self._has_measures and operators.serve(device)
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed | MixedToken:
+    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
         """What the bank's layers multiply by B*, from their input x (R, T, D_in)."""
-        if bank not in self._rules_of:
-            self._rules_of[bank] = self._rules(bank, len(x))
-        rules = self._rules_of[bank]
-        if x.shape[1] == 1:
-            return self._mix_token(bank, rules, x[:, 0])
         z = bank.project(x).flatten(0, 1)  # (R * T, P, E, r)
+        rules = self._rules(bank, len(x))
         if self._recorder is None or not self._groups:
             weigh_(z, bank.singular_values, rules)
         else:
@@ -138,25 +105,66 @@ class FusedRouting:
             _add_choices(self._recorder, bank, self._groups, of_rows)
         return Mixed(bank, z.view(*x.shape[:2], *z.shape[1:]), None)
 
-    def _mix_token(self, bank: ExpertBank, rules: Rules, x: Tensor) -> MixedToken:
-        """x: (R, D_in)."""
-        kept = None
-        num_kept = self._groups[0].num_scored if len(self._groups) == 1 else bank.num_experts
-        if num_kept < bank.num_experts and self._groups[0].is_whole:
-            arrows = bank.project_first(x)
-            z, kept = project_kept(x, bank.A, arrows, num_kept)
-        else:
-            z = bank.project(x)
-        slots = None
-        if self._recorder is not None and self._groups:
-            if bank not in self._slots_of:
-                slots = SlotsOfBank(self._recorder, self._groups, z, rules.most)
-                self._slots_of[bank] = slots
-                self._recorder.late[bank].append(slots)
-            slots = self._slots_of[bank]
-        return MixedToken(bank, rules, z, kept, slots)
+    def read_token(
+        self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
+    ) -> Tensor:
+        """A layer's output (R, 1, D_out) from x (R, 1, D_in). At the bank's first layer those of
+        all its layers are computed; the others have theirs already."""
+        if place > 0:
+            return self._outputs[bank].pop(0)
+        with self._beside(x.device) as stream:
+            z, kept = self._project(bank, x[:, 0])
+        ys = [base(x) for base in bases]
+        if stream is not None:
+            torch.cuda.current_stream(x.device).wait_stream(stream)
+        add_chosen_(
+            [y.view(len(y), -1) for y in ys],
+            z,
+            bank.B,
+            bank.singular_values,
+            self._rules(bank, len(x)),
+            kept=kept,
+            **self._slots(bank, z),
+        )
+        self._outputs[bank] = ys[1:]
+        return ys[0]
+
+    @contextmanager
+    def _beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+        """In a CUDA graph: a stream of its own, beside the base's products."""
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            yield None
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            yield self._stream
+
+    def _project(self, bank: ExpertBank, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z (R, P, F, r) from x (R, D_in), and where its experts are in the bank, (R, P, F); None
+        where they are all of it."""
+        group = self._groups[0] if len(self._groups) == 1 else None
+        if group is None or not group.is_whole or group.num_scored >= bank.num_experts:
+            return bank.project(x), None
+        return project_kept(x, bank.A, bank.project_first(x), group.num_scored)
+
+    def _slots(self, bank: ExpertBank, z: Tensor) -> dict[str, Tensor]:
+        """Where a token's choices are recorded."""
+        if self._recorder is None or not self._groups:
+            return {}
+        if bank not in self._slots_of:
+            most = self._rules(bank, len(z)).most
+            self._slots_of[bank] = SlotsOfBank(self._recorder, self._groups, z, most)
+            self._recorder.late[bank].append(self._slots_of[bank])
+        return self._slots_of[bank].buffers()
 
     def _rules(self, bank: ExpertBank, num_rows: int) -> Rules:
+        if bank not in self._rules_of:
+            self._rules_of[bank] = self._make_rules(bank, num_rows)
+        return self._rules_of[bank]
+
+    def _make_rules(self, bank: ExpertBank, num_rows: int) -> Rules:
         device, mean, std, constant = bank.A.device, None, None, None
         if any(group.calibration for group in self._groups):
             shape = num_rows, *bank.singular_values.shape[:2]
@@ -164,7 +172,9 @@ class FusedRouting:
             for group in self._groups:
                 if group.calibration is not None:
                     mean[group.rows], std[group.rows] = group.calibration.of(bank, group.score)
-        if not all(rule.measure for rule in self._rows):
+        if self._constant.is_folded:
+            constant = torch.ones(num_rows, *bank.singular_values.shape[:2], device=device)
+        elif not all(rule.measure for rule in self._rows):
             constant = self._constant.of(bank)[:, 0]
         if bank.num_experts not in self._rules_for:
             self._rules_for[bank.num_experts] = Rules.of(

@@ -1,10 +1,10 @@
 """A linear layer with experts attached: the untouched base layer, plus what a run's plan adds."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,17 @@ from transformers.cache_utils import Cache
 from spectr_demo.base.decoder import decoder_of
 from spectr_demo.cpu.kv_cache import grow_in_place_
 from spectr_demo.cpu.linear import forward_of
-from spectr_demo.engine.plan import Plan
+from spectr_demo.engine.plan import BaseLayer, Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 
-Place = tuple[ExpertBank, int]  # a bank, and the place of a layer among those that share it
+
+class Place(NamedTuple):
+    """Of a layer among those that share a bank. bases: what the base computes at each of them."""
+
+    bank: ExpertBank
+    number: int
+    bases: tuple[BaseLayer, ...]
 
 
 class _Running:
@@ -46,7 +52,7 @@ def routed(plan: Plan | None) -> Iterator[None]:
 class RoutedLinear(nn.Module):
     """`y = W x + delta(x)`; exactly `W x` where no plan is active or all its rows are base."""
 
-    run_base: Callable[[Tensor], Tensor]
+    run_base: BaseLayer
 
     def __init__(self, base_layer: nn.Module, path: str, places: Sequence[Place]) -> None:
         """places: one for each time that the layer runs in a pass."""
@@ -54,21 +60,22 @@ class RoutedLinear(nn.Module):
         self.base_layer = base_layer
         self.path = path
         self.places = places  # plain tensors, shared with the library: nothing to train or to save
-        self.__dict__["run_base"] = forward_of(base_layer)
+        self.__dict__["run_base"] = places[0].bases[places[0].number]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.run_base(x)
         running = _running.get()
         if running is None or running.plan.is_base_only:
-            return y
+            return self.run_base(x)
         if x.dim() != 3:
             raise ValueError(
                 f"{self.path} gets input of shape {tuple(x.shape)}, needed (rows, tokens, "
                 f"{x.shape[-1]}); layers that flatten the batch cannot be routed: leave them out "
                 "of the adapters' target modules"
             )
-        bank, place = self.places[0] if len(self.places) == 1 else self._place_now(running)
-        return running.plan.add(y, bank, place, x)
+        bank, number, bases = self.places[0] if len(self.places) == 1 else self._place_now(running)
+        if x.shape[1] == 1 and running.plan.is_static(x.device):
+            return running.plan.read_token(bank, number, bases, x)
+        return running.plan.add(self.run_base(x), bank, number, x)
 
     def __getattr__(self, name: str) -> Any:
         """Some models ask their linear layers for more than a product, such as `weight`."""
@@ -101,11 +108,13 @@ def attach_(model: nn.Module, library: ExpertLibrary) -> None:
             "...); a base without any was needed: call `detach()` of the model that has them, or "
             "load the base again"
         )
+    layers = {path: model.get_submodule(path) for bank in library.banks for path in bank.paths}
+    bases = {path: forward_of(layer) for path, layer in layers.items()}
     places: dict[str, list[Place]] = defaultdict(list)
     for bank in library.banks:
-        for place, path in enumerate(bank.paths):
-            places[path].append((bank, place))
-    layers = {path: model.get_submodule(path) for path in places}
+        of_bank = tuple(bases[path] for path in bank.paths)
+        for number, path in enumerate(bank.paths):
+            places[path].append(Place(bank, number, of_bank))
     _replace_(
         model, {layers[path]: RoutedLinear(layers[path], path, places[path]) for path in places}
     )

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.constant import ConstantRows
-from spectr_demo.engine.fused import FusedRouting
-from spectr_demo.engine.fused import MixedToken as MixedOnGpu
+from spectr_demo.engine.fused import BaseLayer, FusedRouting
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.rows import RouterRows, by_router
 from spectr_demo.engine.token import MixedToken, TokenPath
@@ -40,6 +39,16 @@ class Plan(Protocol):
         place: of the layer in its bank. The layers of a bank run in the order of their places, and
         all read the same x.
         """
+
+    def is_static(self, device: torch.device) -> bool:
+        """Whether one more token of each row is read there by `read_token`, not by `add`: at fixed
+        addresses, and without the host, so that it can be part of a CUDA graph."""
+
+    def read_token(
+        self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
+    ) -> Tensor:
+        """A layer's whole output (R, 1, D_out) from x (R, 1, D_in). bases: what the base computes
+        at each layer of the bank."""
 
     def end_pass(self, hidden: Tensor) -> None:
         """The layers have read them. hidden: (R, T, D), the decoder's last hidden states."""
@@ -84,11 +93,16 @@ class RoutingPlan:
         self._token_path = TokenPath(self.groups, self.constant, is_merged, recorder)
         self._fused = FusedRouting(routers, self.groups, self.constant, is_merged, recorder)
         # Of the banks of which a layer is still to run.
-        self._mixed: dict[ExpertBank, Mixed | MixedToken | MixedOnGpu] = {}
+        self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
 
     def is_static(self, device: torch.device) -> bool:
-        """Whether one more token is read there at fixed addresses, and the host is not asked."""
         return self._fused.serves(device)
+
+    def read_token(
+        self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
+    ) -> Tensor:
+        used = self.constant.used(bank)
+        return bases[place](x) if used is None else self._fused.read_token(used, place, bases, x)
 
     def begin_pass(self, input_ids: Tensor) -> None:
         if self.recorder is not None:
@@ -103,9 +117,7 @@ class RoutingPlan:
             mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
             return mixed.add_(y, place)
         # One token on a CPU is mixed for all layers, and added to the first, by compiled code.
-        of_token = None
-        if not self.is_static(x.device):
-            of_token = self._token_path.mix_and_add_(y, used, x)
+        of_token = self._token_path.mix_and_add_(y, used, x)
         mixed = of_token or self.mix(used, x)
         if len(bank.paths) > 1:
             self._mixed[bank] = mixed
@@ -115,7 +127,7 @@ class RoutingPlan:
         if self.recorder is not None:
             self.recorder.add_hidden(hidden)
 
-    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed | MixedOnGpu:
+    def mix(self, bank: ExpertBank, x: Tensor) -> Mixed:
         """Project, score, select, compose: what the bank's layers multiply by B*, from their input
         x (R, T, D_in).
 

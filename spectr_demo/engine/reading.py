@@ -20,6 +20,7 @@ from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.batches import read_after
+from spectr_demo.engine.fused import BaseLayer
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration, Measurement
@@ -47,6 +48,14 @@ class Listening:
         if place == 0:
             self.listen(bank, x)
         return y
+
+    def is_static(self, device: torch.device) -> bool:
+        return False
+
+    def read_token(
+        self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
+    ) -> Tensor:
+        raise NotImplementedError  # it is not static
 
     def end_pass(self, hidden: Tensor) -> None:
         pass

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from spectr_demo.engine.fused import BaseLayer
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.sampling import end_token_ids, pad_token_id
@@ -94,6 +95,14 @@ class SegmentPlan(LogitsProcessor):
         is_last = place == len(bank.paths) - 1
         mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
         return mixed.add_(y, place)
+
+    def is_static(self, device: torch.device) -> bool:
+        return False
+
+    def read_token(
+        self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
+    ) -> Tensor:
+        raise NotImplementedError  # it is not static
 
     def end_pass(self, hidden: Tensor) -> None:
         """Nothing is recorded."""

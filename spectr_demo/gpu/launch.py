@@ -119,7 +119,8 @@ def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[T
     """See `operators.project_kept`."""
     (N, P, E), D = arrows.shape, A.shape[1]
     r = len(A) // (P * E)
-    z, kept = A.new_empty(N, P, num_kept, r), A.new_empty(N, P, num_kept, dtype=torch.int32)
+    z = A.new_empty(N, P, num_kept, r, dtype=torch.float32)
+    kept = A.new_empty(N, P, num_kept, dtype=torch.int32)
     block_rank = next_power_of_2(r)
     with _on(x):
         kernels.project_kept[N * P, num_kept](

@@ -99,7 +99,7 @@ def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[T
     """`z = A* x` of the experts that LAG's filter keeps: those with the longest arrows.
 
     x: (N, D_in), any float dtype. A: (P * E * r, D_in). arrows: (N, P, E), the first entry of z of
-    each expert. num_kept: F, at most E. Returns z (N, P, F, r) in A's dtype, and kept (N, P, F)
+    each expert. num_kept: F, at most E. Returns z (N, P, F, r) float32, and kept (N, P, F)
     int32, the places of its experts, by falling length.
     """
     z, kept = torch.ops.spectr.project_kept(x, A, arrows, num_kept)
@@ -144,7 +144,8 @@ def _nothing(*args: Any) -> None:
 def _kept_on_meta(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     N, P, E = arrows.shape
     shape = N, P, num_kept
-    return A.new_empty(*shape, len(A) // (P * E)), A.new_empty(shape, dtype=torch.int32)
+    z = A.new_empty(*shape, len(A) // (P * E), dtype=torch.float32)
+    return z, A.new_empty(shape, dtype=torch.int32)
 
 
 for _name in ("add_chosen_", "weigh_", "project_kept"):

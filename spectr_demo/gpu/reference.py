@@ -91,7 +91,7 @@ def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[T
     A = A.view(P, E, -1, A.shape[1])
     factors = torch.stack([A[p, kept[:, p]] for p in range(P)], dim=1)  # (N, P, F, r, D_in)
     z = torch.einsum("npfrd,nd->npfr", factors.float(), x.to(A.dtype).float())
-    return z.to(A.dtype), kept.int()
+    return z, kept.int()
 
 
 def _mix(

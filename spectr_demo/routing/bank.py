@@ -19,6 +19,7 @@ from spectr_demo.routing.spectr import Aligned
 Zeros = Callable[..., Tensor]
 _NUMBER = re.compile(r"\.(\d+)\.")  # of a decoder layer: the first one that something is inside of
 _TOKENS_AT_ONCE = 32
+_SHORTER = 2**-8  # so short is a projection in float16, while it is multiplied
 # Measured on CPUs (docs/log.md). Copying an expert's factor for a token, and multiplying by the
 # copy, takes as long as multiplying the token by 2 experts. The calls around the copies take as
 # long as 16 more. A product with many tokens is up to 16 times as fast for each.
@@ -161,13 +162,13 @@ class ExpertBank:
         return P, E, r
 
     def project(self, x: Tensor) -> Tensor:
-        """`z = A* x` for every expert: (..., P, E, r) from (..., D_in), in the bank's dtype."""
-        z = linear(x.to(self.A.dtype), self.A)  # in 16 bits faster than a product with A.mT
-        return z.view(*x.shape[:-1], *self._shape)
+        """`z = A* x` for every expert: (..., P, E, r) from (..., D_in), in the bank's dtype, or
+        float32 where that is float16."""
+        return _product(x, self.A).view(*x.shape[:-1], *self._shape)
 
     def project_first(self, x: Tensor) -> Tensor:
         """The first entry of `z` alone, (..., P, E): the token along each expert's arrow."""
-        z = linear(x.to(self.A.dtype), self.A[:: self._shape[-1]])
+        z = _product(x, self.A[:: self._shape[-1]])
         return z.view(*x.shape[:-1], *self._shape[:2])
 
     def project_chosen(self, x: Tensor, experts: Tensor) -> Tensor:
@@ -220,10 +221,27 @@ class Mixed:
         return y
 
 
+def _product(x: Tensor, A: Tensor) -> Tensor:
+    """`x A^T`: (..., n) from (..., D_in) and (n, D_in), in A's dtype, or float32 of float16.
+
+    The rows of A have length 1, so a product is as long as x. Where its entries are near 1e4, as
+    in some bases, that is more than float16 can hold.
+    """
+    x = x.to(A.dtype)
+    if A.dtype != torch.float16:
+        return linear(x, A)  # in 16 bits faster than a product with A.mT
+    if A.is_cpu:
+        return linear(x.float(), A.float())
+    wide = torch.mm(x.flatten(0, -2), A.mT, out_dtype=torch.float32)
+    return wide.view(*x.shape[:-1], len(A))
+
+
 def _add_(y: Tensor, values: Tensor, B: Tensor) -> Tensor:
     """`y += values B` in place, of matrices or stacks of them, whatever their dtypes."""
     if y.dtype == values.dtype == B.dtype:
         return (y.addmm_ if y.dim() == 2 else y.baddbmm_)(values, B)
+    if B.dtype == torch.float16:
+        return y.add_((values * _SHORTER).half() @ B, alpha=1 / _SHORTER)
     return y.add_(values.to(B.dtype) @ B)
 
 

@@ -8,9 +8,11 @@ import torch
 from peft import PeftModel
 
 from spectr_demo.base.loading import load_base
+from spectr_demo.config import GenerationSettings
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.plan import RoutingPlan
+from spectr_demo.engine.static import TokenStep
 from spectr_demo.experts.library import load_experts
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.routers import ROUTERS, parse_router
@@ -107,3 +109,30 @@ def test_the_base_column_is_the_bare_base(model: SpectrModel) -> None:
             beside = model.model(ids).logits[0]
         alone = model.model(ids).logits[0]
     assert torch.equal(beside, alone)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, ["spectr"], ["single:red"], ["lag", "lag"]], ids=str)
+def test_a_graph_gives_what_its_kernels_give_one_by_one(
+    columns: list[str], model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = [IN_CONTEXT if column == "spectr-context" else column for column in columns]
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: replays.append(replay(self)))
+    graphed = model.compare(PROMPT, columns, max_new_tokens=12).trace
+    assert len(replays) >= 10
+    monkeypatch.setattr(TokenStep, "_capture", lambda self, form: None)
+    alone = model.compare(PROMPT, columns, max_new_tokens=12).trace
+    assert graphed is not None and alone is not None
+    for column, other in zip(graphed.columns, alone.columns, strict=True):
+        np.testing.assert_array_equal(column.token_ids, other.token_ids)
+        for part in ("experts", "weights", "scores", "logprob", "kl"):
+            np.testing.assert_array_equal(getattr(column, part), getattr(other, part))
+
+
+def test_a_run_is_cancelled_between_two_tokens(model: SpectrModel) -> None:
+    steps = model.stream(PROMPT, ["spectr"], GenerationSettings(max_new_tokens=200))
+    for _ in range(5):
+        next(steps)
+    steps.close()
+    assert model.generate(PROMPT, "spectr", max_new_tokens=4) is not None

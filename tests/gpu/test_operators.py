@@ -263,7 +263,7 @@ def test_each_is_one_operator_and_does_nothing_on_meta() -> None:
     assert counted.names == [
         f"spectr.{name}.default" for name in ("add_chosen_", "weigh_", "project_kept")
     ]
-    assert values.shape == (8, 2, 3, 6) and values.dtype == torch.float16
+    assert values.shape == (8, 2, 3, 6) and values.dtype == torch.float32
     assert kept.shape == (8, 2, 3) and kept.dtype == torch.int32
 
 
