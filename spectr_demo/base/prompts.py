@@ -18,18 +18,20 @@ Message = dict[str, str]
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
     """Token ids of a prompt in the base's chat template, ready for an answer.
 
-    A base without a chat template reads plain text. Raises ValueError if the prompt is empty, and
-    where the template refuses one of several messages or leaves it out.
+    A base without a chat template reads plain text. What a message holds is text: "<|im_end|>" in
+    it ends nothing. Raises ValueError if the prompt is empty, and where the template refuses one of
+    several messages or leaves it out.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not any(message["content"].strip() for message in messages):
         raise ValueError("the prompt is empty; write a question or an instruction")
     if tokenizer.chat_template is None:
         text = "\n".join(message["content"] for message in messages)
-        return list(tokenizer(text)["input_ids"])
+        return list(tokenizer(text, split_special_tokens=True)["input_ids"])
     if len(messages) > 1:  # that it shows one message is known since it was loaded
         check_shown(tokenizer, messages)
-    return list(apply_template(tokenizer, messages, return_dict=True)["input_ids"])
+    options = {"return_dict": True, "sanitize_control_tokens": True}
+    return list(apply_template(tokenizer, messages, **options)["input_ids"])
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
