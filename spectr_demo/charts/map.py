@@ -133,6 +133,8 @@ def _show_tokens(fig: go.Figure, column: ColumnTrace, window: int) -> None:
         # The ticks show the tokens; the categories stay unique, and are thinned to what fits.
         labelalias={str(t): axis_label(token) for t, token in enumerate(column.tokens)},
         range=[-0.5, min(T, window) - 0.5],
+        minallowed=-0.5,
+        maxallowed=T - 0.5,
         tickangle=-90,
         tickfont={"family": MONO, "size": 10},
         automargin=True,
@@ -141,8 +143,6 @@ def _show_tokens(fig: go.Figure, column: ColumnTrace, window: int) -> None:
     if window < T:
         fig.update_layout(margin={"b": 14})  # the labels make room for themselves
         fig.update_xaxes(
-            minallowed=-0.5,
-            maxallowed=T - 0.5,
             rangeslider={"visible": True, "thickness": 0.1, "bgcolor": "rgba(0,0,0,0)"},
         )
 

@@ -9,8 +9,17 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from spectr_demo.charts.colors import BASE_NAME, GREY, Groups, groups_of
-from spectr_demo.charts.style import INK, LAYER_PX, Theme, finish, ink_on, layer_axis, note
-from spectr_demo.charts.text import escape
+from spectr_demo.charts.style import (
+    INK,
+    LAYER_PX,
+    Theme,
+    finish,
+    ink_on,
+    layer_axis,
+    layers_of,
+    note,
+)
+from spectr_demo.charts.text import counted, escape
 from spectr_demo.trace import Part, RoutingTrace
 
 
@@ -27,11 +36,8 @@ def expert_share(trace: RoutingTrace, *, theme: Theme = "light") -> go.Figure:
             share = groups.reduce(trace.share(column.label, part))
             is_base = not column.is_routed and where.start < where.stop
             shares.append(np.append(share, np.float32(is_base)))
-            counts.append(num_tokens)
-        about = (
-            f"mean over the {part}'s %{{customdata}} routed tokens,<br>"
-            f"{trace.num_layers} layers, {len(trace.projections)} projections"
-        )
+            counts.append(counted(num_tokens, "routed token"))
+        about = f"mean over the {part}'s %{{customdata}},<br>{layers_of(trace)}"
         _add_stacked_bars(
             fig,
             groups,
@@ -84,8 +90,8 @@ def share_by_layer(
         places=np.arange(trace.num_layers),
         place_name="layer",
         about=(
-            f"mean over {num_tokens} routed tokens{of_part},<br>"
-            f"{len(trace.projections)} projections"
+            f"mean over {counted(num_tokens, 'routed token')}{of_part},<br>"
+            f"{counted(len(trace.projections), 'projection')}"
         ),
         row=1,
     )
@@ -104,7 +110,7 @@ def _add_stacked_bars(
     place_name: str,
     about: str,
     row: int,
-    customdata: list[int] | None = None,
+    customdata: list[str] | None = None,
 ) -> None:
     """One stacked bar per place; `values` is (n, S + 1), the last column the base model's."""
     names, colors = (*groups.names, BASE_NAME), (*groups.colors, GREY)

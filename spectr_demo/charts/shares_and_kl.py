@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from spectr_demo.charts.colors import GREY, groups_of, rgba
-from spectr_demo.charts.style import INK, Ink, Theme, empty_name, finish, mark_answer, note, part_of
+from spectr_demo.charts.style import (
+    INK,
+    Ink,
+    Theme,
+    empty_name,
+    finish,
+    layers_of,
+    mark_answer,
+    note,
+    part_of,
+)
 from spectr_demo.charts.text import escape, quoted
 from spectr_demo.trace import ColumnTrace, RoutingTrace
 
@@ -28,16 +38,13 @@ def share_along_text(
     """
     column, ink = trace.column(label), INK[theme]
     fig = make_subplots(
-        rows=2, cols=1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.07
+        rows=2, cols=1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.1
     )
     tokens = [
         f"<b>{quoted(token)}</b> ({part_of(column, t)})" for t, token in enumerate(column.tokens)
     ]
     around = f"{window} tokens around,<br>" if window > 1 else ""
-    about = (
-        f"<br>shares: mean of {around}{trace.num_layers} layers, "
-        f"{len(trace.projections)} projections"
-    )
+    about = f"<br>shares: mean of {around}{layers_of(trace)}"
     _add_tokens(fig, tokens, about)
     _add_shares(fig, trace, column, window)
     _add_kl(fig, column, tokens, ink)
@@ -45,16 +52,21 @@ def share_along_text(
     mark_answer(fig, column, ink)
     fig.update_layout(hovermode="x unified", dragmode="pan")
     few = {"dtick": 1} if column.num_tokens < 8 else {}  # no ticks between tokens
-    fig.update_xaxes(range=[-0.5, column.num_tokens - 0.5], showgrid=False, **few)
+    start, stop = -0.5, column.num_tokens - 0.5
+    fig.update_xaxes(range=[start, stop], minallowed=start, maxallowed=stop, showgrid=False, **few)
     fig.update_xaxes(title={"text": "token", "standoff": 4}, **_KL)
     fig.update_yaxes(range=[0, 1], tickformat=".0%", fixedrange=True, **_SHARES)
-    fig.update_yaxes(
-        title={"text": "KL (nats)", "standoff": 4},
-        rangemode="tozero",
-        nticks=4,
-        fixedrange=True,
-        automargin=True,
-        **_KL,
+    fig.update_yaxes(rangemode="tozero", nticks=4, fixedrange=True, automargin=True, **_KL)
+    # Above its axis: beside it, a title stands on ticks that are wide.
+    fig.add_annotation(
+        text="KL from the base, in nats",
+        x=0,
+        xref="paper",
+        xanchor="left",
+        y=1,
+        yref="y2 domain",
+        yanchor="bottom",
+        **note(ink.muted),
     )
     return fig
 

@@ -13,7 +13,17 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from spectr_demo.charts.colors import GREY, TIE_NAME, Groups, groups_of, rgba
-from spectr_demo.charts.style import INK, MONO, Ink, Theme, empty_name, finish, note, part_of
+from spectr_demo.charts.style import (
+    INK,
+    MONO,
+    Ink,
+    Theme,
+    empty_name,
+    finish,
+    layers_of,
+    note,
+    part_of,
+)
 from spectr_demo.charts.text import escape, literal, num_cells, pieces_of, quoted, shorten, visible
 from spectr_demo.trace import NOT_ROUTED, TIE_MARGIN, ColumnTrace, Part, RoutingTrace
 
@@ -147,7 +157,7 @@ def _token_hover(
     largest = [s for s in np.argsort(-share, kind="stable")[:4] if share[s] > 0]
     lines += [f"expert <b>{escape(groups.names[s])}</b>, weight {share[s]:.1%}" for s in largest]
     if largest:
-        lines.append(f"mean of {trace.num_layers} layers, {len(trace.projections)} projections")
+        lines.append(f"mean of {layers_of(trace)}")
     else:
         is_unread = column.is_routed and t == column.num_tokens - 1
         why = "the last token is not read" if is_unread else "no expert was used"

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import plotly.graph_objects as go
 
 from spectr_demo.charts.colors import BASE_NAME, luminance
+from spectr_demo.charts.text import counted
 from spectr_demo.trace import ColumnTrace, RoutingTrace
 
 Theme = Literal["light", "dark"]
@@ -78,6 +79,12 @@ def layer_axis(trace: RoutingTrace) -> dict[str, Any]:
     """Whole layers only, however few there are."""
     dtick = 5 if trace.num_layers > 12 else 1
     return {"title": {"text": "layer", "standoff": 6}, "dtick": dtick}
+
+
+def layers_of(trace: RoutingTrace) -> str:
+    """What a mean over a trace is taken over."""
+    num_projections = len(trace.projections)
+    return f"{counted(trace.num_layers, 'layer')}, {counted(num_projections, 'projection')}"
 
 
 def mark_answer(fig: go.Figure, column: ColumnTrace, ink: Ink) -> None:

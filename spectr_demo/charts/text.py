@@ -63,3 +63,8 @@ def num_cells(text: str) -> int:
         if unicodedata.category(c) not in {"Mn", "Me", "Cf"}:
             cells += 2 if unicodedata.east_asian_width(c) in "WF" else 1
     return cells
+
+
+def counted(num: int, noun: str) -> str:
+    """A number and its noun, such as "1 layer" and "2 layers"."""
+    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"

@@ -1,6 +1,8 @@
 """What all charts have in common: names, colours, escapes, themes, sizes."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -90,6 +92,26 @@ def test_every_chart_groups_the_small_experts_of_a_large_library(chart: Chart) -
 def test_an_unknown_column_is_an_error(trace: RoutingTrace, name: str) -> None:
     with pytest.raises(ValueError, match="unknown column 'nope'"):
         CHARTS[name](trace, "nope")
+
+
+@pytest.mark.parametrize("name", ["routing_map", "share_along_text"])
+@pytest.mark.parametrize("num_tokens", [1, 12, 200])
+def test_a_chart_that_pans_ends_where_its_tokens_end(name: str, num_tokens: int) -> None:
+    axis = CHARTS[name](sample_trace(num_tokens, num_layers=2)).layout.xaxis
+    assert (axis.minallowed, axis.maxallowed) == (-0.5, num_tokens - 0.5)
+
+
+def test_charts_of_one_layer_and_projection_say_so(chart: Chart) -> None:
+    trace = sample_trace(60, num_layers=1)
+    kept = {
+        name: (slice(None), slice(None), slice(0, 1)) for name in ("experts", "weights", "scores")
+    }
+    columns = tuple(
+        replace(c, **{name: getattr(c, name)[where] for name, where in kept.items()})
+        for c in trace.columns
+    )
+    shown = text_of(chart(replace(trace, projections=("q_proj",), columns=columns)))
+    assert not re.search(r"\b1 (layers|projections|routed tokens)", shown)
 
 
 def test_the_start_of_the_answer_is_marked(trace: RoutingTrace) -> None:

@@ -17,7 +17,9 @@ def test_expert_share_shows_prompt_and_answer_of_every_column(trace: RoutingTrac
             shown = [bars[name].x[at] for name in EXPERTS]
             np.testing.assert_allclose(shown, trace.share(label, part), atol=1e-6)
         assert list(bars["base model only"].x) == [1, 0, 0, 0]
-        assert f"the {part}'s %{{customdata}} routed tokens" in bars["code"].hovertemplate
+        assert f"mean over the {part}'s %{{customdata}},<br>" in bars["code"].hovertemplate
+        num = trace.is_token_routed("spectr")[trace.column("spectr").part_slice(part)].sum()
+        assert list(bars["code"].customdata)[3] == f"{num} routed tokens"
     assert "no answer in this trace" in text_of(charts.expert_share(sample_trace(5)))
 
 

@@ -24,6 +24,13 @@ def test_share_along_text_draws_smoothed_shares_over_the_kl(trace: RoutingTrace)
     assert len({charts.share_along_text(trace, "spectr", window=w).to_json() for w in (5, 9)}) == 2
 
 
+def test_the_title_of_the_kl_stands_above_its_axis(trace: RoutingTrace) -> None:
+    fig = charts.share_along_text(trace, "spectr")
+    assert fig.layout.yaxis2.title.text is None
+    (title,) = (a for a in fig.layout.annotations if a.text == "KL from the base, in nats")
+    assert (title.yref, title.y, title.yanchor) == ("y2 domain", 1, "bottom")
+
+
 def test_share_along_text_says_when_there_is_no_kl(trace: RoutingTrace) -> None:
     column = trace.column("spectr")
     bare = dataclasses.replace(column, kl=np.full(column.num_tokens, np.nan, np.float32))

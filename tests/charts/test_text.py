@@ -2,7 +2,7 @@
 
 import pytest
 
-from spectr_demo.charts.text import axis_label, escape, num_cells, pieces_of, shorten
+from spectr_demo.charts.text import axis_label, counted, escape, num_cells, pieces_of, shorten
 
 
 def test_nothing_that_plotly_reads_as_markup_is_left() -> None:
@@ -32,3 +32,7 @@ def test_a_tick_label_is_never_blank() -> None:
     assert axis_label(" the ") == "the"
     assert axis_label("  ") == "␣␣"
     assert axis_label("") == "␣"
+
+
+def test_one_of_a_thing_is_not_several() -> None:
+    assert [counted(n, "layer") for n in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
