@@ -18,7 +18,7 @@ from spectr_demo.engine.constant import ConstantRows
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.rows import RouterRows
 from spectr_demo.gpu import operators
-from spectr_demo.gpu.operators import add_chosen_, project_kept, weigh_
+from spectr_demo.gpu.operators import add_chosen_, project_kept, weigh
 from spectr_demo.gpu.rules import Rule, Rules
 from spectr_demo.routing.bank import ExpertBank, Mixed
 
@@ -95,12 +95,13 @@ class FusedRouting:
         z = bank.project(x).flatten(0, 1)  # (R * T, P, E, r)
         rules = self._rules(bank, len(x))
         if self._recorder is None or not self._groups:
-            weigh_(z, bank.singular_values, rules)
+            z = weigh(z, bank.singular_values, rules)
         else:
             shape = *z.shape[:2], rules.most
             places = torch.zeros(shape, dtype=torch.int32, device=z.device)
             weights, scores = (torch.zeros(shape, device=z.device) for _ in range(2))
-            weigh_(z, bank.singular_values, rules, places=places, weights=weights, scores=scores)
+            record = {"places": places, "weights": weights, "scores": scores}
+            z = weigh(z, bank.singular_values, rules, **record)
             of_rows = [part.view(*x.shape[:2], *shape[1:]) for part in (places, weights, scores)]
             _add_choices(self._recorder, bank, self._groups, of_rows)
         return Mixed(bank, z.view(*x.shape[:2], *z.shape[1:]), None)

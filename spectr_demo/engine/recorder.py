@@ -68,6 +68,11 @@ class Recorder:
         self._num_read += num_tokens
         self.num_in_slots += num_tokens == 1 and operators.serve(device)
 
+    def forget_token(self) -> None:
+        """The pass of one more token, which was begun last, did not run."""
+        self._num_read -= 1
+        self.num_in_slots -= 1
+
     def add_choice(self, bank: ExpertBank, row: int, choice: Choice) -> None:
         """Of one row, for the next tokens."""
         self._choices[row, bank].append(choice)

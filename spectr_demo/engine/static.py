@@ -69,6 +69,8 @@ class TokenStep:
         except RuntimeError as error:  # a base of which some part waits for the host
             logger.warning("tokens run without a CUDA graph: %s", error)
             self._has_failed = True
+            if self._plan.recorder is not None:
+                self._plan.recorder.forget_token()
             return
         self._graph = graph
 

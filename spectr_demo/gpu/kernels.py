@@ -325,6 +325,7 @@ def add_chosen(
 
 @triton.jit(do_not_specialize=["T"])
 def weigh(
+    weighed,
     z,
     T,
     singular_values,
@@ -347,10 +348,11 @@ def weigh(
     BLOCK_R: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """`operators.weigh_`; a program for each token and layer."""
+    """`operators.weigh`; a program for each token and layer."""
     token, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = token // T
     z += (token * P + place) * E * RANK
+    weighed += (token * P + place) * E * RANK
     places, weights, scores, _, _, dense = _choose(
         z,
         None,
@@ -382,16 +384,13 @@ def weigh(
     e = tl.arange(0, BLOCK_F)
     for start in range(0, RANK, BLOCK_R):
         i = start + tl.arange(0, BLOCK_R)
-        at = z + e[:, None] * RANK + i[None, :]
+        at = e[:, None] * RANK + i[None, :]
         inside = (e < E)[:, None] & (i < RANK)[None, :]
-        values = tl.load(at, mask=inside & (dense != 0)[:, None], other=0).to(tl.float32)
+        values = tl.load(z + at, mask=inside & (dense != 0)[:, None], other=0).to(tl.float32)
         values *= dense[:, None]
         if merges:
             values = dense[:, None] * tl.sum(values, axis=0)[None, :]
-        # Threads that share what they read do not wait for each other. None may write before all
-        # have read, to choose too.
-        tl.debug_barrier()
-        tl.store(at, values.to(z.dtype.element_ty), mask=inside)
+        tl.store(weighed + at, values.to(weighed.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from spectr_demo.gpu.rules import FlatRules
 
 _TILE = 8192  # entries that a program of four warps holds at once in float32
 _OPTIONS = {"enable_fp_fusion": True}  # Triton 3.9 warns where this is left open
-_COLUMNS = 64  # of y, of a program: few, so that a row's programs fill the GPU
+_COLUMNS = 128  # of y, of a program: few, so that a row's programs fill the GPU
 
 
 def add_chosen_(
@@ -82,21 +82,23 @@ def _sizes_of_token(
     }
 
 
-def weigh_(
+def weigh(
     z: Tensor,
     singular_values: Tensor,
     rules: FlatRules,
     places: Tensor | None,
     weights: Tensor | None,
     scores: Tensor | None,
-) -> None:
-    """See `operators.weigh_`."""
+) -> Tensor:
+    """See `operators.weigh`."""
     measure, *of_rows, constant, most = rules
     N, P, E, r = z.shape
     width = 0 if places is None else places.shape[2]
     room = max(most, width, 0 if constant is None else E)
+    weighed = torch.empty_like(z)
     with _on(z):
         kernels.weigh[N, P](
+            weighed,
             z,
             N // len(measure),
             singular_values,
@@ -113,6 +115,7 @@ def weigh_(
             **_blocks(E, r, room),
             **_OPTIONS,
         )
+    return weighed
 
 
 def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:

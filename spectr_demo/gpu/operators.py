@@ -31,7 +31,7 @@ _CHOICES = "Tensor(c!)? places, Tensor(d!)? weights, Tensor(e!)? scores"
 _SCHEMAS = (
     f"add_chosen_(Tensor(a!)[] ys, Tensor z, Tensor[] Bs, Tensor singular_values, {_RULES}, "
     f"Tensor? kept, {_CHOICES}, Tensor? step) -> ()",
-    f"weigh_(Tensor(a!) z, Tensor singular_values, {_RULES}, {_CHOICES}) -> ()",
+    f"weigh(Tensor z, Tensor singular_values, {_RULES}, {_CHOICES}) -> Tensor",
     "project_kept(Tensor x, Tensor A, Tensor arrows, int num_kept) -> (Tensor, Tensor)",
 )
 _NUM_RULES = len(fields(Rules))
@@ -75,7 +75,7 @@ def add_chosen_(
     )
 
 
-def weigh_(
+def weigh(
     z: Tensor,
     singular_values: Tensor,
     rules: Rules,
@@ -83,16 +83,20 @@ def weigh_(
     places: Tensor | None = None,
     weights: Tensor | None = None,
     scores: Tensor | None = None,
-) -> None:
-    """The same choice for any number of tokens: z (N, P, E, r) becomes what the bank's layers
-    multiply by B*, 0 for the experts that are not chosen. `y.addmm_(z[:, p].flatten(1), B[p])` is
-    then all that a layer adds.
+) -> Tensor:
+    """The same choice for any number of tokens: what the bank's layers multiply by B*.
+
+    That is (N, P, E, r) from z of that shape and dtype, 0 for the experts that are not chosen. With
+    it `y.addmm_(weighed[:, p].flatten(1), B[p])` is all that a layer adds.
 
     places (N, P, K_max) int16 or int32, weights and scores (N, P, K_max) float32: where given, what
     was chosen, as `add_chosen_` writes it. Rows that do not score leave theirs as they are.
     """
     assert len(z) % rules.num_rows == 0
-    torch.ops.spectr.weigh_(z, singular_values, *rules.flat, places, weights, scores)
+    weighed: Tensor = torch.ops.spectr.weigh(
+        z, singular_values, *rules.flat, places, weights, scores
+    )
+    return weighed
 
 
 def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +129,7 @@ def _code(is_cuda: bool) -> ModuleType:
 
 def _implementation(name: str, is_cuda: bool) -> Callable[..., Any]:
     """An operator with what its schema has, from the function of that name that takes `Rules`."""
-    start = {"add_chosen_": 4, "weigh_": 2}.get(name)
+    start = {"add_chosen_": 4, "weigh": 2}.get(name)
 
     def run(*args: Any) -> Any:
         function = getattr(_code(is_cuda), name)
@@ -148,7 +152,12 @@ def _kept_on_meta(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[
     return z, A.new_empty(shape, dtype=torch.int32)
 
 
-for _name in ("add_chosen_", "weigh_", "project_kept"):
+_ON_META: dict[str, Callable[..., Any]] = {
+    "add_chosen_": _nothing,
+    "weigh": lambda z, *args: torch.empty_like(z),
+    "project_kept": _kept_on_meta,
+}
+for _name, _on_meta in _ON_META.items():
     _library.impl(_name, _implementation(_name, is_cuda=True), "CUDA")
     _library.impl(_name, _implementation(_name, is_cuda=False), "CPU")
-    _library.impl(_name, _kept_on_meta if _name == "project_kept" else _nothing, "Meta")
+    _library.impl(_name, _on_meta, "Meta")

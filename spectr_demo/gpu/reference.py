@@ -63,25 +63,26 @@ def add_chosen_(
                 _write_(buffer[row, slot], part[0])
 
 
-def weigh_(
+def weigh(
     z: Tensor,
     singular_values: Tensor,
     flat: FlatRules,
     places: Tensor | None,
     weights: Tensor | None,
     scores: Tensor | None,
-) -> None:
-    """See `operators.weigh_`."""
+) -> Tensor:
+    """See `operators.weigh`."""
     rules = Rules.from_flat(flat)
-    T = len(z) // rules.num_rows
+    T, weighed = len(z) // rules.num_rows, torch.empty_like(z)
     for row in range(rules.num_rows):
         tokens, layers = slice(row * T, row * T + T), slice(0, z.shape[1])
         values, choice = _mix(z[tokens], singular_values, rules, row, layers, None)
-        z[tokens] = values.to(z.dtype)
+        weighed[tokens] = values.to(z.dtype)
         if choice is not None and places is not None:
             assert weights is not None and scores is not None
             for buffer, part in zip((places, weights, scores), choice, strict=True):
                 _write_(buffer[tokens], part)
+    return weighed
 
 
 def project_kept(x: Tensor, A: Tensor, arrows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:

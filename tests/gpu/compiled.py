@@ -42,10 +42,10 @@ def main() -> None:
         token = ys, z[:R].contiguous(), Bs, singular_values, rules.flat
         launch.add_chosen_(*token, kept, *choices, step)
         if kept is None:
-            launch.weigh_(z, singular_values, rules.flat, None, None, None)
+            launch.weigh(z, singular_values, rules.flat, None, None, None)
         else:
             z = z.new_zeros(R, P, case.E, case.r)
-            launch.weigh_(z, singular_values, rules.flat, *(part[:, 0] for part in choices))
+            launch.weigh(z, singular_values, rules.flat, *(part[:, 0] for part in choices))
             A = torch.zeros(P * case.E * case.r, 96, dtype=case.dtype)
             launch.project_kept(A[:R], A, torch.zeros(R, P, case.E), 20)
 

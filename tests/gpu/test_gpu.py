@@ -20,7 +20,7 @@ def test_kernels_add_what_the_reference_adds(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.kept], ids=lambda case: case.name)
 def test_kernels_weigh_as_the_reference_does(case: Case) -> None:
-    """Of many tokens, some met a thread that wrote what another one had yet to read."""
+    """Of many tokens: in place, some met what another thread had written."""
     check_weigh(replace(case, T=64), "cuda")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spectr_demo.gpu.operators import add_chosen_, project_kept, weigh_
+from spectr_demo.gpu.operators import add_chosen_, project_kept, weigh
 from spectr_demo.gpu.rules import Rule, Rules
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.routing.spectr import align, delta
@@ -109,17 +109,17 @@ def test_every_router_that_is_measured_adds_its_delta(is_merged: bool, code: Non
 
 
 def test_a_prompt_gets_what_its_tokens_get(code: None) -> None:
-    """`weigh_` and a product, against `add_chosen_` of each token."""
+    """`weigh` and a product, against `add_chosen_` of each token."""
     case = CASES[0]
     rules, z, Bs, singular_values, _ = inputs_of(case, "cpu")
     R, T = len(case.rows), case.T
     tokens = z.view(R, T, *z.shape[1:]).clone()
-    weigh_(z, singular_values, rules)
+    weighed = weigh(z, singular_values, rules)
     for t in range(T):
         ys = [torch.zeros(R, D) for D in case.D]
         add_chosen_(ys, tokens[:, t].contiguous(), Bs, singular_values, rules)
         for place, y in enumerate(ys):
-            of_prompt = z[:, place].flatten(1) @ Bs[place]
+            of_prompt = weighed[:, place].flatten(1) @ Bs[place]
             assert_close(of_prompt.view(R, T, -1)[:, t], y)
 
 
@@ -258,11 +258,12 @@ def test_each_is_one_operator_and_does_nothing_on_meta() -> None:
     arrows = torch.empty(8, 2, 5, device="meta")
     with Counted() as counted:
         add_chosen_(ys, z, Bs, S, rules)
-        weigh_(z, S, rules)
+        weighed = weigh(z, S, rules)
         values, kept = project_kept(x, A, arrows, 3)
     assert counted.names == [
-        f"spectr.{name}.default" for name in ("add_chosen_", "weigh_", "project_kept")
+        f"spectr.{name}.default" for name in ("add_chosen_", "weigh", "project_kept")
     ]
+    assert weighed.shape == z.shape and weighed.dtype == z.dtype
     assert values.shape == (8, 2, 3, 6) and values.dtype == torch.float32
     assert kept.shape == (8, 2, 3) and kept.dtype == torch.int32
 
@@ -279,5 +280,5 @@ def test_they_change_what_their_schemas_say() -> None:
 
     ys = [torch.ones(8, D) for D in CASES[0].D]
     check("add_chosen_", ys, z, Bs, S, *rules.flat, None, *record, torch.tensor([1]))
-    check("weigh_", z, S, *rules.flat, *(part[:, 0].contiguous() for part in record))
+    check("weigh", z, S, *rules.flat, *(part[:, 0].contiguous() for part in record))
     check("project_kept", torch.randn(3, 8), torch.randn(2 * 5 * 4, 8), torch.randn(3, 2, 5), 2)
