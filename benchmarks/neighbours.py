@@ -32,6 +32,8 @@ def main() -> None:
         model = SpectrModel(base, load_experts(shipped_experts(), base.model))
         changed = total = 0
         for example in EXAMPLES:
+            if not example.experts:
+                continue
             columns = ["base", f"single:{example.experts[0]}", "uniform", "spectr"]
             options = {"record": False, "max_new_tokens": num_tokens}
             together = model.compare(example.prompt, columns, **options)

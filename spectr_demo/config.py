@@ -26,10 +26,9 @@ WORKPLACE = Path() if IS_INSTALLED else _PACKAGE.parent
 # What answers where no router is named: the engine, the command line and the harness.
 DEFAULT_ROUTER = "spectr-context"
 # What is compared where no columns are named: no expert, all experts merged, SpectR as published,
-# and the default. The page has an expert chosen, which the command line has not: it shows that
-# one in the base's place.
+# and the default. The page adds the expert that fits, which it chooses from the prompt.
 DEFAULT_COLUMNS = ("base", "uniform", "spectr-paper", DEFAULT_ROUTER)
-PAGE_COLUMNS = ("single", *DEFAULT_COLUMNS[1:])
+PAGE_COLUMNS = ("base", "single", *DEFAULT_COLUMNS[1:])
 
 _LIBRARIES = ("spectr-demo", "torch", "transformers", "peft", "bitsandbytes")
 

@@ -3,18 +3,28 @@
 Everything that a model, an adapter or a visitor wrote is escaped here, and only here.
 """
 
+import datetime
 import html
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spectr_demo.charts import expert_colors, trace_colors
+from spectr_demo.charts.text import counted
 from spectr_demo.config import PAGE_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
+from spectr_demo.evaluation.tasks import TASKS
 from spectr_demo.experts import inspection
+from spectr_demo.experts.adapters import Adapter
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import NOT_ROUTED, TIE_MARGIN, RoutingTrace
+from spectr_demo.ui.examples import Example, example_of
+from spectr_demo.ui.grades import Grade, Verdict, grade, overall
+from spectr_demo.ui.recorded import Recording
 from spectr_demo.ui.run import Frame
 
 MAX_CHIPS = 24
@@ -23,15 +33,33 @@ MAX_CHECKED = 100  # experts whose pairs are compared when the page is made: a s
 _WEAKEST, _STRONGEST, _STEP = 14, 44, 6
 # The columns that are ticked when the page opens, in a few words each.
 _IN_SHORT = {
-    "single": "always the same one",
+    "base": "no expert",
+    "single": "the one that fits the prompt",
     "uniform": "all experts at once",
     "spectr-paper": "each token its own",
     "spectr-context": "each request its own",
 }
+# What a router chooses by, in words; a router that is not here is told by its equation.
+_BY = {
+    "arrow": "by |a* · x|, the expert’s main direction",
+    "spectr": "by ‖A* x‖",
+    "spectr-paper": "by ‖A* x‖",
+    "spectr-calibrated": "by ‖A* x‖ beside that of ordinary text",
+    "spectr-context": "by how far it stands out in the request",
+    "lag": "by ‖A* x‖, among the 20 with the best main direction",
+    "norm": "by ‖B A x‖, the length of its output",
+}
+_LINKS = {
+    "Paper": "https://arxiv.org/abs/2504.03454",
+    "Code": "https://github.com/spectr-demo/spectr-demo",
+    "Docs": "https://github.com/spectr-demo/spectr-demo/tree/main/docs",
+}
+_MARKS: dict[Verdict, str] = {"right": "✓", "partly right": "◐", "wrong": "✗"}
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 
 def header(model: SpectrModel) -> str:
-    """The sentence that says what this is, and the line that says what is loaded."""
+    """What this is in two sentences, where to read on, and what is loaded."""
     base, library = model.base, model.library
     dtype = str(base.compute_dtype).removeprefix("torch.")
     facts = (
@@ -40,23 +68,23 @@ def header(model: SpectrModel) -> str:
         f"computes in {dtype} on {base.device}",
     )
     colors = expert_colors(library.names)
-    chips = []
-    for adapter in library.adapters[:MAX_CHIPS]:
-        low, high = adapter.ranks
-        rank = f"rank {low}" if low == high else f"rank {low}–{high}"
-        size = f"{adapter.num_bytes / 1e6:.1f} MB"
-        chips.append(_chip(adapter.name, colors[adapter.name], f"{rank}, {size}"))
+    chips = [
+        _chip(number, adapter, colors[adapter.name])
+        for number, adapter in enumerate(library.adapters[:MAX_CHIPS])
+    ]
     if len(library.adapters) > MAX_CHIPS:
         chips.append(f'<span class="chip">and {len(library.adapters) - MAX_CHIPS} more</span>')
     experts = "".join(chips) or '<span class="chip">none loaded</span>'
+    links = " · ".join(
+        f'<a href="{url}" target="_blank" rel="noopener">{name}</a>' for name, url in _LINKS.items()
+    )
     return (
         '<header class="masthead"><h1>Every request finds its expert</h1>'
         "<p>One language model, several LoRA experts, and no trained router: the experts’ own "
-        "weights say what they are for. SpectR asks them at every token and layer. SpectR in "
-        "context asks them once for each request in a message, and leaves it to the base where no "
-        "expert stands out. Run a message to see the answers side by side.</p>"
+        "weights say what they are for. SpectR asks them at every token and layer, SpectR in "
+        f"context once for each request of a message. {links}</p>"
         f'<dl class="loaded"><dt>Base</dt><dd>{_escape(" · ".join(facts))}</dd>'
-        f"<dt>Experts</dt><dd>{experts}</dd>{_warnings(model)}</dl></header>"
+        f'<dt>Experts</dt><dd class="chips">{experts}</dd>{_warnings(model)}</dl></header>'
     )
 
 
@@ -85,40 +113,82 @@ def placeholder() -> str:
     )
 
 
-def answers(frame: Frame, expert_names: Sequence[str]) -> str:
-    """The columns of a run as cards; their tokens coloured as far as the frame's trace goes."""
+def answers(frame: Frame, expert_names: Sequence[str], prompt: str = "") -> str:
+    """The columns of a run as cards; their tokens coloured as far as the frame's trace goes.
+
+    prompt: of an example, whose finished answers are graded.
+    """
     colors = trace_colors(frame.trace) if frame.trace else expert_colors(expert_names)
+    example = example_of(prompt)
     cards = "".join(
-        _answer(frame, column, router, colors)
+        _answer(frame, column, router, colors, example)
         for column, router in zip(frame.columns, frame.routers, strict=True)
     )
     n = len(frame.columns)
-    return f'<div class="answers" style="--n:{n if n < 5 else 3}">{cards}</div>'
+    return f'<div class="answers" style="--n:{n if n < 6 else 3}">{cards}</div>'
+
+
+def about(prompt: str, num_columns: int, recording: Recording | None = None) -> str:
+    """The sentence that says what the cards show, and whether it was recorded."""
+    example = example_of(prompt)
+    ways = _NUMBERS[num_columns] if num_columns < len(_NUMBERS) else str(num_columns)
+    num = len(example.requests) if example else 1
+    what = "One message" if num == 1 else f"One message with {_NUMBERS[num]} requests"
+    graded = " and graded by the reference answer" if example else ""
+    sentence = (
+        f"{what}, answered {ways} ways{graded}: each token stands on the colour of the expert "
+        "that served it."
+    )
+    return f'<p class="about">{sentence}{_mark(recording) if recording else ""}</p>'
+
+
+def _mark(recording: Recording) -> str:
+    """That a run was recorded: when, with what, and how to have it live."""
+    day = datetime.date.fromisoformat(recording.date)
+    settings = recording.settings
+    how = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
+    facts = (
+        f"on {day.day} {day:%B %Y}",
+        recording.model,
+        recording.device,
+        f"{how}, up to {settings.max_new_tokens} tokens",
+        f"experts of commit {recording.commit}",
+    )
+    return (
+        f' <span class="recorded"><b>Recorded</b> {_escape(", ".join(facts))}. '
+        "<b>Run</b> answers it here and now.</span>"
+    )
 
 
 def title(router: RouterConfig) -> str:
     """A router's name for people."""
     name = ROUTERS[router.name].display_name
-    return name if router.expert is None else f"{name}: {router.expert}"
+    return f"{name}: {router.expert}" if router.expert else name
 
 
-def settings_in_words(router: RouterConfig, num_experts: int) -> str:
-    """What a router does with its experts, such as "the best 4 of 9 experts, equal weights"."""
+def settings_in_words(router: RouterConfig, num_experts: int, why: str = "") -> str:
+    """What a router does with its experts, such as "the best 4 of 9 experts, equal weights".
+
+    why: of a single expert that was chosen.
+    """
     if router.name == "base":
         return "no expert"
     if router.name == "single":
-        return "this expert for every token"
+        if not router.expert:
+            return "the expert that fits the prompt"
+        return f"{why}, for every token" if why else "this expert for every token"
     what = "factors merged" if router.composition == "parameters" else "outputs mixed"
     if router.name == "uniform":
-        return f"all {num_experts} experts at 1/{num_experts}, {what}"
-    reads_request = ROUTERS[router.name].reads_request
-    of = f"of {num_experts} per {'request' if reads_request else 'token and layer'}"
+        return f"all {counted(num_experts, 'expert')} at 1/{num_experts}, {what}"
+    row = ROUTERS[router.name]
+    of = f"of {num_experts} per {'request' if row.reads_request else 'token and layer'}"
+    by = _BY.get(router.name, f"by {row.equation}")
     if router.top_k == 1:
-        return f"K = 1: the best {of}"
+        return f"K = 1: the best {of}, {by}"
     weights = "equal weights"
     if router.weighting == "softmax":
         weights = f"softmax weights (temperature {router.temperature:g})"
-    return f"K = {router.top_k} {of}, {weights}, {what}"
+    return f"K = {router.top_k} {of}, {by}; {weights}, {what}"
 
 
 def notice(message: str) -> str:
@@ -134,7 +204,11 @@ def charts_caption(prompt: str) -> str:
 
 
 def _answer(
-    frame: Frame, column: ColumnOutput, router: RouterConfig, colors: Mapping[str, str]
+    frame: Frame,
+    column: ColumnOutput,
+    router: RouterConfig,
+    colors: Mapping[str, str],
+    example: Example | None,
 ) -> str:
     is_done = column.is_finished or frame.status == "finished"
     state = "finished" if is_done else frame.status
@@ -146,21 +220,43 @@ def _answer(
     }[state]
     facts = [f'<span class="state">{word}</span>']
     if column.num_tokens:
-        unit = "token" if column.num_tokens == 1 else "tokens"
-        facts.append(f"<span>{column.num_tokens} {unit}</span>")
+        facts.append(f"<span>{counted(column.num_tokens, 'token')}</span>")
     if column.tokens_per_second:
         facts.append(f"<span>{column.tokens_per_second:.1f} tokens/s</span>")
     body = _text(column, frame.trace, colors)
     if not body and is_done:
         body = '<span class="empty">ended without a word</span>'
     caret = '<span class="caret"></span>' if state in ("waiting", "running") else ""
-    words = settings_in_words(router, len(colors))
+    words = settings_in_words(router, len(colors), frame.why)
+    graded = _graded(grade(example, column.text)) if example and is_done else ""
     return (
         f'<article class="answer is-{state}"><header><h3>{_escape(title(router))}</h3>'
         f"<p>{words}</p>{_whom(column, router, frame.trace, colors)}</header>"
         f'<div class="text">{body}{caret}</div>'
         f"{_share_bar(column, frame.trace, colors)}"
-        f"<footer>{''.join(facts)}</footer></article>"
+        f"<footer>{''.join(facts)}</footer>{graded}</article>"
+    )
+
+
+def _graded(grades: list[Grade]) -> str:
+    """Right, partly right or wrong; the reference answers are one click away."""
+    verdict = overall(grades)
+    words = f"{_MARKS[verdict]} {verdict}"
+    if len(grades) > 1:
+        num_right = sum(each.verdict == "right" for each in grades)
+        words += f": {num_right} of {len(grades)}"
+    elif verdict == "partly right":
+        words += f": {grades[0].score:.2f}"
+    rows = "".join(
+        f"<li>{_MARKS[each.verdict]} <code>{_escape(each.request.answer)}</code> "
+        f"<small>{_escape(each.request.task or 'ordinary question')}, {each.metric}: "
+        f"{each.score:.2f}</small></li>"
+        for each in grades
+    )
+    kind = verdict.split()[0]
+    return (
+        f'<details class="grade is-{kind}"><summary><b>{words}</b> <u>reference</u></summary>'
+        f"<ol>{rows}</ol></details>"
     )
 
 
@@ -245,11 +341,44 @@ def _share_bar(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping
     return f'<div class="share">{"".join(parts)}</div>'
 
 
-def _chip(name: str, color: str, about: str) -> str:
+def _chip(number: int, adapter: Adapter, color: str) -> str:
+    """An expert's name and colour; what it does stands in a tip, for mouse, keyboard and finger."""
+    tip = "".join(f"<span>{_escape(line)}</span>" for line in _what_it_does(adapter))
     return (
-        f'<span class="chip"><i style="background:{color}"></i><b>{_escape(name)}</b> '
-        f"{_escape(about)}</span>"
+        f'<span class="has-tip"><button type="button" class="chip" aria-describedby="tip-{number}">'
+        f'<i style="background:{color}"></i><b>{_escape(adapter.name)}</b></button>'
+        f'<span role="tooltip" class="tip" id="tip-{number}">{tip}</span></span>'
     )
+
+
+def _what_it_does(adapter: Adapter) -> list[str]:
+    """Of an expert that this project trained: its task, an example, its score. Its size of any."""
+    low, high = adapter.ranks
+    rank = f"rank {low}" if low == high else f"rank {low}–{high}"
+    size = f"{rank}, {adapter.num_bytes / 1e6:.1f} MB"
+    record = _training_record(adapter)
+    if record is None:
+        return [size]
+    task, example, scores = record["task"], record["example"], record["scores"]
+    means = [f"{name} {scores[name]['all']['mean']:.2f}" for name in ("expert", "base")]
+    return [
+        TASKS[task].title if task in TASKS else task,
+        f"“{example['prompt']}” → {example['answer']}",
+        f"{record['metric']}, held-out prompts: {', '.join(means)}",
+        size,
+    ]
+
+
+def _training_record(adapter: Adapter) -> dict[str, Any] | None:
+    """What `train` wrote beside an adapter; None where there is none, or it is someone else's."""
+    try:
+        record = json.loads(Path(adapter.source, "scores.json").read_text(encoding="utf-8"))
+        is_ours = all(
+            isinstance(record["scores"][name]["all"]["mean"], float) for name in ("expert", "base")
+        ) and all(isinstance(record["example"][side], str) for side in ("prompt", "answer"))
+        return record if is_ours and isinstance(record["metric"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _escape(text: str) -> str:

@@ -5,7 +5,9 @@ from typing import Any
 
 import gradio as gr
 
+from spectr_demo.charts.text import counted
 from spectr_demo.config import GenerationSettings
+from spectr_demo.engine.run import Step
 from spectr_demo.routing.routers import parse_router
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, Steps
 
@@ -27,7 +29,8 @@ def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., lis
         """
         try:
             if not 1 <= len(columns) <= MAX_COLUMNS:
-                raise ValueError(f"there are {len(columns)} columns; give 1 to {MAX_COLUMNS}")
+                num = counted(len(columns), "column")
+                raise ValueError(f"the comparison has {num}; give 1 to {MAX_COLUMNS}")
             if max_new_tokens > MAX_NEW_TOKENS:
                 raise ValueError(
                     f"max_new_tokens is {max_new_tokens}; this server makes up to {MAX_NEW_TOKENS}"
@@ -39,8 +42,8 @@ def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., lis
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         *_, last = steps(prompt, routers, settings)
+        assert isinstance(last, Step) and last.trace is not None
         trace = last.trace
-        assert trace is not None
         answers = []
         for column in last.columns:
             share = trace.share(column.label, "answer").tolist()

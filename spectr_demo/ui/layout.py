@@ -12,7 +12,10 @@ from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import cards
 from spectr_demo.ui.examples import Example
 from spectr_demo.ui.figures import ALL_PROJECTIONS
+from spectr_demo.ui.recorded import SETTINGS, Recording
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, MIN_COLUMNS
+
+EXAMPLES_A_PAGE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +23,13 @@ class Layout:
     """The components that events read or write. form: by the names of `run.Form`'s fields."""
 
     view: gr.Textbox
+    look_again: gr.Button
     form: dict[str, Any]
     run: gr.Button
     stop: gr.Button
     examples: gr.Dataset
     notice: gr.HTML
+    about: gr.HTML
     answers: gr.HTML
     charts: gr.Column
     caption: gr.HTML
@@ -37,16 +42,23 @@ class Layout:
     charts_file: gr.DownloadButton
 
 
-def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
-    """Place all components, from the top of the page to its bottom."""
+def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recording | None) -> Layout:
+    """Place all components, from the top of the page to its bottom.
+
+    opening: a run of the first example, which is there from the start.
+    """
     parts: dict[str, Any] = {"view": gr.Textbox(visible="hidden", elem_id="view")}
+    with gr.Column(elem_classes="unseen"):
+        parts["look_again"] = gr.Button(elem_id="look-again")
+    first = examples[0].prompt
     gr.HTML(cards.header(model))
     with gr.Column(elem_id="ask"):
         with gr.Row():
             prompt = gr.Textbox(
                 label="Prompt",
+                value=first if opening else "",
                 placeholder="Ask something that an expert knows, or several things at once",
-                lines=3,
+                lines=2,
                 max_lines=12,
                 scale=6,
                 min_width=320,
@@ -56,20 +68,31 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...]) -> Layout:
                 parts["run"] = gr.Button("Run", variant="primary", elem_id="run")
                 parts["stop"] = gr.Button("Stop", interactive=False, elem_id="stop")
         parts["examples"] = gr.Dataset(
-            label="Examples that run with one click",
+            label="Examples, with recorded answers"
+            if opening
+            else "Examples that run with one click",
             components=[gr.Textbox(visible=False)],
             samples=[[example.prompt] for example in examples],
-            sample_labels=[example.label for example in examples],
-            samples_per_page=len(examples),
+            sample_labels=[example.title for example in examples],
+            samples_per_page=EXAMPLES_A_PAGE,
             type="index",
             elem_id="examples",
         )
-        form = {"prompt": prompt, **_columns(model.library.names)}
-        with gr.Accordion("Settings", open=False, elem_id="settings"):
+        with gr.Accordion("Columns and settings", open=False, elem_id="settings"):
+            form = {"prompt": prompt, **_columns(model.library.names)}
             form |= _settings(len(model.library.names))
     with gr.Column(elem_id="results"):
         parts["notice"] = gr.HTML(visible=False, elem_id="notice")
-        parts["answers"] = gr.HTML(cards.placeholder(), elem_id="answers")
+        parts["about"] = gr.HTML(
+            cards.about(first, len(opening.frame.columns), opening) if opening else "",
+            elem_id="about",
+        )
+        parts["answers"] = gr.HTML(
+            cards.answers(opening.frame, model.library.names, first)
+            if opening
+            else cards.placeholder(),
+            elem_id="answers",
+        )
     with gr.Column(visible=False, elem_id="charts") as charts:
         parts |= _charts(model.library.projections)
     if results := load_results():
@@ -88,8 +111,8 @@ def _columns(names: tuple[str, ...]) -> dict[str, Any]:
         )
         expert = gr.Dropdown(
             label="The single expert",
-            choices=list(names),
-            value=names[0] if names else None,
+            choices=[("the one that fits the prompt", ""), *((name, name) for name in names)],
+            value="",
             min_width=200,
             scale=1,
             elem_id="expert",
@@ -128,7 +151,7 @@ def _settings(num_experts: int) -> dict[str, Any]:
             minimum=8,
             maximum=MAX_NEW_TOKENS,
             step=8,
-            value=96,
+            value=SETTINGS.max_new_tokens,
             elem_id="max-new-tokens",
         )
         settings["temperature"] = gr.Slider(
@@ -139,8 +162,9 @@ def _settings(num_experts: int) -> dict[str, Any]:
             step=0.05,
             value=0,
         )
+        # Without a precision, which would round 3.7 and say nothing.
         settings["seed"] = gr.Number(
-            label="Seed", info="the same noise for every column", value=0, precision=0
+            label="Seed", info="the same noise for every column", value=0, elem_id="seed"
         )
     with gr.Accordion("Advanced", open=False):
         settings["router_temperature"] = gr.Number(

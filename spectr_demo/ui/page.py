@@ -11,13 +11,15 @@ import gradio as gr
 from spectr_demo.config import DEFAULT_ROUTER
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import RoutingTrace
-from spectr_demo.ui import cards, figures, style
+from spectr_demo.ui import cards, figures, recorded, style
 from spectr_demo.ui.endpoint import compare_with
 from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.figures import ALL_PROJECTIONS, View
 from spectr_demo.ui.layout import Layout, lay_out
-from spectr_demo.ui.run import Form, Frame, Steps, frames, gpu_seconds, model_steps
+from spectr_demo.ui.recorded import Recording
+from spectr_demo.ui.run import MAX_COLUMNS, Form, Frame, Steps, frames, gpu_seconds, model_steps
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +33,17 @@ Updates = dict[Any, Any]  # component -> its new value
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Session:
-    """What one visitor's page remembers: the last trace, and how to stop the run going on."""
+    """What one visitor's page remembers: the last trace, and how to stop the run going on.
+
+    view: what the trace's charts were drawn for, as the page reports itself. is_left: the page
+    shows something else by now, and nothing more of that run.
+    """
 
     trace: RoutingTrace | None = None
     prompt: str = ""
+    view: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
+    is_left: threading.Event = field(default_factory=threading.Event)
 
 
 def launch_options() -> dict[str, Any]:
@@ -57,16 +65,24 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
     if gpu is not None:
         steps = gpu(duration=gpu_seconds)(steps)
     examples = examples_for(model.library.names)
+    opening = recorded.find(examples[0], model)
     with gr.Blocks(
         title="SpectR: every request finds its expert",
         analytics_enabled=False,
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
     ) as page:
         session = gr.State(None, time_to_live=KEEP_SECONDS)
-        layout = lay_out(model, examples)
-        _wire_runs(layout, session, _Runner(model, steps, layout, session), examples)
-        _wire_charts(layout, session, page.GRADIO_CACHE)
+        layout = lay_out(model, examples, opening)
+        runner = _Runner(model, steps, layout, session)
+        run = _wire_runs(layout, session, runner)
+        if opening is None:
+            _wire_examples(layout, session, runner, examples)
+        else:
+            _wire_recordings(layout, session, runner, examples)
+        _wire_charts(layout, session, runner, opening, run)
+        _wire_files(layout, session, page.GRADIO_CACHE)
         page.load(None, None, layout.view, js=style.READ_VIEW, **PRIVATE)
+        page.load(None, None, None, js=style.WATCH_VIEW, **PRIVATE)
         gr.api(compare_with(steps, model.library.names), api_name="compare", **MODEL_QUEUE)
     release_threads()  # of loading and building: runs have threads of their own
     return page.queue(max_size=20, default_concurrency_limit=4)
@@ -82,13 +98,17 @@ class _Runner:
     @property
     def outputs(self) -> list[Any]:
         at = self.layout
-        controls = [self.session, at.answers, at.notice, at.run, at.stop]
+        controls = [self.session, at.about, at.answers, at.notice, at.run, at.stop]
         return [*controls, at.charts, at.caption, at.column, at.projection, *at.plots]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"inputs": [self.session, self.layout.view], "inputs_kwargs": self.layout.form}
 
     def run(self, before: Session | None, view: str, **choices: Any) -> Iterator[Updates]:
         """Answers as they are written, then the charts. An error leaves what was there."""
         before = before or Session()
-        now = Session(trace=before.trace, prompt=before.prompt)
+        now = Session(trace=before.trace, prompt=before.prompt, view=before.view)
         names = self.model.library.names
         try:
             form = Form(**choices)
@@ -96,7 +116,10 @@ class _Runner:
             self.model.encode(form.prompt)  # a wrong prompt is known before a GPU is asked for
             yield {self.session: now}  # from here on, Stop reaches this run
             for frame in frames(self.steps, form.prompt, routers, settings, now.stop):
-                yield self._show(frame, form.prompt, View.parse(view))
+                if now.is_left.is_set():
+                    yield {self.session: gr.skip()}  # Gradio sends what came last again
+                    return
+                yield self._show(frame, form.prompt, view)
         except ValueError as error:
             yield self._fail(str(error))
         except gr.Error as error:
@@ -108,32 +131,54 @@ class _Runner:
                 "it again, with fewer columns or tokens if memory ran out."
             )
 
-    def _show(self, frame: Frame, prompt: str, view: View) -> Updates:
+    def replay(self, example: Example, view: str) -> Updates:
+        """A recorded run, as if it had just ended."""
+        recording = recorded.find(example, self.model)
+        assert recording is not None
+        return self._show(recording.frame, example.prompt, view, recording)
+
+    def _show(
+        self, frame: Frame, prompt: str, view: str, recording: Recording | None = None
+    ) -> Updates:
         at = self.layout
-        updates: Updates = {at.answers: cards.answers(frame, self.model.library.names)}
+        updates: Updates = {
+            at.answers: cards.answers(frame, self.model.library.names, prompt),
+        }
         is_over = frame.status in ("finished", "stopped")
         if frame.status == "waiting" or is_over:
             updates |= {
+                at.about: cards.about(prompt, len(frame.columns), recording),
                 at.run: gr.update(interactive=is_over),
                 at.stop: gr.update(interactive=not is_over),
                 at.notice: gr.update(visible=False),
             }
-        if not is_over or frame.trace is None:
-            return updates
         # A chart loses its zoom at every change, so charts are drawn once, when all is known.
-        labels = frame.trace.labels
-        chosen = DEFAULT_ROUTER if DEFAULT_ROUTER in labels else labels[-1]
-        titles = map(cards.title, frame.routers)
-        plots = figures.draw(frame.trace, chosen, ALL_PROJECTIONS, view)
-        charts: Updates = {
-            self.session: Session(trace=frame.trace, prompt=prompt),
+        return updates | self.draw(frame, prompt, view) if is_over and frame.trace else updates
+
+    def draw(self, frame: Frame, prompt: str, view: str) -> Updates:
+        """The charts of a run, and the session that keeps its trace."""
+        at, trace = self.layout, frame.trace
+        assert trace is not None
+        columns = list(zip(frame.routers, trace.labels, strict=True))
+        # The default router's column; else one that chooses, or one with an expert.
+        chosen = min(
+            columns,
+            key=lambda column: (
+                column[0].name != DEFAULT_ROUTER,
+                not ROUTERS[column[0].name].chooses,
+                column[0].name == "base",
+            ),
+        )[1]
+        titles = [(cards.title(router), label) for router, label in columns]
+        plots = figures.draw(trace, chosen, ALL_PROJECTIONS, View.parse(view))
+        return {
+            self.session: Session(trace=trace, prompt=prompt, view=view),
             at.charts: gr.update(visible=True),
             at.caption: cards.charts_caption(prompt),
-            at.column: gr.update(choices=list(zip(titles, labels, strict=True)), value=chosen),
+            at.column: gr.update(choices=titles, value=chosen),
             at.projection: ALL_PROJECTIONS,
             **dict(zip(at.plots, plots, strict=True)),
         }
-        return updates | charts
 
     def _fail(self, message: str) -> Updates:
         at = self.layout
@@ -144,44 +189,81 @@ class _Runner:
         }
 
 
-def _wire_runs(
-    layout: Layout, session: gr.State, runner: _Runner, examples: tuple[Example, ...]
-) -> None:
-    def stop(now: Session | None) -> None:
-        if now is not None:
-            now.stop.set()
+def _stop(now: Session | None) -> None:
+    if now is not None:
+        now.stop.set()
 
-    def pick(now: Session | None, index: int) -> tuple[str, Any]:
-        """An example fills the form; a run still going makes room for it."""
-        stop(now)
-        example = examples[index]
-        return example.prompt, example.experts[0] if example.experts else gr.skip()
 
-    running: dict[str, Any] = {
+def _wire_runs(layout: Layout, session: gr.State, runner: _Runner) -> Any:
+    """Run and Stop. Returns the event of a run."""
+
+    def at_most(columns: list[str]) -> Any:
+        """A column too many is refused when it is ticked, not when it is run."""
+        if len(columns) <= MAX_COLUMNS:
+            return gr.skip()
+        gr.Warning(f"Up to {MAX_COLUMNS} columns run side by side: untick one first.")
+        return columns[:MAX_COLUMNS]
+
+    pressed = [layout.run.click, layout.form["prompt"].submit]
+    run = gr.on(pressed, **_running(runner))
+    gr.on([*pressed, layout.examples.click], None, js=style.SHOW_RESULTS, **PRIVATE)
+    layout.stop.click(_stop, session, None, queue=False, **PRIVATE)
+    columns = layout.form["columns"]
+    columns.input(at_most, columns, columns, show_progress="hidden", **PRIVATE)
+    return run
+
+
+def _running(runner: _Runner) -> dict[str, Any]:
+    return {
         "fn": runner.run,
-        "inputs": [session, layout.view],
-        "inputs_kwargs": layout.form,
+        **runner.inputs,
         "outputs": runner.outputs,
         "show_progress": "minimal",
-        "show_progress_on": layout.answers,
+        "show_progress_on": runner.layout.answers,
         **MODEL_QUEUE,
         **PRIVATE,
     }
-    pressed = [layout.run.click, layout.form["prompt"].submit]
-    gr.on(pressed, **running)
-    gr.on([*pressed, layout.examples.click], None, js=style.SHOW_RESULTS, **PRIVATE)
+
+
+def _wire_examples(
+    layout: Layout, session: gr.State, runner: _Runner, examples: tuple[Example, ...]
+) -> None:
+    """An example fills the prompt and runs; a run still going makes room for it."""
+
+    def pick(now: Session | None, index: int) -> str:
+        _stop(now)
+        return examples[index].prompt
+
     layout.examples.click(
-        pick,
-        [session, layout.examples],
-        [layout.form["prompt"], layout.form["expert"]],
-        queue=False,
+        pick, [session, layout.examples], layout.form["prompt"], queue=False, **PRIVATE
+    ).success(**_running(runner))
+
+
+def _wire_recordings(
+    layout: Layout, session: gr.State, runner: _Runner, examples: tuple[Example, ...]
+) -> None:
+    """An example fills the prompt and shows its recorded run; one still going ends unseen."""
+
+    def replay(now: Session | None, view: str, index: int) -> Updates:
+        if now is not None:
+            now.is_left.set()
+        _stop(now)
+        example = examples[index]
+        return {layout.form["prompt"]: example.prompt, **runner.replay(example, view)}
+
+    layout.examples.click(
+        replay,
+        [session, layout.view, layout.examples],
+        [layout.form["prompt"], *runner.outputs],
+        show_progress="hidden",
         **PRIVATE,
-    ).success(**running)
-    layout.stop.click(stop, session, None, queue=False, **PRIVATE)
+    )
 
 
-def _wire_charts(layout: Layout, session: gr.State, cache: str) -> None:
-    """Charts and files come from the session's trace, without running anything again."""
+def _wire_charts(
+    layout: Layout, session: gr.State, runner: _Runner, opening: Recording | None, run: Any
+) -> None:
+    """Charts come from the session's trace, without running anything again."""
 
     def redraw(now: Session, label: str, projection: str, view: str) -> list[Any]:
         assert now.trace is not None
@@ -191,6 +273,26 @@ def _wire_charts(layout: Layout, session: gr.State, cache: str) -> None:
         assert now.trace is not None
         return figures.draw_map(now.trace, label, projection, View.parse(view))
 
+    def look(now: Session | None, label: str, projection: str, view: str) -> Updates:
+        """The page has loaded, or has another theme or width now."""
+        if now is None and opening is not None:
+            return runner.draw(opening.frame, layout.form["prompt"].value, view)
+        if now is None or now.trace is None or now.view == view:
+            return {session: gr.skip()}
+        seen = Session(trace=now.trace, prompt=now.prompt, view=view, stop=now.stop)
+        plots = redraw(now, label, projection, view)
+        return {session: seen, **dict(zip(layout.plots, plots, strict=True))}
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+    shown = [session, layout.column, layout.projection, layout.view]
+    layout.column.input(redraw, shown, layout.plots, **quiet)
+    layout.projection.input(redraw_map, shown, layout.plots[1], **quiet)
+    layout.look_again.click(None, None, layout.view, js=style.READ_VIEW, **PRIVATE)
+    layout.view.change(look, shown, runner.outputs, **quiet)
+    run.then(look, shown, runner.outputs, **quiet)  # what changed while it ran
+
+
+def _wire_files(layout: Layout, session: gr.State, cache: str) -> None:
     def make_trace_file(now: Session) -> str:
         assert now.trace is not None
         return figures.trace_file(now.trace, cache)
@@ -200,9 +302,6 @@ def _wire_charts(layout: Layout, session: gr.State, cache: str) -> None:
         return figures.charts_file(now.trace, now.prompt, cache)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-    shown = [session, layout.column, layout.projection, layout.view]
-    layout.column.input(redraw, shown, layout.plots, **quiet)
-    layout.projection.input(redraw_map, shown, layout.plots[1], **quiet)
     for button, make, file in (
         (layout.get_trace, make_trace_file, layout.trace_file),
         (layout.get_charts, make_charts_file, layout.charts_file),

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import gradio as gr
 
-from spectr_demo.config import GenerationSettings, RouterConfig
+from spectr_demo.charts.text import counted
+from spectr_demo.config import DEFAULT_ROUTER, GenerationSettings, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step, unique_labels
-from spectr_demo.routing.routers import parse_router
+from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.trace import RoutingTrace
 
 MIN_COLUMNS, MAX_COLUMNS = 2, 6
@@ -21,58 +22,166 @@ MAX_NEW_TOKENS = 512
 FRAME_SECONDS = 0.08  # about 12 frames a second: more are not seen, and cost the browser
 TRACE_EVERY = 8  # tokens between two colourings of the answers
 
-Steps = Callable[[str, Sequence[RouterConfig], GenerationSettings], Generator[Step, None, None]]
+# A single expert that is still to be chosen, when the prompt is read.
+FITTING = RouterConfig(name="single", expert="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The expert that was chosen for `FITTING`. why: in a few words."""
+
+    expert: str
+    why: str
+
+
+# A run of the model; where `FITTING` is among its routers, the choice comes before the steps.
+Steps = Callable[
+    [str, Sequence[RouterConfig], GenerationSettings], Generator[Choice | Step, None, None]
+]
 Status = Literal["waiting", "running", "finished", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """The visitor's choices. Where a router has a setting of its own, "" or 0 leaves it alone."""
+    """The visitor's choices. Where a router has a setting of its own, "" or 0 leaves it alone.
+
+    expert: of the column of a single expert; "" or None chooses the one that fits the prompt.
+    Numbers are as the page sends them: a field that was emptied is None.
+    """
 
     prompt: str
     columns: Sequence[str]
     expert: str | None
-    top_k: int
+    top_k: float | None
     weighting: str
     composition: str
     router_temperature: float | None
-    temperature: float
-    max_new_tokens: int
-    seed: int
+    temperature: float | None
+    max_new_tokens: float | None
+    seed: float | None
 
     def routers(self, expert_names: Sequence[str]) -> list[RouterConfig]:
-        """The columns' routers. ValueError says what is wrong with the choice."""
-        if not MIN_COLUMNS <= len(self.columns) <= MAX_COLUMNS:
+        """The columns' routers, in the order of the table of routers.
+
+        ValueError says what is wrong with the choice.
+        """
+        num = len(self.columns)
+        if not MIN_COLUMNS <= num <= MAX_COLUMNS:
             raise ValueError(
-                f"the comparison has {len(self.columns)} columns; it takes {MIN_COLUMNS} to "
-                f"{MAX_COLUMNS}: tick some more, or fewer, under “Columns”"
+                f"the comparison has {counted(num, 'column')}; it takes {MIN_COLUMNS} to "
+                f"{MAX_COLUMNS}: tick {'more' if num < MIN_COLUMNS else 'fewer'} under “Columns”"
             )
-        return [
-            parse_router(
-                f"single:{self.expert}" if name == "single" else name,
-                expert_names,
-                top_k=self.top_k or None,
-                weighting=self.weighting or None,
-                composition=self.composition or None,
-                temperature=self.router_temperature or None,
+        routers = [self._router(name, expert_names) for name in self.columns]
+        self._check_settings_are_used(routers)
+        return sorted(routers, key=lambda router: list(ROUTERS).index(router.name))
+
+    def _router(self, name: str, expert_names: Sequence[str]) -> RouterConfig:
+        if name == "single":
+            return parse_router(f"single:{self.expert}", expert_names) if self.expert else FITTING
+        router = parse_router(
+            name,
+            expert_names,
+            top_k=_whole(self.top_k) or None,
+            weighting=self.weighting or None,
+            composition=self.composition or None,
+        )
+        if not _softens(router):
+            return router
+        return parse_router(router, expert_names, temperature=self.router_temperature or None)
+
+    def _check_settings_are_used(self, routers: Sequence[RouterConfig]) -> None:
+        """A setting that no column uses would be a comparison that is not what it says."""
+        unused = [
+            f"{what} is {value}, and none of the columns uses it: it needs {needed}"
+            for what, value, is_used, needed in (
+                ("experts at once (K)", self.top_k, _chooses, "a router that chooses"),
+                ("weights", self.weighting, _mixes, "a router that mixes K > 1 experts"),
+                ("composition", self.composition, _composes, "a router that mixes K > 1 experts"),
+                (
+                    "router temperature",
+                    self.router_temperature,
+                    _softens,
+                    "a router with softmax weights of K > 1 experts",
+                ),
             )
-            for name in self.columns
+            if value and not any(map(is_used, routers))
         ]
+        if unused:
+            raise ValueError(
+                "; ".join(unused) + ". Tick such a router, or set it back to the router’s own."
+            )
 
     def settings(self) -> GenerationSettings:
-        return GenerationSettings(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
-        )
+        """ValueError says which number is missing or wrong."""
+        numbers: dict[str, Any] = {
+            "max_new_tokens": _whole(self.max_new_tokens),
+            "temperature": self.temperature,
+            "seed": _whole(self.seed),
+        }
+        if empty := [name for name, value in numbers.items() if value is None]:
+            raise ValueError(
+                f"{', '.join(empty)}: no number is given; write one under “Columns and settings”"
+            )
+        return GenerationSettings(**numbers)
+
+
+def _whole(number: float | None) -> float | None:
+    """A browser sends 3 as 3.0, too; 3.7 stays what it is, and is refused where it is used."""
+    return int(number) if number is not None and float(number).is_integer() else number
+
+
+def _chooses(router: RouterConfig) -> bool:
+    return ROUTERS[router.name].chooses
+
+
+def _mixes(router: RouterConfig) -> bool:
+    return _chooses(router) and router.top_k is not None and router.top_k > 1
+
+
+def _composes(router: RouterConfig) -> bool:
+    return _mixes(router) or router.name == "uniform"
+
+
+def _softens(router: RouterConfig) -> bool:
+    return _mixes(router) and router.weighting == "softmax"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What to show at one moment. trace: the last one so far; it may be some tokens behind."""
+    """What to show at one moment.
+
+    trace: the last one so far; it may be some tokens behind. why: of the single expert, if it was
+    chosen.
+    """
 
     columns: tuple[ColumnOutput, ...]
     routers: tuple[RouterConfig, ...]
     status: Status
     trace: RoutingTrace | None = None
+    why: str = ""
+
+
+def fitting_expert(model: SpectrModel, prompt: str) -> Choice:
+    """The expert that the default router would give the prompt; the first of several.
+
+    Raises ValueError where no expert is loaded.
+    """
+    names = model.library.names
+    lanes = model.lanes(parse_router(DEFAULT_ROUTER, names), model.encode(prompt))
+    for number, lane in enumerate(lanes, start=1):
+        if lane.expert is not None:
+            why = f"the expert of request {number} of {len(lanes)}"
+            return Choice(
+                expert=names[lane.expert], why=why if len(lanes) > 1 else "the expert that fits"
+            )
+    assert lanes[0].standing is not None
+    nearest = int(lanes[0].standing.argmax())
+    return Choice(expert=names[nearest], why="none stands out; this one is nearest")
+
+
+def chosen(routers: Sequence[RouterConfig], choice: Choice) -> tuple[RouterConfig, ...]:
+    """The routers with the chosen expert in the place of `FITTING`."""
+    return tuple(replace(r, expert=choice.expert) if r == FITTING else r for r in routers)
 
 
 def model_steps(model: SpectrModel) -> Steps:
@@ -80,8 +189,12 @@ def model_steps(model: SpectrModel) -> Steps:
 
     def steps(
         prompt: str, routers: Sequence[RouterConfig], settings: GenerationSettings
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[Choice | Step, None, None]:
         try:
+            if FITTING in routers:
+                choice = fitting_expert(model, prompt)
+                routers = chosen(routers, choice)
+                yield choice
             run = model.stream(prompt, routers, settings, record=True, trace_every=TRACE_EVERY)
         except ValueError as error:
             # Of the errors that leave a ZeroGPU worker, only Gradio's own keep their text.
@@ -127,6 +240,9 @@ def frames(
     shown_at = -math.inf
     with closing(steps(prompt, routers, settings)) as run:
         for step in run:
+            if isinstance(step, Choice):
+                frame = replace(frame, routers=chosen(routers, step), why=step.why)
+                continue
             frame = replace(
                 frame,
                 columns=step.columns,

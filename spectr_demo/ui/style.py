@@ -5,13 +5,26 @@ from pathlib import Path
 import gradio as gr
 
 CSS = Path(__file__).with_name("style.css")
-# On loading, the page tells the server which theme it has, and how many characters of the token
+# The page tells the server which theme it has, and how many characters of the token
 # strip fit a line: figures are drawn on the server. 8 px a character, 40 px of padding.
 READ_VIEW = """() => {
   const page = document.querySelector('.gradio-container') ?? document.body;
   const isDark = document.querySelector('.dark') !== null;
   const width = Math.min(page.clientWidth, 1240);
   return `${isDark ? 'dark' : 'light'} ${Math.floor((width - 72) / 8)}`;
+}"""
+
+# And it does so again when the theme or the width has changed.
+WATCH_VIEW = """() => {
+  let timer;
+  const lookAgain = () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => document.querySelector('#look-again').click(), 300);
+  };
+  const isOf = {attributes: true, attributeFilter: ['class']};
+  const observer = new MutationObserver(lookAgain);
+  [document.documentElement, document.body].forEach((part) => observer.observe(part, isOf));
+  window.addEventListener('resize', lookAgain);
 }"""
 
 # On a phone the answers are below the form: a run brings them into view.

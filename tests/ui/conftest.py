@@ -3,11 +3,16 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import gradio as gr
 import pytest
 
 from spectr_demo import ui
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.ui import recorded
+from spectr_demo.ui.examples import EXAMPLES
+from spectr_demo.ui.recorded import Recording
 
 
 @pytest.fixture
@@ -25,6 +30,21 @@ def serve() -> Iterator[Callable[[gr.Blocks], str]]:
     yield launch
     for page in served:
         page.close()
+
+
+# The one example that fits experts of any name.
+FRANCE = next(e for e in EXAMPLES if not e.experts)
+
+
+@pytest.fixture
+def recording(
+    routed_model: SpectrModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Recording:
+    """That of the tiny model, in the place of the shipped ones."""
+    monkeypatch.setattr(recorded, "FOLDER", tmp_path)
+    path = tmp_path / f"{FRANCE.key}.npz"
+    recorded.record(FRANCE, routed_model, date="2026-12-01", commit="abc1234").save(path)
+    return recorded.load(path)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """The page's own HTML."""
 
 import html as html_module
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
 from spectr_demo.ui import cards
-from spectr_demo.ui.run import Frame
+from spectr_demo.ui.examples import EXAMPLES
+from spectr_demo.ui.run import FITTING, Frame
 from tests.trace_samples import sample_trace
 
 NAMES = ("chat", "code", "math", "sql")
@@ -114,14 +117,74 @@ def test_each_column_says_how_far_it_is(status: str, is_finished: bool, word: st
         (parse_router("uniform", NAMES), "all 4 experts at 1/4, outputs mixed"),
         (parse_router("uniform", NAMES, composition="parameters"), "factors merged"),
         (parse_router("spectr", NAMES), "K = 1: the best of 4 per token and layer"),
-        (parse_router("spectr", NAMES, top_k=2), "K = 2 of 4 per token and layer, equal weights"),
+        (
+            parse_router("spectr", NAMES, top_k=2),
+            "K = 2 of 4 per token and layer, by ‖A* x‖; equal",
+        ),
         (parse_router("spectr-context", NAMES), "K = 1: the best of 4 per request"),
-        (parse_router("spectr-context", NAMES, top_k=2), "K = 2 of 4 per request, equal weights"),
+        (
+            parse_router("spectr-context", NAMES, top_k=2),
+            "stands out in the request; equal weights",
+        ),
         (parse_router("arrow", NAMES, temperature=0.5), "softmax weights (temperature 0.5)"),
     ],
 )
 def test_settings_are_told_in_words(router: RouterConfig, words: str) -> None:
     assert words in cards.settings_in_words(router, len(NAMES))
+
+
+def test_no_two_routers_are_told_in_the_same_words() -> None:
+    routers = [parse_router(name, NAMES) for name in ROUTERS if name != "single"]
+    words = [cards.settings_in_words(router, len(NAMES)) for router in routers]
+    assert len(set(words)) == len(words)
+    one = [
+        cards.settings_in_words(parse_router(name, NAMES[:1]), 1)
+        for name in ROUTERS
+        if name != "single"
+    ]
+    assert "all 1 expert at 1/1" in " ".join(one)
+
+
+def test_a_single_expert_says_how_it_was_chosen() -> None:
+    fitting, single = FITTING, parse_router("single:sql", NAMES)
+    assert cards.title(fitting) == "Single expert"
+    assert cards.settings_in_words(fitting, 4) == "the expert that fits the prompt"
+    frame = frame_of("text", routers=(single,), why="the expert of request 1 of 2")
+    html = cards.answers(frame, NAMES)
+    assert "Single expert: sql" in html
+    assert "the expert of request 1 of 2, for every token" in html
+
+
+EXAMPLE = next(e for e in EXAMPLES if len(e.requests) == 2)
+REFERENCE = "\n".join(request.answer for request in EXAMPLE.requests)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        (REFERENCE, "✓ right: 2 of 2"),
+        (EXAMPLE.requests[0].answer, "◐ partly right: 1 of 2"),
+        ("nothing", "✗ wrong: 0 of 2"),
+    ],
+)
+def test_a_finished_answer_of_an_example_is_graded(text: str, verdict: str) -> None:
+    html = cards.answers(frame_of(text, status="finished"), NAMES, EXAMPLE.prompt)
+    assert f"<b>{verdict}</b>" in html
+    for request in EXAMPLE.requests:
+        assert html_module.escape(request.answer) in html
+
+
+def test_only_what_has_a_reference_and_an_end_is_graded() -> None:
+    assert "grade" not in cards.answers(frame_of(REFERENCE), NAMES, EXAMPLE.prompt)
+    assert "grade" not in cards.answers(frame_of(REFERENCE, status="finished"), NAMES, "hello")
+
+
+def test_one_sentence_says_what_is_shown() -> None:
+    assert "One message with two requests, answered five ways" in cards.about(EXAMPLE.prompt, 5)
+    typed = cards.about("hello", 2)
+    assert "One message, answered two ways: " in typed
+    assert "graded" not in typed
+    assert "Recorded" not in typed
 
 
 def lanes_trace(lanes: Sequence[tuple[int, ...]], answers: Sequence[Sequence[str]]) -> RoutingTrace:
@@ -221,6 +284,43 @@ def test_the_header_says_what_is_loaded(routed_model: SpectrModel) -> None:
         assert fact in html
     for color in expert_colors(routed_model.library.names).values():
         assert color in html
+    assert re.findall(
+        r'<a href="https://[^"]+" target="_blank" rel="noopener">(\w+)</a>', html
+    ) == [
+        "Paper",
+        "Code",
+        "Docs",
+    ]
+
+
+def test_an_expert_says_what_it_does(routed_model: SpectrModel, tmp_path: Path) -> None:
+    record = {
+        "task": "sql",
+        "metric": "same rows in sqlite",
+        "example": {"prompt": "list <all> books", "answer": "SELECT 1;"},
+        "scores": {"expert": {"all": {"mean": 0.98}}, "base": {"all": {"mean": 0.0}}},
+    }
+    first, *others = routed_model.library.adapters
+    adapters = (replace(first, source=str(tmp_path)), *others)
+    routed_model.library = replace(routed_model.library, adapters=adapters)
+    tip = re.compile(r'<span role="tooltip" class="tip" id="tip-0">(.*?)</span></span></span>')
+    for content, shown in (
+        (
+            json.dumps(record),
+            ("Question to SQL", "list &lt;all&gt; books", "expert 0.98, base 0.00"),
+        ),
+        (json.dumps(record | {"task": "mine"}), ("mine", "SELECT 1;")),
+        # Another program's file of this name, or a damaged one
+        ("[1]", ("rank 4",)),
+        (json.dumps(record | {"scores": {"expert": 1}}), ("rank 4",)),
+        ("{", ("rank 4",)),
+    ):
+        (tmp_path / "scores.json").write_text(content)
+        found = tip.search(cards.header(routed_model))
+        assert found is not None
+        for words in shown:
+            assert words in found[1]
+        assert ("→" in found[1]) == (len(shown) > 1)
 
 
 def test_the_first_page_shows_the_columns_that_are_ticked() -> None:

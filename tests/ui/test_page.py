@@ -1,5 +1,7 @@
 """The page as a program sees it: its endpoint, its queue, and the entry point."""
 
+import html
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,11 @@ import spectr_demo
 from spectr_demo import ui
 from spectr_demo.config import DEFAULT_ROUTER, PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.routing.routers import ROUTERS
+from spectr_demo.ui import recorded
 from spectr_demo.ui.page import Session, _Runner
+from spectr_demo.ui.recorded import Recording
+from tests.ui.conftest import FRANCE
 
 Serve = Callable[[gr.Blocks], str]
 
@@ -33,7 +39,7 @@ def test_the_endpoint_compares(routed_model: SpectrModel, serve: Serve) -> None:
     for prompt, columns, tokens, message in (
         ("", ["base"], 8, "the prompt is empty"),
         ("hello", ["spektr"], 8, "Did you mean 'spectr'"),
-        ("hello", [], 8, "there are 0 columns"),
+        ("hello", [], 8, "has 0 columns"),
         ("hello", ["base"], 513, "up to 512"),
     ):
         with pytest.raises(AppError, match=message):
@@ -96,6 +102,7 @@ def choices(**changes: Any) -> dict[str, Any]:
         ({"prompt": "x" * 600}, "the context of tiny is 512"),
         ({"top_k": 7}, "only 3 experts"),
         ({"columns": []}, "2 to 6"),
+        ({"seed": None}, "seed: no number is given"),
     ],
 )
 def test_an_error_changes_nothing_but_the_message(
@@ -115,11 +122,111 @@ def test_the_page_opens_on_the_defaults(routed_model: SpectrModel) -> None:
     runner = runner_of(ui.build(routed_model))
     at = runner.layout
     assert at.form["columns"].value == list(PAGE_COLUMNS)
-    columns = [DEFAULT_ROUTER, "spectr", "base"]
+    assert at.form["expert"].value == ""  # the one that fits
+    assert at.form["max_new_tokens"].value == recorded.SETTINGS.max_new_tokens
+    assert "is-ghost" in at.answers.value  # no recording is of this model
+    assert not at.charts.visible
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen"),
+    [
+        (["uniform", DEFAULT_ROUTER, "spectr", "base"], DEFAULT_ROUTER),
+        (["base", "spectr", "uniform"], "spectr"),
+        (["uniform", "lag", "spectr", "base"], "spectr"),
+        (["uniform", "base"], "uniform"),
+    ],
+)
+def test_charts_open_on_the_column_that_chooses(
+    routed_model: SpectrModel, columns: list[str], chosen: str
+) -> None:
+    runner = runner_of(ui.build(routed_model))
     last = list(runner.run(None, "light 88", **choices(columns=columns)))[-1]
-    assert last[at.column]["value"] == DEFAULT_ROUTER
-    last = list(runner.run(None, "light 88", **choices(columns=["spectr", "base"])))[-1]
-    assert last[at.column]["value"] == "base"
+    assert last[runner.layout.column]["value"] == chosen
+
+
+def handler(page: gr.Blocks, name: str) -> Any:
+    return next(fn.fn for fn in page.fns.values() if fn.name == name)
+
+
+def test_the_page_opens_on_a_recorded_run(
+    routed_model: SpectrModel, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_model(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model was asked")
+
+    for method in ("stream", "lanes", "lanes_of", "encode"):
+        monkeypatch.setattr(routed_model, method, no_model)
+    page = ui.build(routed_model)
+    at = runner_of(page).layout
+    assert at.form["prompt"].value == FRANCE.prompt
+    assert "answered five ways" in at.about.value
+    assert "Recorded" in at.about.value
+    for fact in ("1 December 2026", "tiny", "float32", "greedy", "commit abc1234"):
+        assert fact in at.about.value
+    for column in recording.frame.columns:
+        assert html.escape(column.text) in re.sub(r"</?mark[^>]*>", "", at.answers.value)
+    assert at.answers.value.count('<details class="grade') == len(PAGE_COLUMNS)
+
+    # The charts are drawn once the page has said what it looks like, and again when that changes.
+    look = handler(page, "look")
+    drawn = look(None, None, "all", "light 88")
+    session = drawn[runner_of(page).session]
+    assert session.trace is recording.trace
+    assert drawn[at.column]["value"] == DEFAULT_ROUTER
+    assert drawn[at.charts]["visible"]
+    light = drawn[at.plots[0]].layout.font.color
+    again = look(session, DEFAULT_ROUTER, "all", "dark 44")
+    assert again[at.plots[0]].layout.font.color != light
+    same = look(again[runner_of(page).session], DEFAULT_ROUTER, "all", "dark 44")
+    assert not set(same) & set(at.plots)
+
+    # A click on an example shows its run, and leaves the form as it is.
+    shown = handler(page, "replay")(session, "light 88", 0)
+    assert shown[at.form["prompt"]] == FRANCE.prompt
+    assert shown[at.answers] == at.answers.value
+    assert shown[at.about] == at.about.value
+    assert session.stop.is_set()
+
+
+def test_a_page_without_a_run_has_nothing_to_redraw(routed_model: SpectrModel) -> None:
+    page = ui.build(routed_model)
+    assert set(handler(page, "look")(None, None, "all", "dark 44")) == {runner_of(page).session}
+
+
+def test_a_run_that_was_left_shows_nothing_more(
+    routed_model: SpectrModel, recording: Recording
+) -> None:
+    page = ui.build(routed_model)
+    runner = runner_of(page)
+    run = runner.run(None, "light 88", **choices(max_new_tokens=64))
+    session = next(run)[runner.session]
+    assert runner.layout.answers in next(run)
+    handler(page, "replay")(session, "light 88", 0)
+    assert [set(update) for update in run] == [{runner.session}]
+
+
+def test_a_live_run_of_an_example_is_graded_and_not_marked_as_recorded(
+    routed_model: SpectrModel, recording: Recording
+) -> None:
+    runner = runner_of(ui.build(routed_model))
+    at = runner.layout
+    last = list(runner.run(None, "light 88", **choices(prompt=FRANCE.prompt)))[-1]
+    assert last[at.answers].count('<details class="grade') == 2
+    assert "Recorded" not in last[at.about]
+
+
+def test_a_column_too_many_is_refused_when_it_is_ticked(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(gr, "Warning", told.append)
+    at_most = handler(ui.build(routed_model), "at_most")
+    keys = list(ROUTERS)
+    assert at_most(keys[:7]) == keys[:6]
+    assert "Up to 6 columns" in told[0]
+    assert at_most(keys[:6]) not in (keys[:6], [])
+    assert len(told) == 1
 
 
 def test_a_broken_model_is_a_message_too(
