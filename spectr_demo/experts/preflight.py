@@ -16,13 +16,18 @@ from spectr_demo.config import base_from_environment
 from spectr_demo.experts.library import Sources, read_adapters
 from spectr_demo.experts.skeleton import linear_shape, skeleton_of
 
+# A prompt's tokens take this many numbers of the widest layer each, while they are read. Measured
+# on a GPU: 0.93 GB for 3,584 tokens of Llama-3.2-3B's shape (benchmarks/gpu.py).
+_IN_FLIGHT = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """What was found. Activations and the libraries' own memory are not counted.
+    """What was found. The libraries' own memory is not counted.
 
     problems: what `load` would refuse, one line each.
     weights, experts, cache: bytes of the base, of the experts, and of one run's keys and values.
+    activations: bytes that reading the run's tokens takes beside, at most; see `_IN_FLIGHT`.
     free_memory: bytes on the device (GPU memory, or RAM).
     """
 
@@ -31,14 +36,16 @@ class Preflight:
     weights: int
     experts: int
     cache: int
+    activations: int
     free_memory: int
 
     @property
     def memory(self) -> int:
-        return self.weights + self.experts + self.cache
+        return self.weights + self.experts + self.cache + self.activations
 
     def __str__(self) -> str:
         parts = {"4-bit base": self.weights, "experts": self.experts, "KV cache": self.cache}
+        parts["activations"] = self.activations
         sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
         verdict = "" if self.memory < self.free_memory else ": TOO LITTLE"
         return "\n".join(
@@ -67,7 +74,8 @@ def preflight(
     adapters, problems = read_adapters(experts, config)
 
     layers = filter(is_quantizable, decoder_of(model).modules())
-    num_linear = sum(D_in * D_out for D_in, D_out in filter(None, map(linear_shape, layers)))
+    linear = list(filter(None, map(linear_shape, layers)))
+    num_linear = sum(D_in * D_out for D_in, D_out in linear)
     num_parameters = model.num_parameters()
     # A CPU without a kernel for 4-bit products keeps the 4-bit values in float32.
     linear_bytes = dtype.itemsize if dtype == torch.float32 else NF4_BYTES
@@ -80,6 +88,11 @@ def preflight(
         experts=sum(shape.rank * (shape.D_in + shape.D_out) for shape in shapes)
         * (torch.float32 if device.type == "cpu" else dtype).itemsize,
         cache=num_values * num_columns * num_tokens * dtype.itemsize,
+        activations=_IN_FLIGHT
+        * max(map(max, linear), default=0)
+        * num_columns
+        * num_tokens
+        * dtype.itemsize,
         free_memory=free_memory(device),
     )
 

@@ -11,6 +11,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.gpu import random_adapters
+from benchmarks.random_models import SHAPES
 from spectr_demo.base.loading import load_base
 from spectr_demo.engine.model import load
 from spectr_demo.experts import preflight as module
@@ -39,7 +41,7 @@ def test_the_estimate_is_what_is_allocated(base_folder: str, expert_folders: lis
     cache = DynamicCache()
     model.model(torch.zeros(3, 5, dtype=torch.long), past_key_values=cache, use_cache=True)
     assert found.cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert found.memory == found.weights + found.experts + found.cache
+    assert found.memory == found.weights + found.experts + found.cache + found.activations
     assert found.problems == ()
     assert str(found).endswith("All experts fit this base.")
 
@@ -92,3 +94,21 @@ def test_too_little_memory_is_said(base_folder: str, monkeypatch: pytest.MonkeyP
 def test_the_embedded_default() -> None:
     found = preflight(None, [])
     assert found.num_parameters == 134_515_008
+
+
+def test_a_3b_base_with_ten_experts_and_four_columns_fits_a_t4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in float16, as on that GPU: experts of rank 16 on all linear layers, 1,024 tokens."""
+    monkeypatch.setattr(module, "choose_compute_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(module, "_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(module, "free_memory", lambda device: int(15e9))
+    config = SHAPES["Llama-3.2-3B"]
+    config.save_pretrained(tmp_path)
+    (folder,) = random_adapters(config, 1, 16, tmp_path)
+    experts = [f"e{e}={folder}" for e in range(10)]
+    found = preflight(str(tmp_path), experts, num_columns=4, num_tokens=1024)
+    assert found.problems == ()
+    assert "TOO LITTLE" not in str(found)
+    parts = found.weights, found.experts, found.cache, found.activations
+    assert [round(part / 1e9, 1) for part in parts] == [2.3, 0.5, 0.5, 1.1]
