@@ -218,7 +218,9 @@ def _answer(
         "finished": "✓ finished",
         "stopped": "■ stopped",
     }[state]
-    facts = [f'<span class="state">{word}</span>']
+    if frame.status == "finished" and frame.trace and _is_cut(column, frame.trace):
+        word = "■ cut at its length"
+    facts = [f'<span class="state{" is-cut" if "cut" in word else ""}">{word}</span>']
     if column.num_tokens:
         facts.append(f"<span>{counted(column.num_tokens, 'token')}</span>")
     if column.tokens_per_second:
@@ -236,6 +238,11 @@ def _answer(
         f"{_share_bar(column, frame.trace, colors)}"
         f"<footer>{''.join(facts)}</footer>{graded}</article>"
     )
+
+
+def _is_cut(column: ColumnOutput, trace: RoutingTrace) -> bool:
+    """Whether the last answer has no end token, which has no text."""
+    return column.text.endswith(trace.column(column.label).tokens[-1])
 
 
 def _graded(grades: list[Grade]) -> str:
@@ -283,7 +290,8 @@ def _whom(
         return '<p class="whom">No expert stands out; the base answers</p>'
     named = [
         " and ".join(
-            f'<i style="background:{colors[name]}"></i><b>{_escape(name)}</b>' for name in lane
+            f'<span><i style="background:{colors[name]}"></i><b>{_escape(name)}</b></span>'
+            for name in lane
         )
         or "the base"
         for lane in lanes

@@ -110,8 +110,8 @@ def _columns(names: tuple[str, ...]) -> dict[str, Any]:
             elem_id="columns",
         )
         expert = gr.Dropdown(
-            label="The single expert",
-            choices=[("the one that fits the prompt", ""), *((name, name) for name in names)],
+            label="Single expert",
+            choices=[("the one that fits", ""), *((name, name) for name in names)],
             value="",
             min_width=200,
             scale=1,

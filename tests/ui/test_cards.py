@@ -109,6 +109,16 @@ def test_each_column_says_how_far_it_is(status: str, is_finished: bool, word: st
     assert "12.3 tokens/s" in html
 
 
+def test_an_answer_without_an_end_says_that_it_was_cut(trace: RoutingTrace) -> None:
+    text = answer_of(trace, "spectr")
+    assert "■ cut at its length" in cards.answers(frame_of(text, trace, status="finished"), NAMES)
+    last = trace.column("spectr").tokens[-1]
+    assert last
+    ended = frame_of(text.removesuffix(last), trace, status="finished")
+    assert "✓ finished" in cards.answers(ended, NAMES)
+    assert "cut" not in cards.answers(frame_of(text, trace), NAMES), "it may go on"
+
+
 @pytest.mark.parametrize(
     ("router", "words"),
     [
