@@ -27,7 +27,7 @@ def test_all_recordings_are_made_anew(
     monkeypatch.setattr(recorded, "FOLDER", tmp_path)
     (tmp_path / "of-an-example-that-is-gone.npz").touch()
     script.main()
-    (file,) = tmp_path.glob("*")
+    (file,) = tmp_path.glob("*.npz")
     recording = recorded.load(file)
     assert recorded.find(FRANCE, routed_model) is recording
     assert recording.date
