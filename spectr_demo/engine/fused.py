@@ -1,4 +1,4 @@
-"""Routing on a GPU: one launch chooses for a layer and adds what is chosen.
+"""Routing on a GPU: two launches for a bank. One projects, one chooses and adds at all its layers.
 
 A plan asks `FusedRouting` where its bank is not on a CPU. The operators are in `gpu/`, and know
 tensors alone. What they need of a bank and of the rows is bound here, once for a plan.

@@ -120,9 +120,10 @@ def token_step(
 
 
 def static_cache(model: PreTrainedModel, num_tokens: int) -> StaticCache | None:
-    """Room for so many tokens of each row; None where a base's layers need another kind of cache,
-    or move their tokens as they are read."""
-    if not (model._can_compile_fullgraph and has_attention_alone(model)):
+    """Room for so many tokens of each row; None where a base is spread over devices, its layers
+    need another kind of cache, or move their tokens as they are read."""
+    is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if is_spread or not (model._can_compile_fullgraph and has_attention_alone(model)):
         return None
     cache = StaticCache(model.config.get_text_config(), max_cache_len=num_tokens)
     for layer in cache.layers:
