@@ -19,7 +19,7 @@ from spectr_demo.engine.reading import Lane
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.routers import ROUTERS
-from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
+from spectr_demo.trace import NOT_ROUTED, ColumnTrace, Reading, RoutingTrace
 
 # Of 64 positions the logits are computed at once, since that reads the head. Their distributions
 # are compared a few at a time: 8 x 49,152 float32 stay in the cache, which is six times as fast.
@@ -95,6 +95,7 @@ def build_trace(
                 logprob=logprob,
                 entropy=entropy,
                 kl=kl,
+                reading=_reading(library, {row: rows[row].lane for row in numbers}, places),
             )
         )
     return RoutingTrace(
@@ -165,6 +166,31 @@ def _in_order(
                 joined[i] = of_row[place[0]][place[1]]
         out.append(joined)
     return tuple(out)
+
+
+def _reading(
+    library: ExpertLibrary, lanes: Mapping[int, Lane], places: Sequence[Place | None]
+) -> Reading | None:
+    """What the lanes of a column's rows were chosen by; None where its router reads no request."""
+    standing = [lane.standing for lane in lanes.values() if lane.standing is not None]
+    if not standing:
+        return None
+    shape = (len(lanes), library.num_layers, len(library.names))
+    total, num = np.zeros((2, *shape), np.float32)
+    for bank in library.banks:
+        layers = library.places(bank)[0]
+        for number, lane in enumerate(lanes.values()):
+            place: Any = (number, layers[:, None], bank.expert_ids.numpy())
+            np.add.at(total, place, lane.by_layer[bank].numpy())
+            np.add.at(num, place, 1)
+    number_of = {row: number for number, row in enumerate(lanes)}
+    return Reading(
+        lanes=np.array(
+            [-1 if place is None else number_of[place[0]] for place in places], np.int16
+        ),
+        standing=np.stack([each.numpy() for each in standing]),
+        certainty=np.divide(total, num, out=np.full_like(total, np.nan), where=num > 0),
+    )
 
 
 def _routing(

@@ -4,17 +4,19 @@
 shares and dominant experts, `file` is the .npz.
 """
 
-from spectr_demo.trace.column import NOT_ROUTED, PARTS, ColumnTrace, Part
+from spectr_demo.trace.column import NOT_ROUTED, PARTS, ColumnTrace, Part, Reading
 from spectr_demo.trace.record import RoutingTrace, mean_logprob
-from spectr_demo.trace.statistics import TIE_MARGIN, DominantExperts
+from spectr_demo.trace.statistics import TIE_MARGIN, BestScores, DominantExperts
 
 __all__ = [
     "NOT_ROUTED",
     "PARTS",
     "TIE_MARGIN",
+    "BestScores",
     "ColumnTrace",
     "DominantExperts",
     "Part",
+    "Reading",
     "RoutingTrace",
     "mean_logprob",
 ]

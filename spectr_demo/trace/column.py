@@ -26,6 +26,39 @@ TOKEN_ARRAYS = {  # (T,)
 }
 
 
+READING_ARRAYS = {"lanes": "int16", "standing": "float32", "certainty": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reading:
+    """What a router found that reads the requests of a prompt before they are answered.
+
+    Each request is read and answered in a lane of its own; there are S of them.
+
+    lanes: (T,) int16, the lane of each token, prompt and answer; -1 for blanks between requests.
+    standing: (S, E) float32, by which the experts were chosen: how far each stands out, in standard
+        deviations over ordinary prompts. certainty: (S, L, E) float32 in [-1, 1], the evidence of
+        each layer (the mean over its projections), NaN where a layer does not have the expert.
+    """
+
+    lanes: NDArray[np.int16]
+    standing: NDArray[np.float32]
+    certainty: NDArray[np.float32]
+
+    def wrong(self, T: int, L: int) -> list[str]:
+        """What does not fit T tokens and L layers."""
+        S, E = self.standing.shape if np.ndim(self.standing) == 2 else (0, 0)
+        shapes = {"lanes": (T,), "standing": (S, E), "certainty": (S, L, E)}
+        wrong = []
+        for name, dtype in READING_ARRAYS.items():
+            wrong += _wrong_array(name, getattr(self, name), dtype, shapes[name])
+        if not wrong and not (self.lanes.min() >= -1 and self.lanes.max() < S):
+            wrong.append(
+                f"lanes has {self.lanes.min()} to {self.lanes.max()}, needed -1 to {S - 1}"
+            )
+        return wrong
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ColumnTrace:
     """The routing of one column (one row of the batch), token by token.
@@ -44,6 +77,7 @@ class ColumnTrace:
         progress).
         logprob[t] is that of token t given the tokens before it; entropy[t] and kl[t] are of
         the distribution that token t was drawn from, kl being KL(routed || base).
+    reading: of a router that reads the requests first, else None.
 
     The routed arrays may be broadcast views with stride 0 (a constant router over a thousand
     experts); the statistics and `RoutingTrace.save` work on the distinct part only.
@@ -61,6 +95,7 @@ class ColumnTrace:
     logprob: NDArray[np.float32]
     entropy: NDArray[np.float32]
     kl: NDArray[np.float32]
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         T = len(self.tokens)
@@ -79,6 +114,8 @@ class ColumnTrace:
             for name, dtype in ROUTED_ARRAYS.items():
                 shape = (T, *routed_shape[1:])
                 wrong += _wrong_array(name, getattr(self, name), dtype, shape)
+            if self.reading is not None:
+                wrong += self.reading.wrong(T, routed_shape[1])
         if not 0 <= self.num_prompt <= T:
             wrong.append(f"num_prompt is {self.num_prompt}, needed 0 to {T} (the tokens)")
         if not wrong:

@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spectr_demo.trace.column import ROUTED_ARRAYS, TOKEN_ARRAYS, ColumnTrace, distinct
+from spectr_demo.trace.column import (
+    READING_ARRAYS,
+    ROUTED_ARRAYS,
+    TOKEN_ARRAYS,
+    ColumnTrace,
+    Reading,
+    distinct,
+)
 
 FORMAT_NAME = "spectr-routing-trace"
 FORMAT_VERSION = 1
@@ -41,6 +48,9 @@ def save(
         for name in ROUTED_ARRAYS:
             # A constant router is stored once, not once per token.
             (arrays[f"{index}.{name}"],) = distinct(getattr(column, name))
+        if column.reading is not None:
+            for name in READING_ARRAYS:
+                arrays[f"{index}.{name}"] = getattr(column.reading, name)
     header = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -137,6 +147,8 @@ def _column_header(column: ColumnTrace) -> dict[str, Any]:
 
 def _read_column(index: int, header: dict[str, Any], arrays: Arrays) -> ColumnTrace:
     shape = tuple(header["routed_shape"])
+    has_reading = f"{index}.lanes" in arrays
+    reading = {name: arrays[f"{index}.{name}"] for name in READING_ARRAYS} if has_reading else {}
     return ColumnTrace(
         label=header["label"],
         router=header["router"],
@@ -145,4 +157,5 @@ def _read_column(index: int, header: dict[str, Any], arrays: Arrays) -> ColumnTr
         spans=arrays[f"{index}.spans"],
         **{name: arrays[f"{index}.{name}"] for name in TOKEN_ARRAYS},
         **{name: np.broadcast_to(arrays[f"{index}.{name}"], shape) for name in ROUTED_ARRAYS},
+        reading=Reading(**reading) if has_reading else None,
     )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spectr_demo.config import unknown_name
 from spectr_demo.trace import file, statistics
 from spectr_demo.trace.column import ColumnTrace, Part, distinct, is_json
-from spectr_demo.trace.statistics import DominantExperts
+from spectr_demo.trace.statistics import BestScores, DominantExperts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +54,12 @@ class RoutingTrace:
         """Where a column does not fit the trace's layers, projections and experts."""
         wrong = []
         got, needed = column.experts.shape[1:3], (self.num_layers, len(self.projections))
+        reading = column.reading
+        if reading is not None and reading.standing.shape[1] != self.num_experts:
+            wrong.append(
+                f"column {column.label!r} has read {reading.standing.shape[1]} experts, the trace "
+                f"names {self.num_experts}"
+            )
         if got != needed:
             wrong.append(f"column {column.label!r} has (L, P) = {got}, needed {needed}")
         (experts,) = distinct(column.experts)
@@ -102,14 +108,24 @@ class RoutingTrace:
         return statistics.layer_share(self.column(label), self.num_experts, part)
 
     def share(self, label: str, part: Part = "all") -> NDArray[np.float32]:
-        """(E,) float32: the mean of `token_share` over the part's routed tokens; 0 when there are
-        none (the base model, an empty answer).
+        """(E,) float32: the mean of `token_share` over the part's tokens that were read. What is
+        missing to 1 was left to the base. 0 where there are none (an empty answer).
         """
         return statistics.share(self.column(label), self.num_experts, part)
+
+    def token_scores(self, label: str) -> NDArray[np.float32]:
+        """(T, E) float32: each token's mean score per expert over the places that selected it, or
+        the standing in its lane. NaN where there is none.
+        """
+        return statistics.token_scores(self.column(label), self.num_experts)
 
     def is_token_routed(self, label: str) -> NDArray[np.bool_]:
         """(T,) bool: whether any layer used any expert for the token."""
         return statistics.is_token_routed(self.column(label))
+
+    def is_token_read(self, label: str) -> NDArray[np.bool_]:
+        """(T,) bool: whether any expert, or the base alone, served the token."""
+        return statistics.is_token_read(self.column(label))
 
     def smoothed_share(self, label: str, window: int) -> NDArray[np.float32]:
         """(T, E) float32: `token_share` averaged over the routed ones of `window` tokens around
@@ -121,7 +137,7 @@ class RoutingTrace:
         """Each token's expert of largest share and its lead over the second.
 
         Returns (T,) int16 expert ids, `NOT_ROUTED` where the token was not routed, and (T,)
-        float32 margins >= 0 (0: tied, the id is then the lowest of the tied ones).
+        float32 margins >= 0. Experts of equal share are ranked by score, with a margin of 0.
         """
         return statistics.dominant_tokens(self.column(label), self.num_experts)
 
@@ -129,6 +145,12 @@ class RoutingTrace:
         """The dominant expert of every (token, layer): in one projection, or over all of them."""
         index = None if projection is None else self.projection_index(projection)
         return statistics.dominant_cells(self.column(label), self.num_experts, index)
+
+    def best_scores(self, label: str) -> BestScores | None:
+        """The expert of best score in every (token, layer), and its lead; None where the router
+        computes no scores.
+        """
+        return statistics.best_scores(self.column(label), self.num_experts)
 
     # The file, a .npz.
 

@@ -27,13 +27,28 @@ class DominantExperts:
     weight: (T, L) float32, its weight there (the mean over the routed projections).
     score: (T, L) float32, its score there (the mean over the projections that selected it), NaN
         where the router computes none.
-    is_tied: (T, L) bool, another expert has the same weight: none dominates.
+    is_tied: (T, L) bool, another expert has the same weight and score: none dominates. Those of
+        equal weight are ranked by score.
     """
 
     expert: NDArray[np.int16]
     weight: NDArray[np.float32]
     score: NDArray[np.float32]
     is_tied: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BestScores:
+    """Which expert a layer's scores put first, whatever was used then.
+
+    expert: (T, L) int16, `NOT_ROUTED` where nothing was scored. lead: (T, L) float32 in [0, 1],
+    over the second. Of scores of single tokens: the share of the layer's projections that put it
+    first, less that of the second; equal ones are ranked by score. Of a request that was read
+    before: the lead in certainty.
+    """
+
+    expert: NDArray[np.int16]
+    lead: NDArray[np.float32]
 
 
 def token_share(column: ColumnTrace, num_experts: int) -> NDArray[np.float32]:
@@ -58,11 +73,39 @@ def layer_share(column: ColumnTrace, num_experts: int, part: Part) -> NDArray[np
 
 
 def share(column: ColumnTrace, num_experts: int, part: Part) -> NDArray[np.float32]:
-    """(E,) float32: the mean of `token_share` over a part's routed tokens; 0 where none is."""
+    """(E,) float32: the mean of `token_share` over a part's tokens that were read; 0 where none is.
+
+    What is missing to 1 was left to the base.
+    """
     where = column.part_slice(part)
-    is_routed = is_token_routed(column)[where]
+    is_read = is_token_read(column)[where]
     of_token = token_share(column, num_experts)[where]
-    return of_token[is_routed].sum(axis=0) / np.float32(max(1, is_routed.sum()))
+    return of_token[is_read].sum(axis=0) / np.float32(max(1, is_read.sum()))
+
+
+def token_scores(column: ColumnTrace, num_experts: int) -> NDArray[np.float32]:
+    """(T, E) float32: each token's mean score per expert over the places that selected it.
+
+    Of a router that reads requests: the standing in the token's lane. NaN where there is none.
+    """
+    if column.reading is not None:
+        standing = np.append(column.reading.standing, np.full((1, num_experts), np.nan), axis=0)
+        return standing[column.reading.lanes].astype(np.float32)  # -1 is the row of NaN
+    experts, scores = distinct(column.experts, column.scores)
+    mean = _mean_scores(experts, scores, axes=(0,), num_experts=num_experts)
+    return np.broadcast_to(mean.astype(np.float32), (column.num_tokens, num_experts))
+
+
+def is_token_read(column: ColumnTrace) -> NDArray[np.bool_]:
+    """(T,) bool: whether any expert, or the base alone, served the token.
+
+    Not read are the last token of a router that looks at each of them, and blanks between requests.
+    """
+    if column.reading is not None:
+        return column.reading.lanes >= 0
+    is_read = np.ones(column.num_tokens, np.bool_)
+    is_read[-1] = is_token_routed(column)[-1] or not column.is_routed
+    return is_read
 
 
 def is_token_routed(column: ColumnTrace) -> NDArray[np.bool_]:
@@ -97,9 +140,10 @@ def dominant_tokens(
     """Each token's expert of largest share, and its lead over the second.
 
     Returns (T,) int16 expert ids, `NOT_ROUTED` where the token was not routed, and (T,) float32
-    leads >= 0. A lead of 0 is a tie: the id is then the lowest of the tied ones.
+    leads >= 0. Experts of equal share are ranked by score, with a lead of 0.
     """
-    first, margin = _first_and_margin(token_share(column, num_experts))
+    of_token, scores = token_share(column, num_experts), token_scores(column, num_experts)
+    first, margin, _ = _first(of_token, scores)
     expert = np.where(is_token_routed(column), first, NOT_ROUTED)
     return expert.astype(np.int16), margin.astype(np.float32)
 
@@ -126,10 +170,13 @@ def dominant_cells(
             experts[rows], weights[rows], axes=(0, 1), num_experts=num_experts
         )
         mean = total / np.maximum(count, 1)[..., None]
-        first, margin = _first_and_margin(mean)
+        mean_scores = _mean_scores(
+            experts[rows], scores[rows], axes=(0, 1), num_experts=num_experts
+        )
+        first, _, has_equal = _first(mean, mean_scores)
         dominant[rows] = np.where(count > 0, first, NOT_ROUTED)
         weight[rows] = np.take_along_axis(mean, first[..., None], axis=-1)[..., 0]
-        is_tied[rows] = (margin <= TIE_MARGIN) & (count > 0)
+        is_tied[rows] = has_equal & (count > 0)
     full = (column.num_tokens, column.experts.shape[1])
     return DominantExperts(
         expert=np.broadcast_to(dominant, full),
@@ -137,6 +184,49 @@ def dominant_cells(
         score=np.broadcast_to(_mean_score(dominant, experts, scores), full),
         is_tied=np.broadcast_to(is_tied, full),
     )
+
+
+def best_scores(column: ColumnTrace, num_experts: int) -> BestScores | None:
+    """The expert of best score in every (token, layer); None where there are no scores."""
+    if column.reading is not None:
+        return _best_certainty(column)
+    experts, scores = distinct(column.experts, column.scores)
+    is_scored = np.isfinite(scores)
+    if not is_scored.any():
+        return None
+    slot = np.where(is_scored, scores, -np.inf).argmax(axis=-1)[..., None]
+    is_scored, best, score = (
+        np.take_along_axis(part, slot, axis=-1) for part in (is_scored, experts, scores)
+    )
+    best = np.where(is_scored, best, NOT_ROUTED)
+    T, L = best.shape[:2]
+    expert = np.full((T, L), NOT_ROUTED, np.int16)
+    lead = np.zeros((T, L), np.float32)
+    step = max(1, _CELLS_PER_CHUNK // max(1, L * num_experts))
+    for start in range(0, T, step):
+        rows = slice(start, start + step)
+        votes, count = _weight_sums(
+            best[rows], is_scored[rows], axes=(0, 1), num_experts=num_experts
+        )
+        mean_scores = _mean_scores(best[rows], score[rows], axes=(0, 1), num_experts=num_experts)
+        first, margin, _ = _first(votes / np.maximum(count, 1)[..., None], mean_scores)
+        expert[rows] = np.where(count > 0, first, NOT_ROUTED)
+        lead[rows] = margin
+    full = (column.num_tokens, L)
+    return BestScores(expert=np.broadcast_to(expert, full), lead=np.broadcast_to(lead, full))
+
+
+def _best_certainty(column: ColumnTrace) -> BestScores:
+    """Of the request that each token belongs to."""
+    assert column.reading is not None
+    certainty, lanes = column.reading.certainty, column.reading.lanes
+    is_known = np.isfinite(certainty)
+    # -1 is the least certainty there is; blanks, which have lane -1, take a lane of nothing.
+    first, margin, _ = _first(np.where(is_known, certainty, -1), certainty)
+    expert = np.where(is_known.any(axis=-1), first, NOT_ROUTED).astype(np.int16)
+    nothing = np.full((1, expert.shape[1]), NOT_ROUTED, np.int16)
+    lead = np.append(margin.clip(0, 1), np.zeros(nothing.shape), axis=0).astype(np.float32)
+    return BestScores(expert=np.append(expert, nothing, axis=0)[lanes], lead=lead[lanes])
 
 
 def mean_logprob(column: ColumnTrace) -> float:
@@ -193,13 +283,40 @@ def _weight_sums(
     return total.reshape(*kept, num_experts), count
 
 
-def _first_and_margin(share: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[Any]]:
-    """The index of the largest value on the last axis, and its lead over the second largest."""
+def _mean_scores(
+    experts: NDArray[np.int16],
+    scores: NDArray[np.float32],
+    *,
+    axes: tuple[int, ...],
+    num_experts: int,
+) -> NDArray[np.float64]:
+    """(*kept, E) mean score per expert where it has one, over all axes but `axes`; else NaN."""
+    is_scored = np.isfinite(scores) & (experts != NOT_ROUTED)
+    scored = np.where(is_scored, experts, NOT_ROUTED)
+    total, _ = _weight_sums(
+        scored, np.where(is_scored, scores, 0), axes=axes, num_experts=num_experts
+    )
+    num, _ = _weight_sums(scored, is_scored, axes=axes, num_experts=num_experts)
+    return np.where(num > 0, total / np.maximum(num, 1), np.nan)
+
+
+def _first(
+    share: NDArray[Any], scores: NDArray[Any]
+) -> tuple[NDArray[np.intp], NDArray[Any], NDArray[np.bool_]]:
+    """The index of the largest value on the last axis, its lead over the second largest, and
+    whether another is its equal in score, too.
+
+    Equal values are ranked by score; those without one come last.
+    """
     if share.shape[-1] == 0:
-        return np.zeros(share.shape[:-1], np.intp), np.zeros(share.shape[:-1])
-    first = share.argmax(axis=-1)
-    largest = np.take_along_axis(share, first[..., None], axis=-1)[..., 0]
+        nothing = np.zeros(share.shape[:-1])
+        return nothing.astype(np.intp), nothing, nothing.astype(np.bool_)
+    is_largest = share >= share.max(axis=-1, keepdims=True) - TIE_MARGIN
+    rank = np.where(is_largest, np.where(np.isfinite(scores), scores, -1e30), -np.inf)
+    first = rank.argmax(axis=-1)
+    best = np.take_along_axis(rank, first[..., None], axis=-1)
+    has_equal = np.count_nonzero(rank == best, axis=-1) > 1
     if share.shape[-1] == 1:
-        return first, largest
-    second = np.partition(share, -2, axis=-1)[..., -2]
-    return first, largest - second
+        return first, share[..., 0], has_equal
+    largest_two = np.partition(share, -2, axis=-1)
+    return first, largest_two[..., -1] - largest_two[..., -2], has_equal

@@ -177,6 +177,39 @@ def test_scores_of_a_lane_are_the_certainty_of_its_layers(
                 assert found == pytest.approx(float(of_layers[p, lane.expert]), abs=1e-4)
 
 
+def test_a_trace_keeps_what_each_lane_was_chosen_by(
+    build_model: BuildModel, save_expert: SaveExpert, choose: Choose
+) -> None:
+    model = build_model(
+        [save_expert("red", seed=1, target_modules=["q_proj"]), save_expert("green", seed=2)]
+    )
+    choose([0, 1, None])
+    step = run(model, ["spectr", IN_CONTEXT])
+    assert column_of(step).reading is None
+    trace = column_of(step, 1)
+    read = trace.reading
+    assert read is not None
+    own = own_tokens(model)
+    for number, part in enumerate(own):
+        assert (read.lanes[part] == number).all()
+    assert (read.lanes == -1).sum() == 2  # the line ends between them
+    lanes = model.lanes(RouterConfig(**trace.router), model.encode(MESSAGE))
+    for number, lane in enumerate(lanes):
+        assert lane.standing is not None
+        np.testing.assert_allclose(read.standing[number], lane.standing, atol=1e-4)
+        # A mean over the projections: of one for red, of seven for green
+        for expert in range(2):
+            of_layer = [
+                float(certainty[p, bank.expert_ids.tolist().index(expert)])
+                for bank, certainty in lane.by_layer.items()
+                for p, layer in enumerate(bank.layers)
+                if layer == 1 and expert in bank.expert_ids
+            ]
+            assert len(of_layer) == (1, 7)[expert]
+            expected = pytest.approx(np.mean(of_layer), abs=1e-4)
+            assert read.certainty[number, 1, expert] == expected
+
+
 @pytest.mark.parametrize(
     ("has_end", "piece"), [(True, "\n"), (False, "c\n")], ids=["end token", "cut off"]
 )
@@ -359,4 +392,6 @@ def test_a_trace_with_lanes_is_saved_whole(
         assert np.array_equal(other.experts, column.experts)
         assert np.array_equal(other.scores, column.scores, equal_nan=True)
     share = loaded.share("spectr-context", "prompt")
-    assert share[2] == 0 and share.sum() == pytest.approx(1, abs=1e-5)
+    lanes = loaded.column("spectr-context").reading.lanes[: loaded.columns[1].num_prompt]  # type: ignore[union-attr]
+    of_base = (lanes == 1).sum() / (lanes >= 0).sum()
+    assert share[2] == 0 and share.sum() == pytest.approx(1 - of_base, abs=1e-5)

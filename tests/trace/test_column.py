@@ -5,7 +5,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.trace_samples import EXPERTS, WEIGHTS, make_column
+from spectr_demo.trace import Reading
+from tests.trace_samples import EXPERTS, WEIGHTS, make_column, make_trace
+
+
+def reading(**changes: Any) -> Reading:
+    """Of one lane, for three tokens, two layers and three experts."""
+    arrays: dict[str, Any] = {
+        "lanes": np.zeros(3, np.int16),
+        "standing": np.zeros((1, 3), np.float32),
+        "certainty": np.zeros((1, 2, 3), np.float32),
+    }
+    return Reading(**arrays | changes)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +35,13 @@ from tests.trace_samples import EXPERTS, WEIGHTS, make_column
         ({"experts": np.full((3, 2, 2, 2), -2, np.int16)}, "experts has -2"),
         ({"router": {"name": object()}}, "router has values that are not JSON"),
         ({"label": ""}, "label is empty"),
+        ({"reading": reading(lanes=np.zeros(2, np.int16))}, r"lanes has shape \(2,\), needed \(3,"),
+        ({"reading": reading(lanes=np.ones(3, np.int16))}, "lanes has 1 to 1, needed -1 to 0"),
+        (
+            {"reading": reading(certainty=np.zeros((1, 3, 3), np.float32))},
+            r"certainty has shape \(1, 3, 3\), needed \(1, 2, 3\)",
+        ),
+        ({"reading": reading(standing=np.zeros(3, np.float32))}, r"needed \(0, 0\)"),
     ],
 )
 def test_a_column_refuses_wrong_arrays(changes: dict[str, Any], message: str) -> None:
@@ -35,3 +53,10 @@ def test_a_column_names_all_that_is_wrong_at_once() -> None:
     short = np.zeros(1, np.float32)
     with pytest.raises(ValueError, match=r"column 'spectr': logprob .*; entropy .*; kl "):
         make_column(EXPERTS, WEIGHTS, logprob=short, entropy=short, kl=short)
+
+
+def test_a_trace_refuses_a_reading_of_other_experts() -> None:
+    column = make_column(EXPERTS, WEIGHTS, reading=reading())
+    assert make_trace(column).column("spectr").reading is column.reading
+    with pytest.raises(ValueError, match="has read 3 experts, the trace names 4"):
+        make_trace(column, num_experts=4)

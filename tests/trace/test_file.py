@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spectr_demo.trace import RoutingTrace
-from tests.trace_samples import sample_trace
+from spectr_demo.trace import Reading, RoutingTrace
+from tests.trace_samples import EXPERTS, WEIGHTS, make_column, make_trace, sample_trace
 
 
 def assert_same_trace(got: RoutingTrace, expected: RoutingTrace) -> None:
@@ -20,12 +20,17 @@ def assert_same_trace(got: RoutingTrace, expected: RoutingTrace) -> None:
     assert got.meta == expected.meta
     assert got.labels == expected.labels
     for new, old in zip(got.columns, expected.columns, strict=True):
-        for name, value in vars(old).items():
+        assert (new.reading is None) == (old.reading is None)
+        of_reading = [{} if c.reading is None else vars(c.reading) for c in (new, old)]
+        for name, value in (vars(old) | of_reading[1]).items():
+            if name == "reading":
+                continue
+            got_value = of_reading[0].get(name, getattr(new, name, None))
             if isinstance(value, np.ndarray):
-                assert getattr(new, name).dtype == value.dtype, name
-                np.testing.assert_array_equal(getattr(new, name), value, err_msg=name)
+                assert got_value.dtype == value.dtype, name
+                np.testing.assert_array_equal(got_value, value, err_msg=name)
             else:
-                assert getattr(new, name) == value, name
+                assert got_value == value, name
 
 
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
@@ -34,6 +39,17 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     trace.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["run.trace"]
     assert_same_trace(RoutingTrace.load(path), trace)
+
+
+def test_what_a_router_read_is_kept(tmp_path: Path) -> None:
+    reading = Reading(
+        lanes=np.array([0, -1, 0], np.int16),
+        standing=np.array([[1, 2, 3]], np.float32),
+        certainty=np.full((1, 2, 3), np.nan, np.float32),
+    )
+    trace = make_trace(make_column(EXPERTS, WEIGHTS, reading=reading))
+    trace.save(tmp_path / "run.npz")
+    assert_same_trace(RoutingTrace.load(tmp_path / "run.npz"), trace)
 
 
 def test_constant_routers_stay_small_in_the_file_and_after_loading(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectr_demo.trace import NOT_ROUTED, RoutingTrace, mean_logprob
+from spectr_demo.trace import NOT_ROUTED, Reading, RoutingTrace, mean_logprob
 from tests.trace_samples import EXPERTS, WEIGHTS, make_column, make_trace, sample_trace
 
 NONE = NOT_ROUTED
@@ -87,17 +87,55 @@ def test_mean_logprob_is_that_of_the_answer() -> None:
     assert mean_logprob(trace, "spectr") == -2.5
 
 
-def test_smoothed_share_is_a_moving_average_of_the_routed_tokens() -> None:
-    experts = np.array([0, 1, 1, NONE, 0]).reshape(5, 1, 1, 1)
-    trace = make_trace(make_column(experts, experts != NONE), num_experts=2)
-    smooth = trace.smoothed_share("spectr", 3)
-    np.testing.assert_allclose(smooth[:, 0], [1 / 2, 1 / 3, 0, 1 / 2, 1], atol=1e-7)
-    np.testing.assert_allclose(smooth.sum(axis=1), 1)
-    np.testing.assert_array_equal(trace.smoothed_share("spectr", 1), trace.token_share("spectr"))
-    # An even window looks one token further back than ahead.
-    np.testing.assert_allclose(trace.smoothed_share("spectr", 2)[:, 0], [1, 1 / 2, 0, 0, 1])
-    with pytest.raises(ValueError, match="window is 0"):
-        trace.smoothed_share("spectr", 0)
+def test_what_the_base_answers_counts_in_every_share() -> None:
+    # Two lanes, the second left to the base; a blank between them is nobody's.
+    experts = np.array([1, NONE, NONE, 1, NONE, NONE, NONE]).reshape(7, 1, 1, 1)
+    reading = Reading(
+        lanes=np.array([0, -1, 1, 0, 1, 1, 1], np.int16),
+        standing=np.array([[0, 5, 1], [2, 1, 0]], np.float32),
+        certainty=np.array([[[0.1, 0.7, 0.2]], [[np.nan, 0.1, 0.05]]], np.float32),
+    )
+    column = make_column(experts, experts != NONE, num_prompt=3, reading=reading)
+    trace = make_trace(column)
+    np.testing.assert_allclose(trace.share("spectr", "answer"), [0, 1 / 4, 0])
+    np.testing.assert_allclose(trace.share("spectr", "prompt"), [0, 1 / 2, 0])
+    assert trace.is_token_read("spectr").tolist() == [True, False, *[True] * 5]
+    np.testing.assert_array_equal(
+        trace.token_scores("spectr")[[0, 1, 6]], [[0, 5, 1], [np.nan] * 3, [2, 1, 0]]
+    )
+    best = trace.best_scores("spectr")
+    assert best is not None
+    assert best.expert[:, 0].tolist() == [1, NONE, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(best.lead[:3, 0], [0.5, 0, 0.05], atol=1e-6)
+
+
+def test_experts_of_equal_weight_are_ranked_by_score() -> None:
+    experts = np.array([[[[0, 2]]], [[[2, 1]]]])
+    scores = np.array([[[[1.0, 3.0]]], [[[5.0, 4.0]]]], np.float32)
+    trace = make_trace(make_column(experts, np.full(experts.shape, 0.5), scores=scores))
+    cells = trace.dominant_cells("spectr")
+    assert cells.expert[:, 0].tolist() == [2, 2]
+    assert not cells.is_tied.any()
+    assert trace.dominant_tokens("spectr")[0].tolist() == [2, 2]
+    assert (trace.dominant_tokens("spectr")[1] == 0).all()
+    equal = make_trace(make_column(experts, np.full(experts.shape, 0.5), scores=scores * 0))
+    assert equal.dominant_cells("spectr").is_tied.all()
+
+
+def test_best_scores_are_the_projections_votes(tiny: RoutingTrace) -> None:
+    best = tiny.best_scores("spectr")
+    assert best is not None
+    # Token 0: expert 0 is first on both projections of layer 0 (on the second one a tie, whose
+    # first slot it has); layer 1 has one projection. The last token was not read.
+    assert best.expert.tolist() == [[0, 1], [2, 2], [NONE, NONE]]
+    np.testing.assert_allclose(best.lead, [[1, 1], [1, 1], [0, 0]])
+    experts = np.array([0, 1, 1, 2, 2]).reshape(1, 1, 5, 1)
+    scores = np.array([9, 1, 1, 2, 3], np.float32).reshape(experts.shape)
+    votes = make_trace(make_column(experts, experts >= 0, scores=scores)).best_scores("spectr")
+    assert votes is not None
+    assert votes.expert.tolist() == [[2]]  # as many votes as expert 1, of higher scores
+    assert votes.lead.tolist() == [[0]]
+    assert sample_trace(20).best_scores("uniform") is None
 
 
 def test_a_base_column_has_no_share() -> None:
@@ -169,17 +207,16 @@ def lines_run(function: Callable[[], object]) -> int:
     return num_lines
 
 
-@pytest.mark.parametrize("name", ["token_share", "layer_share", "dominant_cells", "smoothed_share"])
+@pytest.mark.parametrize("name", ["token_share", "layer_share", "dominant_cells", "best_scores"])
 def test_no_statistic_loops_over_tokens_or_layers_in_python(name: str) -> None:
-    options = {"window": 9} if name == "smoothed_share" else {}
     small, more_tokens, more_layers = (
         getattr(sample_trace(num_tokens, num_layers=num_layers, top_k=4), name)
         for num_tokens, num_layers in ((30, 3), (300, 3), (30, 30))
     )
-    work = lines_run(lambda: small("spectr", **options))
+    work = lines_run(lambda: small("spectr"))
     assert 0 < work < 200
-    assert lines_run(lambda: more_tokens("spectr", **options)) == work
-    assert lines_run(lambda: more_layers("spectr", **options)) == work
+    assert lines_run(lambda: more_tokens("spectr")) == work
+    assert lines_run(lambda: more_layers("spectr")) == work
 
 
 @st.composite
@@ -205,14 +242,16 @@ def test_shares_are_a_distribution_wherever_something_was_routed(
     shares = {
         "token": (trace.token_share("spectr"), is_routed.any(axis=(1, 2))),
         "layer": (trace.layer_share("spectr"), is_routed.any(axis=(0, 2))),
-        "all": (trace.share("spectr")[None], is_routed.any()[None]),
+        "all": (
+            trace.share("spectr")[None],
+            # All tokens were read but the last one, where it alone has no expert.
+            trace.is_token_routed("spectr").sum(keepdims=True)
+            / max(1, trace.is_token_read("spectr").sum()),
+        ),
     }
     for name, (share, expected) in shares.items():
         assert (share >= 0).all(), name
         np.testing.assert_allclose(share.sum(axis=-1), expected, atol=1e-5, err_msg=name)
-    smooth = trace.smoothed_share("spectr", 3)
-    assert (smooth >= 0).all()
-    assert (smooth.sum(axis=-1) <= 1 + 1e-5).all()
 
 
 @given(routings(), st.randoms(use_true_random=False))
