@@ -1,4 +1,4 @@
-"""Command line: generate, compare, inspect, demo, train, evaluate, lm-eval.
+"""Command line: generate, compare, inspect, demo, serve, train, evaluate, lm-eval.
 
 Results go to stdout, progress to stderr.
 """
@@ -306,6 +306,18 @@ def demo(arguments: argparse.Namespace) -> None:
     ui.build(_load(arguments)).launch(**ui.launch_options())
 
 
+def serve(arguments: argparse.Namespace) -> None:
+    """OpenAI's chat API: each router is a model, for any chat client."""
+    from spectr_demo import serving
+
+    with serving.bound(arguments.host, arguments.port) as listener:
+        app = serving.build(_load(arguments))
+        host, port = listener.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        _progress.print(f"OpenAI's API is at {address}", highlight=False)
+        serving.run(app, listener)
+
+
 def lm_eval(arguments: argparse.Namespace) -> None:
     """lm-evaluation-harness, with `--model spectr`; all arguments are its own."""
     from spectr_demo.evaluation import harness
@@ -325,6 +337,7 @@ COMMANDS = {
     "compare": compare,
     "inspect": inspect,
     "demo": demo,
+    "serve": serve,
     "evaluate": evaluate,
     "train": train,
     "lm-eval": lm_eval,

@@ -37,6 +37,10 @@ def parser(commands: Mapping[str, Command], description: str | None) -> argparse
     command.add_argument("--columns", nargs="+", default=DEFAULT_COLUMNS, metavar="ROUTER")
     add("inspect", parents=[common])
     add("demo", parents=[model]).set_defaults(json=False)
+    command = add("serve", parents=[model])
+    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of this machine's")
+    command.add_argument("--port", type=int, default=8000, help="0: a free one (default: 8000)")
+    command.set_defaults(json=False)
     _evaluate(add("evaluate", parents=[common]))
     _train(add("train", parents=[common]))
     # No prefix marks an option here, so that every argument is handed on as it is.

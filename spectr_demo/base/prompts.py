@@ -19,12 +19,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) 
     """Token ids of a prompt in the base's chat template, ready for an answer.
 
     A base without a chat template reads plain text. What a message holds is text: "<|im_end|>" in
-    it ends nothing. Raises ValueError if the prompt is empty, and where the template refuses one of
-    several messages or leaves it out.
+    it ends nothing. Raises ValueError if the prompt is empty or no text, and where the template
+    refuses one of several messages or leaves it out.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not any(message["content"].strip() for message in messages):
         raise ValueError("the prompt is empty; write a question or an instruction")
+    for message in messages:
+        _check_text(message["content"])
     if tokenizer.chat_template is None:
         text = "\n".join(message["content"] for message in messages)
         return list(tokenizer(text, split_special_tokens=True)["input_ids"])
@@ -32,6 +34,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) 
         check_shown(tokenizer, messages)
     options = {"return_dict": True, "sanitize_control_tokens": True}
     return list(apply_template(tokenizer, messages, **options)["input_ids"])
+
+
+def _check_text(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, as JSON and a command line may hand it on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt has half a character at place {error.start} ({text[error.start]!r}); "
+            "leave it out, since it is no text"
+        ) from error
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:

@@ -310,6 +310,12 @@ def test_shared_length(one: list[int], other: list[int], length: int) -> None:
     assert shared_length(one, other) == length
 
 
+def test_half_a_character_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"half a character at place 2 .*ud83d"):
+        encode(tokenizer, [{"role": "user", "content": "ok\ud83d"}])
+    assert encode(tokenizer, "ok\U0001f600")
+
+
 def test_an_empty_prompt_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="empty"):
         encode(tokenizer, "  ")
