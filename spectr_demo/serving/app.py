@@ -75,7 +75,9 @@ def build(model: SpectrModel) -> FastAPI:
         what += "/v1/chat/completions and GET /v1/models"
         return ApiError(what, status=error.status_code).response
 
-    release_threads()  # of loading: runs have threads of their own
+    if model.library.names:
+        _ = model.reader.ordinary  # now, so that the first request does not wait for it
+    release_threads()  # of loading and reading: runs have threads of their own
     return app
 
 

@@ -5,10 +5,7 @@ Everything that a model, an adapter or a visitor wrote is escaped here, and only
 
 import datetime
 import html
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +22,7 @@ from spectr_demo.trace import NOT_ROUTED, TIE_MARGIN, RoutingTrace
 from spectr_demo.ui.examples import Example, example_of
 from spectr_demo.ui.grades import Grade, Verdict, grade, overall
 from spectr_demo.ui.recorded import Recording
+from spectr_demo.ui.records import training_record
 from spectr_demo.ui.run import Frame
 
 MAX_CHIPS = 24
@@ -364,7 +362,7 @@ def _what_it_does(adapter: Adapter) -> list[str]:
     low, high = adapter.ranks
     rank = f"rank {low}" if low == high else f"rank {low}–{high}"
     size = f"{rank}, {adapter.num_bytes / 1e6:.1f} MB"
-    record = _training_record(adapter)
+    record = training_record(adapter)
     if record is None:
         return [size]
     task, example, scores = record["task"], record["example"], record["scores"]
@@ -375,18 +373,6 @@ def _what_it_does(adapter: Adapter) -> list[str]:
         f"{record['metric']}, held-out prompts: {', '.join(means)}",
         size,
     ]
-
-
-def _training_record(adapter: Adapter) -> dict[str, Any] | None:
-    """What `train` wrote beside an adapter; None where there is none, or it is someone else's."""
-    try:
-        record = json.loads(Path(adapter.source, "scores.json").read_text(encoding="utf-8"))
-        is_ours = all(
-            isinstance(record["scores"][name]["all"]["mean"], float) for name in ("expert", "base")
-        ) and all(isinstance(record["example"][side], str) for side in ("prompt", "answer"))
-        return record if is_ours and isinstance(record["metric"], str) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _escape(text: str) -> str:

@@ -35,6 +35,16 @@ def test_the_models_are_the_routers(client: openai.OpenAI) -> None:
 EXPERTS = ["single:red", "single:green", "single:blue"]
 
 
+def test_what_the_default_router_needs_is_read_before_the_first_request(
+    client: openai.OpenAI, routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured_late(reader: object) -> None:
+        raise RuntimeError("ordinary text is read while a client waits")
+
+    monkeypatch.setattr(type(routed_model.reader), "_measure", measured_late)
+    assert answer(client, model="spectr-context").choices[0].message.content
+
+
 def test_a_base_alone_is_the_one_model(serve_model: ServeModel, build_model: Any) -> None:
     client = serve_model(build_model([]))
     assert [model.id for model in client.models.list()] == ["base"]
