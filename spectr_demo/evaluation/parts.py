@@ -22,7 +22,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # Imports go one way, so no room above `evaluation` decides a number: an edit of the page, of the
 # charts or of the training leaves hours of results alone. Nor do the files that test what the parts
 # say and put it into words. A test follows the imports, and fails where another file is not here.
-_ROOMS = ("config.py", "trace", "cpu", "routing", "base", "experts", "engine", "evaluation")
+_ROOMS = ["config.py", "trace", "cpu", "routing", "base", "gpu", "experts", "engine", "evaluation"]
 _AFTERWARDS = ("evaluation/claims.py", "evaluation/findings.py", "evaluation/report.py")
 
 

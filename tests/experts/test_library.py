@@ -404,7 +404,7 @@ def test_the_stacked_factors_are_the_only_copy(
 def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: list[str]) -> None:
     import bitsandbytes as bnb
 
-    from spectr_demo.engine.layers import RoutedLinear, routed
+    from spectr_demo.engine.layers import Place, RoutedLinear, routed
     from spectr_demo.engine.plan import RoutingPlan
     from spectr_demo.routing.routers import parse_router
 
@@ -416,7 +416,8 @@ def test_four_bit_layers_take_experts(llama: LlamaForCausalLM, expert_folders: l
     library = load_experts(expert_folders, llama)
     path = "model.layers.0.mlp.up_proj"
     bank = banks_by_path(library)[path]
-    layer, x = RoutedLinear(quantized, path, [(bank, 0)]).eval(), torch.randn(1, 3, 64)
+    place = Place(bank, 0, (quantized.forward,))
+    layer, x = RoutedLinear(quantized, path, [place]).eval(), torch.randn(1, 3, 64)
     factors = library.adapters[1].read()[path]
     expected = quantized(x) + factors.scaling * x @ factors.lora_A.mT @ factors.lora_B.mT
     plan = RoutingPlan([parse_router("single:green", library.names)], library.names)
