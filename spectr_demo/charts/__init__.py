@@ -19,18 +19,24 @@ from spectr_demo.charts.shares import expert_share, share_by_layer
 from spectr_demo.charts.shares_and_kl import share_along_text
 from spectr_demo.charts.strip import token_strip
 from spectr_demo.charts.style import Theme
+from spectr_demo.charts.view import CSS, SCRIPT, RoutingView, routing_page, routing_view
 
 __all__ = [
     "BASE_NAME",
+    "CSS",
     "GREY",
     "OTHERS_COLOR",
     "OTHERS_NAME",
     "PALETTE",
+    "SCRIPT",
     "TIE_NAME",
+    "RoutingView",
     "Theme",
     "expert_colors",
     "expert_share",
     "routing_map",
+    "routing_page",
+    "routing_view",
     "share_along_text",
     "share_by_layer",
     "token_strip",
