@@ -230,9 +230,10 @@ def _answer(
     words = settings_in_words(router, len(colors), frame.why)
     graded = _graded(grade(example, column.text)) if example and is_done else ""
     return (
-        f'<article class="answer is-{state}"><header><h3>{_escape(title(router))}</h3>'
+        f'<article class="answer is-{state}" data-column="{_escape(column.label)}">'
+        f"<header><h3>{_escape(title(router))}</h3>"
         f"<p>{words}</p>{_whom(column, router, frame.trace, colors)}</header>"
-        f'<div class="text">{body}{caret}</div>'
+        f'<div class="text" dir="auto">{body}{caret}</div>'
         f"{_share_bar(column, frame.trace, colors)}"
         f"<footer>{''.join(facts)}</footer>{graded}</article>"
     )
@@ -298,7 +299,8 @@ def _whom(
 
 
 def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str, str]) -> str:
-    """The answer so far: coloured up to where the trace ends, plain after it.
+    """The answer so far: coloured up to where the trace ends, plain after it. Each token of the
+    trace is an element, which the routing view can mark.
 
     The answers to several requests grow side by side, a line each. So what a line has gained since
     the trace stands between its last token there and the next line.
@@ -307,7 +309,7 @@ def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str,
         return _escape(column.text)
     recorded = trace.column(column.label)
     expert, margin = trace.dominant_tokens(column.label)
-    runs: list[tuple[str, str]] = []  # (style, text); neighbours of one style become one element
+    runs: list[tuple[str, str]] = []  # (style, tokens); neighbours of one style become one element
     done = 0
     for t in range(recorded.num_prompt, recorded.num_tokens):
         piece = recorded.tokens[t]
@@ -322,29 +324,37 @@ def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str,
             strength = _WEAKEST + (_STRONGEST - _WEAKEST) * float(np.sqrt(min(1.0, margin[t])))
             color = colors[trace.expert_names[expert[t]]]
             style = f"--c:{color};--a:{round(strength / _STEP) * _STEP}%"
+        token = f"<i>{_escape(piece)}</i>"
         if runs and runs[-1][0] == style:
-            runs[-1] = style, runs[-1][1] + piece
+            runs[-1] = style, runs[-1][1] + token
         else:
-            runs.append((style, piece))
+            runs.append((style, token))
     coloured = "".join(
-        f'<mark style="{style}">{_escape(text)}</mark>' if style else _escape(text)
-        for style, text in runs
+        f'<mark style="{style}">{tokens}</mark>' if style else tokens for style, tokens in runs
     )
     return coloured + _escape(column.text[done:])
 
 
 def _share_bar(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str, str]) -> str:
-    """The experts' shares of the answer so far as one thin bar; empty for the base model."""
-    if trace is None:
+    """Who served the answer so far as one thin bar; what no expert served is hatched."""
+    answer = trace.column(column.label).part_slice("answer") if trace else slice(0)
+    if trace is None or not trace.is_token_read(column.label)[answer].any():
         return '<div class="share"></div>'
     share = trace.share(column.label, "answer")
-    parts = [
-        f'<i style="width:{value:.1%};background:{colors[name]}" title="{_escape(name)} '
-        f'{value:.0%}"></i>'
-        for name, value in zip(trace.expert_names, share, strict=True)
-        if value >= 0.001
-    ]
-    return f'<div class="share">{"".join(parts)}</div>'
+    names = [*trace.expert_names, "base"]
+    found = [*zip(names, np.append(share, 1 - share.sum()).tolist(), strict=True)]
+    found = [(name, value) for name, value in found if value >= 0.001]
+    parts = "".join(
+        f'<i style="width:{value:.1%};background:{colors[name]}"></i>'
+        if name in colors
+        else f'<i class="is-base" style="width:{value:.1%}"></i>'
+        for name, value in found
+    )
+    words = ", ".join(f"{value:.0%} {name}" for name, value in sorted(found, key=lambda e: -e[1]))
+    return (
+        f'<div class="share" role="img" aria-label="{_escape(words)}" title="{_escape(words)}">'
+        f"{parts}</div>"
+    )
 
 
 def _chip(number: int, adapter: Adapter, color: str) -> str:

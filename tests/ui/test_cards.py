@@ -15,7 +15,7 @@ from spectr_demo.config import PAGE_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.routing.routers import ROUTERS, parse_router
-from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
+from spectr_demo.trace import NOT_ROUTED, ColumnTrace, Reading, RoutingTrace
 from spectr_demo.ui import cards
 from spectr_demo.ui.examples import EXAMPLES
 from spectr_demo.ui.run import FITTING, Frame
@@ -78,7 +78,7 @@ def test_tokens_stand_on_their_experts_colour(trace: RoutingTrace) -> None:
 def test_no_character_is_lost_to_the_colours(trace: RoutingTrace) -> None:
     text = answer_of(trace, "spectr")
     rendered = cards.answers(frame_of(text, trace), NAMES)
-    body = re.search(r'<div class="text">(.*?)</div>', rendered, re.S)
+    body = re.search(r'<div class="text" dir="auto">(.*?)</div>', rendered, re.S)
     assert body is not None
     assert html_module.unescape(re.sub(r"<[^>]*>", "", body[1])) == text
 
@@ -231,6 +231,11 @@ def lanes_trace(lanes: Sequence[tuple[int, ...]], answers: Sequence[Sequence[str
         logprob=unknown,
         entropy=unknown,
         kl=unknown,
+        reading=Reading(
+            lanes=np.array(owners, np.int16),
+            standing=np.zeros((len(lanes), len(NAMES)), np.float32),
+            certainty=np.zeros((len(lanes), 2, len(NAMES)), np.float32),
+        ),
     )
     return RoutingTrace(expert_names=NAMES, projections=("q",), num_layers=2, columns=(column,))
 
@@ -274,10 +279,11 @@ def test_lines_that_grow_side_by_side_keep_their_colours() -> None:
     trace = lanes_trace([(3,), (0,), ()], [["one", " two\n"], ["uno", "\n"], ["un"]])
     text = "one two three\nuno\nun deux"
     html = lanes_card(trace, text)
-    body = re.search(r'<div class="text">(.*?)</div>', html, re.S)
+    body = re.search(r'<div class="text" dir="auto">(.*?)</div>', html, re.S)
     assert body is not None
     colors = expert_colors(NAMES)
     runs = re.findall(r'<mark style="--c:(#\w+);[^>]*>(.*?)</mark>', body[1], re.S)
+    runs = [(color, re.sub("</?i>", "", text)) for color, text in runs]
     assert runs == [(colors["sql"], "one two three\n"), (colors["chat"], "uno\n")]
     assert html_module.unescape(re.sub(r"<[^>]*>", "", body[1])) == text
 
@@ -286,6 +292,20 @@ def test_the_share_bar_adds_up(trace: RoutingTrace) -> None:
     html = cards.answers(frame_of("", trace), NAMES)
     widths = [float(w) for w in re.findall(r'<i style="width:([\d.]+)%', html)]
     assert np.isclose(sum(widths), 100, atol=0.5)
+
+
+def test_the_share_bar_hatches_what_the_base_answered() -> None:
+    html = lanes_card(lanes_trace([(3,), ()], [["a", "\n"], ["b", "\n"]]), "a\nb\n")
+    assert 'aria-label="50% sql, 50% base"' in html
+    assert '<i class="is-base" style="width:50.0%"></i>' in html
+
+
+def test_each_token_of_the_trace_is_an_element() -> None:
+    html = lanes_card(lanes_trace([(3,), ()], [["<a>", "\n"], ["b"]]), "<a>\nb")
+    body = re.search(r'<div class="text" dir="auto">(.*?)</div>', html, re.S)
+    assert body is not None
+    assert re.findall("<i>(.*?)</i>", body[1], re.S) == ["&lt;a&gt;", "\n", "b"]
+    assert 'data-column="spectr-context"' in html
 
 
 def test_the_header_says_what_is_loaded(routed_model: SpectrModel) -> None:
