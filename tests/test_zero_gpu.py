@@ -54,8 +54,8 @@ def test_the_app_keeps_the_rules(
     ]
     assert all(column["num_tokens"] for column in found["answer"])
     assert "shorten one of them" in found["error"]
-    assert "✓ finished" in found["page"]
-    assert "✓ finished" in found["page_after_a_visitor_left"]
+    assert "is-finished" in found["page"]
+    assert "is-finished" in found["page_after_a_visitor_left"]
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ def routing_map(
     """The dominant expert of every layer (upwards) and token (along the text).
 
     `projection` picks one projection; without it a cell shows the mean over all of them. The
-    stronger the colour, the larger the weight. The first `window` tokens are in view: drag the
-    map, or the slider below it, to see the others.
+    stronger the colour, the larger the weight. The first `window` tokens are in view; a slider
+    below them moves to the others.
     """
     column, groups = trace.column(label), groups_of(trace)
     cells = trace.dominant_cells(label, projection)
@@ -56,7 +56,8 @@ def routing_map(
     # Not lower: on a phone, the labels and the slider leave Plotly no room for the map itself.
     finish(fig, theme, height=200 + LAYER_PX * max(12, trace.num_layers))
     mark_answer(fig, column, INK[theme])
-    fig.update_layout(dragmode="pan", hovermode="closest", showlegend=True)
+    # No drag of the map itself: past an end, Plotly shows blank space, or squeezes what is shown.
+    fig.update_layout(dragmode=False, hovermode="closest", showlegend=True)
     _show_tokens(fig, column, window)
     fig.update_yaxes(**layer_axis(trace), fixedrange=True, showgrid=False)
     return fig
@@ -133,8 +134,7 @@ def _show_tokens(fig: go.Figure, column: ColumnTrace, window: int) -> None:
         # The ticks show the tokens; the categories stay unique, and are thinned to what fits.
         labelalias={str(t): axis_label(token) for t, token in enumerate(column.tokens)},
         range=[-0.5, min(T, window) - 0.5],
-        minallowed=-0.5,
-        maxallowed=T - 0.5,
+        fixedrange=window >= T,
         tickangle=-90,
         tickfont={"family": MONO, "size": 10},
         automargin=True,
@@ -143,6 +143,8 @@ def _show_tokens(fig: go.Figure, column: ColumnTrace, window: int) -> None:
     if window < T:
         fig.update_layout(margin={"b": 14})  # the labels make room for themselves
         fig.update_xaxes(
+            minallowed=-0.5,
+            maxallowed=T - 0.5,
             rangeslider={"visible": True, "thickness": 0.1, "bgcolor": "rgba(0,0,0,0)"},
         )
 

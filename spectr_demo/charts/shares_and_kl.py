@@ -50,10 +50,9 @@ def share_along_text(
     _add_kl(fig, column, tokens, ink)
     finish(fig, theme, height=420)
     mark_answer(fig, column, ink)
-    fig.update_layout(hovermode="x unified", dragmode="pan")
+    fig.update_layout(hovermode="x unified", dragmode=False)
     few = {"dtick": 1} if column.num_tokens < 8 else {}  # no ticks between tokens
-    start, stop = -0.5, column.num_tokens - 0.5
-    fig.update_xaxes(range=[start, stop], minallowed=start, maxallowed=stop, showgrid=False, **few)
+    fig.update_xaxes(range=[-0.5, column.num_tokens - 0.5], fixedrange=True, showgrid=False, **few)
     fig.update_xaxes(title={"text": "token", "standoff": 4}, **_KL)
     fig.update_yaxes(range=[0, 1], tickformat=".0%", fixedrange=True, **_SHARES)
     fig.update_yaxes(rangemode="tozero", nticks=4, fixedrange=True, automargin=True, **_KL)

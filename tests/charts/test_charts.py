@@ -94,11 +94,16 @@ def test_an_unknown_column_is_an_error(trace: RoutingTrace, name: str) -> None:
         CHARTS[name](trace, "nope")
 
 
-@pytest.mark.parametrize("name", ["routing_map", "share_along_text"])
-@pytest.mark.parametrize("num_tokens", [1, 12, 200])
-def test_a_chart_that_pans_ends_where_its_tokens_end(name: str, num_tokens: int) -> None:
-    axis = CHARTS[name](sample_trace(num_tokens, num_layers=2)).layout.xaxis
-    assert (axis.minallowed, axis.maxallowed) == (-0.5, num_tokens - 0.5)
+def test_no_chart_can_be_dragged_into_blank_space(chart: Chart) -> None:
+    for num_tokens in (1, 12, 200):
+        layout = chart(sample_trace(num_tokens, num_layers=2)).layout
+        axes = [layout[name] for name in layout if re.fullmatch(r"[xy]axis\d*", name)]
+        slides = [axis for axis in axes if not axis.fixedrange]
+        assert layout.dragmode is False or not slides
+        assert len(slides) == (chart is CHARTS["routing_map"] and num_tokens == 200)
+        for axis in slides:  # by the slider alone
+            assert axis.rangeslider.visible
+            assert (axis.minallowed, axis.maxallowed) == (-0.5, num_tokens - 0.5)
 
 
 def test_charts_of_one_layer_and_projection_say_so(chart: Chart) -> None:
