@@ -209,7 +209,10 @@ def _wire_runs(layout: Layout, session: gr.State, runner: _Runner) -> Any:
     gr.on([*pressed, layout.examples.click], None, js=style.SHOW_RESULTS, **PRIVATE)
     layout.stop.click(_stop, session, None, queue=False, **PRIVATE)
     columns = layout.form["columns"]
-    columns.input(at_most, columns, columns, show_progress="hidden", **PRIVATE)
+    # "always_last": a tick while the one before is looked at is looked at, too.
+    columns.input(
+        at_most, columns, columns, show_progress="hidden", trigger_mode="always_last", **PRIVATE
+    )
     return run
 
 
