@@ -1,52 +1,169 @@
-"""The endpoint for programs (`/compare`): the same runs as the page's, without the page."""
+"""The endpoints for programs, over HTTP and as MCP tools: the page's runs, without the page."""
 
+import inspect
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import closing
+from functools import partial, wraps
+from typing import Any, TypedDict
 
 import gradio as gr
+from gradio.components.api_component import Api
+from gradio.utils import get_function_description
+from pydantic import ValidationError, validate_call
 
 from spectr_demo.charts.text import counted
-from spectr_demo.config import GenerationSettings
+from spectr_demo.config import DEFAULT_ROUTER, GenerationSettings
+from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import Step
+from spectr_demo.evaluation.tasks import TASKS
+from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.routers import parse_router
-from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, Steps
+from spectr_demo.ui.records import training_record
+from spectr_demo.ui.requests import RoutedRequest
+from spectr_demo.ui.run import FITTING, MAX_COLUMNS, MAX_NEW_TOKENS, Choice, Steps
+
+logger = logging.getLogger(__name__)
+
+# Gradio 6.31 takes `?view=api` for an open panel, but loads one only when its button is pressed.
+_OPEN_PANEL = """() => {
+  const isAsked = new URLSearchParams(location.search).get("view") === "api";
+  const button = document.querySelector("footer .show-api");
+  if (!isAsked || !button || document.querySelector(".api-docs")) return;
+  button.click();
+  button.click();
+}"""
+_READS_ONLY = GenerationSettings(max_new_tokens=1)  # nothing is generated: no time is asked for
 
 
-def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., list[dict[str, Any]]]:
-    """The endpoint's function: its signature is what a client sees."""
+class Answer(TypedDict):
+    """One column of a comparison. num_tokens: end tokens included. expert_share: by name, mean
+    weight over the answer."""
 
+    label: str
+    text: str
+    num_tokens: int
+    expert_share: dict[str, float]
+
+
+class ExpertExample(TypedDict):
+    """A prompt that an expert is for, and the answer to it."""
+
+    prompt: str
+    answer: str
+
+
+class Expert(TypedDict):
+    """An expert that is loaded. rank: the smallest and the largest over its layers. modules: the
+    linear layers of a decoder layer that it changes. task, example: None where its files do not
+    say."""
+
+    name: str
+    task: str | None
+    rank: list[int]
+    modules: list[str]
+    example: ExpertExample | None
+
+
+def register(page: gr.Blocks, model: SpectrModel, steps: Steps, queue: dict[str, Any]) -> None:
+    """Add the endpoints to a page. queue: of those that use the model."""
+    names = model.library.names
+    experts = experts_of(model.library)
+    described = [expert["example"] for expert in experts() if expert["example"]]
+    prompt = described[0]["prompt"] if described else "What is the capital of France?"
+    columns = ["base", DEFAULT_ROUTER] if names else ["base"]
+    _add(page, compare_with(steps, names), {"prompt": prompt, "columns": columns}, queue)
+    _add(page, route_with(steps), {"prompt": prompt}, queue)
+    _add(page, experts, {}, {"queue": False})
+    page.load(None, None, None, js=_OPEN_PANEL, api_visibility="private")
+
+
+def _add(
+    page: gr.Blocks, function: Callable[..., Any], example: dict[str, Any], queue: dict[str, Any]
+) -> None:
+    """An endpoint with the function's name. The panel shows what its docstring says of each
+    parameter and of the result, and a call that can be run as it stands."""
+    made = gr.api(function, api_name=function.__name__, **queue)
+    _, parameters, returned = get_function_description(function)
+    descriptions = {**parameters, "result": " ".join(returned)}
+    for name, number in zip(descriptions, [*made["inputs"], *made["outputs"]], strict=True):
+        component = page.blocks[number]
+        assert isinstance(component, Api)
+        component.label = name
+        # Gradio reads one of a parameter, the other of a result.
+        component._api_info["additional_description"] = descriptions[name]
+        component._api_info["description"] = descriptions[name]
+        if name in example:
+            component.example_payload = partial(example.get, name)  # type: ignore[method-assign]
+
+
+def for_programs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its arguments checked by their types. What fails is one message."""
+    checked = validate_call(function)
+
+    @wraps(function)
+    def endpoint(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checked(**inspect.signature(function).bind(*args, **kwargs).arguments)
+        except ValidationError as error:
+            message = "; ".join(
+                f"{'.'.join(map(str, each['loc']))} is {each['input']!r:.40}: {each['msg']}"
+                for each in error.errors()
+            )
+        except (ValueError, TypeError) as error:
+            message = str(error)
+        except gr.Error:
+            raise
+        except Exception as error:
+            logger.exception("a call of an endpoint failed")
+            message = f"the run broke off ({type(error).__name__}: {error}); run it again"
+        raise gr.Error(message, print_exception=False)
+
+    return endpoint
+
+
+# Gradio reads the docstrings below: it takes parameters from lines after "Args:", and "Returns:".
+
+
+def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., list[Answer]]:
+    """The endpoint `compare`: its signature is what a client sees."""
+
+    @for_programs
     def compare(
         prompt: str,
         columns: list[str],
         max_new_tokens: int = 96,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> list[dict[str, Any]]:
-        """Answer a prompt with several routers at once, such as "base", "single:sql", "spectr".
+    ) -> list[Answer]:
+        """Answer a prompt with several routers side by side, each a column.
 
-        Returns an object per column: label, text, num_tokens, and expert_share, the mean weight of
-        each expert over the answer.
-        """
-        try:
-            if not 1 <= len(columns) <= MAX_COLUMNS:
-                num = counted(len(columns), "column")
-                raise ValueError(f"the comparison has {num}; give 1 to {MAX_COLUMNS}")
-            if max_new_tokens > MAX_NEW_TOKENS:
-                raise ValueError(
-                    f"max_new_tokens is {max_new_tokens}; this server makes up to {MAX_NEW_TOKENS}"
-                )
-            routers = [parse_router(column, expert_names) for column in columns]
-            settings = GenerationSettings(
-                max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        Args:
+            prompt: The user's message. It may hold several requests.
+            columns: One to six routers: "base", "single:NAME" with an expert's name, "uniform", "arrow", "spectr", "spectr-paper", "spectr-calibrated", "spectr-context", "lag" or "norm".
+            max_new_tokens: Tokens of an answer at most, up to 512.
+            temperature: Of sampling. 0 always takes the likeliest token.
+            seed: Of sampling; columns share the noise.
+
+        Returns:
+            For each column its label, text, num_tokens, and expert_share (mean weight of each expert over the answer).
+        """  # noqa: E501
+        if not 1 <= len(columns) <= MAX_COLUMNS:
+            num = counted(len(columns), "column")
+            raise ValueError(f"the comparison has {num}; give 1 to {MAX_COLUMNS}")
+        if max_new_tokens > MAX_NEW_TOKENS:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; this server makes up to {MAX_NEW_TOKENS}"
             )
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        routers = [parse_router(column, expert_names) for column in columns]
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
         *_, last = steps(prompt, routers, settings)
         assert isinstance(last, Step) and last.trace is not None
-        trace = last.trace
-        answers = []
+        answers: list[Answer] = []
         for column in last.columns:
-            share = trace.share(column.label, "answer").tolist()
+            share = last.trace.share(column.label, "answer").tolist()
             answers.append(
                 {
                     "label": column.label,
@@ -58,3 +175,56 @@ def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., lis
         return answers
 
     return compare
+
+
+def route_with(steps: Steps) -> Callable[[str], list[RoutedRequest]]:
+    """The endpoint `route`. It takes the first step of a run, which reads the prompt."""
+
+    @for_programs
+    def route(prompt: str) -> list[RoutedRequest]:
+        """Say which expert each request of a message is for. Nothing is generated.
+
+        Args:
+            prompt: The user's message. It may hold several requests.
+
+        Returns:
+            For each request its text, expert (null: none stands out, the base answers), standing (how sure: how far the nearest expert stands out, in standard deviations over ordinary prompts), threshold (what standing must exceed), and nearest (why: the five nearest experts with their standing).
+        """  # noqa: E501
+        with closing(steps(prompt, [FITTING], _READS_ONLY)) as run:
+            choice = next(run)
+        assert isinstance(choice, Choice)
+        return list(choice.requests)
+
+    return route
+
+
+def experts_of(library: ExpertLibrary) -> Callable[[], list[Expert]]:
+    """The endpoint `experts`."""
+
+    @for_programs
+    def experts() -> list[Expert]:
+        """List the experts that are loaded.
+
+        Returns:
+            For each expert its name, task, rank (smallest and largest), modules that it changes, and example (a prompt and the answer).
+        """  # noqa: E501
+        listed: list[Expert] = []
+        for adapter in library.adapters:
+            record = training_record(adapter)
+            task = record["task"] if record else None
+            example = None
+            if record:
+                prompt, answer = (record["example"][side] for side in ("prompt", "answer"))
+                example = ExpertExample(prompt=prompt, answer=answer)
+            listed.append(
+                {
+                    "name": adapter.name,
+                    "task": TASKS[task].title if task in TASKS else task,
+                    "rank": list(adapter.ranks),
+                    "modules": adapter.projections,
+                    "example": example,
+                }
+            )
+        return listed
+
+    return experts

@@ -13,8 +13,7 @@ from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import RoutingTrace
-from spectr_demo.ui import cards, figures, recorded, style
-from spectr_demo.ui.endpoint import compare_with
+from spectr_demo.ui import cards, endpoint, figures, recorded, style
 from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.figures import ALL_PROJECTIONS, View
 from spectr_demo.ui.layout import Layout, lay_out
@@ -47,12 +46,13 @@ class Session:
 
 
 def launch_options() -> dict[str, Any]:
-    """What `Blocks.launch` needs for this page: its look, and that no other host is asked."""
+    """What `Blocks.launch` needs for this page: its look, that no other host is asked, MCP."""
     return {
         "theme": style.theme(),
         "css_paths": style.CSS,
         "footer_links": ["api", "settings"],
         "run_history": False,
+        "mcp_server": True,
         "share": False,
         "ssr_mode": False,
         "state_session_capacity": 200,
@@ -83,7 +83,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         _wire_files(layout, session, page.GRADIO_CACHE)
         page.load(None, None, layout.view, js=style.READ_VIEW, **PRIVATE)
         page.load(None, None, None, js=style.WATCH_VIEW, **PRIVATE)
-        gr.api(compare_with(steps, model.library.names), api_name="compare", **MODEL_QUEUE)
+        endpoint.register(page, model, steps, MODEL_QUEUE)
     release_threads()  # of loading and building: runs have threads of their own
     return page.queue(max_size=20, default_concurrency_limit=4)
 

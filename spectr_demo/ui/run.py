@@ -11,11 +11,12 @@ from typing import Any, Literal
 import gradio as gr
 
 from spectr_demo.charts.text import counted
-from spectr_demo.config import DEFAULT_ROUTER, GenerationSettings, RouterConfig
+from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step, unique_labels
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.trace import RoutingTrace
+from spectr_demo.ui.requests import RoutedRequest, routed_requests
 
 MIN_COLUMNS, MAX_COLUMNS = 2, 6
 MAX_NEW_TOKENS = 512
@@ -28,10 +29,12 @@ FITTING = RouterConfig(name="single", expert="")
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The expert that was chosen for `FITTING`. why: in a few words."""
+    """The expert that was chosen for `FITTING`. why: in a few words. requests: what it was chosen
+    by."""
 
     expert: str
     why: str
+    requests: Sequence[RoutedRequest]
 
 
 # A run of the model; where `FITTING` is among its routers, the choice comes before the steps.
@@ -166,17 +169,15 @@ def fitting_expert(model: SpectrModel, prompt: str) -> Choice:
 
     Raises ValueError where no expert is loaded.
     """
-    names = model.library.names
-    lanes = model.lanes(parse_router(DEFAULT_ROUTER, names), model.encode(prompt))
-    for number, lane in enumerate(lanes, start=1):
-        if lane.expert is not None:
-            why = f"the expert of request {number} of {len(lanes)}"
-            return Choice(
-                expert=names[lane.expert], why=why if len(lanes) > 1 else "the expert that fits"
-            )
-    assert lanes[0].standing is not None
-    nearest = int(lanes[0].standing.argmax())
-    return Choice(expert=names[nearest], why="none stands out; this one is nearest")
+    requests = routed_requests(model, prompt)
+    for number, request in enumerate(requests, start=1):
+        if request["expert"] is not None:
+            why = f"the expert of request {number} of {len(requests)}"
+            if len(requests) == 1:
+                why = "the expert that fits"
+            return Choice(expert=request["expert"], why=why, requests=requests)
+    nearest = requests[0]["nearest"][0]["expert"]
+    return Choice(expert=nearest, why="none stands out; this one is nearest", requests=requests)
 
 
 def chosen(routers: Sequence[RouterConfig], choice: Choice) -> tuple[RouterConfig, ...]:

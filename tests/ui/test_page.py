@@ -7,8 +7,6 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from gradio_client import Client
-from gradio_client.exceptions import AppError
 
 import app
 import spectr_demo
@@ -24,32 +22,10 @@ from tests.ui.conftest import FRANCE
 Serve = Callable[[gr.Blocks], str]
 
 
-def test_the_endpoint_compares(routed_model: SpectrModel, serve: Serve) -> None:
-    client = Client(serve(ui.build(routed_model)), verbose=False)
-    api: Any = client.view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/compare"]
-    assert not api["unnamed_endpoints"]
-
-    answers = client.predict("hello", ["base", "single:red", "spectr"], 8, api_name="/compare")
-    assert [a["label"] for a in answers] == ["base", "single:red", "spectr"]
-    assert answers[0]["expert_share"] == {"red": 0, "green": 0, "blue": 0}
-    expected = routed_model.compare("hello", ["base", "single:red", "spectr"], max_new_tokens=8)
-    assert [a["text"] for a in answers] == [c.text for c in expected.columns]
-
-    for prompt, columns, tokens, message in (
-        ("", ["base"], 8, "the prompt is empty"),
-        ("hello", ["spektr"], 8, "Did you mean 'spectr'"),
-        ("hello", [], 8, "has 0 columns"),
-        ("hello", ["base"], 513, "up to 512"),
-    ):
-        with pytest.raises(AppError, match=message):
-            client.predict(prompt, columns, tokens, api_name="/compare")
-
-
 def test_everything_that_uses_the_model_shares_one_place(routed_model: SpectrModel) -> None:
     page = ui.build(routed_model)
-    using = [fn for fn in page.fns.values() if fn.name in ("run", "compare")]
-    assert len(using) == 3  # Run and Enter; an example; the endpoint
+    using = [fn for fn in page.fns.values() if fn.name in ("run", "compare", "route")]
+    assert len(using) == 4  # Run and Enter; an example; two endpoints
     assert {(fn.concurrency_id, fn.concurrency_limit) for fn in using} == {("model", 1)}
     assert page._queue.max_size == 20
     assert not page.analytics_enabled

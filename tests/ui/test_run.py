@@ -17,7 +17,6 @@ from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui.run import (
     FITTING,
     FRAME_SECONDS,
-    Choice,
     Form,
     fitting_expert,
     frames,
@@ -254,7 +253,9 @@ def test_the_choice_says_why(
         return Lane(start=0, stop=1, ids=[0], weights=weights, standing=standing)
 
     monkeypatch.setattr(routed_model, "lanes", lambda router, ids: list(map(lane, experts)))
-    assert fitting_expert(routed_model, "hello") == Choice(expert=chosen, why=why)
+    choice = fitting_expert(routed_model, "hello")
+    assert (choice.expert, choice.why) == (chosen, why)
+    assert len(choice.requests) == len(experts)
 
 
 def test_without_experts_none_fits(build_model: Any) -> None:
