@@ -58,7 +58,8 @@ def _model() -> argparse.ArgumentParser:
         "--experts",
         nargs="+",
         metavar="SOURCE",
-        help="Hub ids or folders of LoRA adapters, NAME=SOURCE to rename (default: SPECTR_EXPERTS)",
+        help="LoRA adapters: Hub ids, folders, or folders of several; NAME=SOURCE renames one "
+        "(default: SPECTR_EXPERTS)",
     )
     model.add_argument(
         "--debug", action="store_true", help="where it fails, show the traceback as well"

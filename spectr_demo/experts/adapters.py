@@ -141,6 +141,14 @@ def named_source(source: str | Path) -> tuple[str | None, str]:
     return (name, rest) if is_named and not is_path else (None, str(source))
 
 
+def adapters_in(source: str | Path) -> list[str]:
+    """The adapters in a folder of several, by name; any other source alone, as it is."""
+    folder = Path(source).expanduser()
+    if (folder / CONFIG_FILE).exists():
+        return [str(source)]
+    return sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}")) or [str(source)]
+
+
 def read_adapter(source: str | Path, name: str | None = None) -> Adapter:
     """Read a PEFT LoRA adapter from a folder or from the Hub (`owner/repo` or `owner/repo/folder`).
 

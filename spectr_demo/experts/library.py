@@ -31,6 +31,7 @@ from spectr_demo.experts.adapters import (
     Adapter,
     AdapterError,
     LoraShape,
+    adapters_in,
     named_source,
     read_adapter,
 )
@@ -251,7 +252,7 @@ def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dty
     return torch.bfloat16, zeros
 
 
-# One source or several: folders or Hub ids, `NAME=SOURCE` to rename.
+# One source or several: folders of one adapter or of several, or Hub ids; `NAME=SOURCE` to rename.
 Sources = str | Path | Sequence[str | Path]
 
 
@@ -260,7 +261,7 @@ def read_adapters(sources: Sources, config: PretrainedConfig) -> Fitted:
     listed = [sources] if isinstance(sources, str | Path) else sources
     adapters: list[Adapter] = []
     problems: list[str] = []
-    for source in listed:
+    for source in (each for one in listed for each in adapters_in(one)):
         name, path = named_source(source)
         try:
             adapters.append(read_adapter(path, name))

@@ -54,6 +54,22 @@ def test_factors_and_scaling(folder: Path) -> None:
     assert factors.scaling == 8 / 4  # PEFT's default lora_alpha is 8
 
 
+def test_a_folder_of_adapters_is_each_of_them(
+    save_expert: SaveExpert, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("red", "blue")):
+        save_expert(name, seed=seed, folder=tmp_path / "mine")
+    other = save_expert("green", seed=2, folder=tmp_path)
+    (tmp_path / "mine" / "notes").mkdir()
+    library = load_experts([tmp_path / "mine", f"last={other}"], llama)
+    assert library.names == ("blue", "red", "last")
+    # An adapter that PEFT saved with others inside it is the one that is named.
+    save_expert("inner", folder=Path(other))
+    assert load_experts(other, llama).names == ("green",)
+    with pytest.raises(AdapterError, match=f"notes has no {CONFIG_FILE}"):
+        load_experts(str(tmp_path / "mine" / "notes"), llama)
+
+
 def test_patterns_and_rslora_scale_as_in_peft(save_expert: SaveExpert) -> None:
     folder = save_expert(
         "patterned",
