@@ -45,6 +45,7 @@ def test_the_app_keeps_the_rules(
     assert found["gpu_functions"] == 1
     assert found["are_generators"]
     assert found["seconds_of_the_endpoint"] == [12]
+    assert found["seconds_of_reading"] == [10]
     assert found["seconds_of_the_page"] == [15]
 
     assert [column["label"] for column in found["answer"]] == [
@@ -53,6 +54,7 @@ def test_the_app_keeps_the_rules(
         "spectr-context",
     ]
     assert all(column["num_tokens"] for column in found["answer"])
+    assert [request["text"] for request in found["requests"]] == ["hello"]
     assert "shorten one of them" in found["error"]
     assert "is-finished" in found["page"]
     assert "is-finished" in found["page_after_a_visitor_left"]

@@ -144,6 +144,9 @@ def app() -> dict[str, Any]:
     columns = ["base", f"single:{expert}", "spectr-context"]
     found["answer"] = client.predict("hello", columns, 20, api_name="/compare")
     found["seconds_of_the_endpoint"] = durations()
+    del REQUESTS[:]
+    found["requests"] = client.predict("hello", api_name="/route")
+    found["seconds_of_reading"] = durations()
     try:
         client.predict("x" * 50_000, columns, 20, api_name="/compare")
     except Exception as error:

@@ -15,6 +15,7 @@ def training_record(adapter: Adapter) -> dict[str, Any] | None:
         is_ours = all(
             isinstance(record["scores"][name]["all"]["mean"], float) for name in ("expert", "base")
         ) and all(isinstance(record["example"][side], str) for side in ("prompt", "answer"))
-        return record if is_ours and isinstance(record["metric"], str) else None
+        has_words = all(isinstance(record[name], str) for name in ("task", "metric"))
+        return record if is_ours and has_words else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
