@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -45,8 +46,14 @@ def test_the_command_serves_until_it_is_told_to_end(
     base_folder: str, expert_folders: list[str]
 ) -> None:
     command = [sys.executable, "-m", "spectr_demo", "serve", "--port", "0", "--base", base_folder]
+    # Shells have what they run in the background ignore the interrupt, and tests may run there.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        [*command, "--experts", *expert_folders], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*command, "--experts", *expert_folders],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
     ) as server:
         assert server.stderr is not None
         found = None
