@@ -5,7 +5,7 @@
   window.spectrRoutingView = true;
   const states = new WeakMap(); // by the element that holds a view, which stays
   const stateOf = (rv) => {
-    const host = rv.parentElement;
+    const host = rv.closest('#routing') ?? rv.parentElement;
     if (states.get(host)?.run !== rv.dataset.run) {
       states.set(host, { run: rv.dataset.run, open: {}, left: {}, t: null, layer: null });
     }
@@ -16,6 +16,8 @@
     .find((card) => card.dataset.column === rv.dataset.column);
   const viewOf = (card) => all(document, '.rv')
     .find((rv) => rv.dataset.column === card.dataset.column);
+  const cardTokenOf = (rv, { t }) => (t === null ? undefined
+    : cardOf(rv)?.querySelectorAll('.text i')[t - rv.dataset.first]);
   const numOf = (block) => +block.style.getPropertyValue('--n');
   const blockOf = (rv, t) => all(rv, '.rv-block').find((block) => {
     const at = t - block.dataset.start;
@@ -47,12 +49,15 @@
 
   const tell = (rv, state) => {
     const told = rv.querySelector('.rv-told');
-    rv.ofAll ??= [...told.childNodes];
+    // What the server wrote, which has no mark of this script
+    if (!told.dataset.own) state.ofAll = [...told.childNodes];
     const row = state.t === null ? null : rv.querySelector(`tr[data-t="${state.t}"]`);
     if (!row) {
-      told.replaceChildren(...rv.ofAll);
+      told.replaceChildren(...state.ofAll);
+      delete told.dataset.own;
       return;
     }
+    told.dataset.own = 'yes';
     const [number, part, text, list, logprob, kl] = row.cells;
     const head = line('rv-head', '');
     const token = document.createElement('b');
@@ -78,8 +83,7 @@
       if (block === here) mark.style.setProperty('--at', state.t - block.dataset.start);
     }
     all(document, '.answer .is-marked').forEach((token) => token.classList.remove('is-marked'));
-    const tokens = cardOf(rv)?.querySelectorAll('.text i');
-    if (state.t !== null) tokens?.[state.t - rv.dataset.first]?.classList.add('is-marked');
+    cardTokenOf(rv, state)?.classList.add('is-marked');
     tell(rv, state);
   };
 
@@ -126,7 +130,7 @@
     if (other && !stateOf(other).pinned) mark(other, +other.dataset.first + token.at);
   });
   document.addEventListener('pointerout', (event) => {
-    const from = event.target.closest?.('.rv-plot, .answer .text');
+    const from = event.target.closest?.('.rv-plot, .rv-prompt, .answer .text');
     if (!from || from.contains(event.relatedTarget)) return;
     const rv = from.closest('.rv') ?? viewOf(from.closest('.answer'));
     if (rv && !stateOf(rv).pinned && !from.contains(document.activeElement)) mark(rv, null);
@@ -186,7 +190,8 @@
     event.preventDefault();
   });
 
-  // A view that takes another's place goes on where it was: folds, scroll, and the marked token.
+  // A view that is drawn anew goes on where it was: folds, scroll, and the marked token. The page
+  // may replace elements, or change those that are there.
   document.addEventListener('toggle', (event) => {
     const rv = event.target.closest?.('.rv');
     if (rv) stateOf(rv).open[event.target.className] = event.target.open;
@@ -195,27 +200,28 @@
     const rv = event.target.closest?.('.rv');
     if (rv) stateOf(rv).left[all(rv, '.rv-scroll').indexOf(event.target)] = event.target.scrollLeft;
   }, true);
-  const takeUp = (rv) => {
-    const state = stateOf(rv);
-    const { left } = state;
+  const takeUp = (rv, state) => {
     for (const [kind, open] of Object.entries(state.open)) {
       const fold = rv.getElementsByClassName(kind)[0];
       if (fold) fold.open = open;
     }
-    all(rv, '.rv-scroll').forEach((scroll, at) => { if (left[at]) scroll.scrollLeft = left[at]; });
-    if (state.t !== null) show(rv);
+    all(rv, '.rv-scroll').forEach((scroll, at) => {
+      if (state.left[at]) scroll.scrollLeft = state.left[at];
+    });
+    show(rv);
   };
-  let hadFocus = false;
-  document.addEventListener('focusin', (event) => {
-    hadFocus = Boolean(event.target.closest?.('#routing .rv-plot'));
+  new MutationObserver(() => {
+    for (const rv of all(document, '.rv')) {
+      const state = stateOf(rv);
+      const marked = cardTokenOf(rv, state);
+      if (state.drawn !== rv.dataset.drawn) {
+        state.drawn = rv.dataset.drawn;
+        takeUp(rv, state);
+      } else if (marked && !marked.classList.contains('is-marked')) {
+        show(rv);
+      }
+    }
+  }).observe(document.body, {
+    childList: true, subtree: true, attributes: true, attributeFilter: ['class', 'data-drawn'],
   });
-  new MutationObserver((records) => {
-    const added = records.flatMap((record) => [...record.addedNodes]);
-    const isNew = added.some((node) => node.nodeType === 1
-      && (node.matches('.rv, .answer, .answers') || node.querySelector('.rv, .answer')));
-    if (!isNew) return;
-    all(document, '.rv').forEach(takeUp);
-    const plot = document.querySelector('#routing .rv-plot');
-    if (hadFocus && plot && document.activeElement === document.body) plot.focus({ preventScroll: true });
-  }).observe(document.body, { childList: true, subtree: true });
 })();

@@ -88,16 +88,19 @@ def routing_view(trace: RoutingTrace, label: str) -> RoutingView:
     if len(answer) > _MOST_DRAWN:
         blocks.append(f"<p>The first {_MOST_DRAWN} of {len(answer)} tokens are drawn.</p>")
     run = zlib.crc32("".join(column.tokens[: column.num_prompt]).encode("utf-8", "replace"))
-    return RoutingView(
-        f'<section class="rv" data-column="{html.escape(label)}" data-run="{run}" '
-        f'data-first="{column.num_prompt}" '
-        f'data-names="{html.escape(json.dumps(trace.expert_names))}">'
+    content = (
         f"<h3>{_finding(seen)}</h3><p>{_summary(seen)}</p>{_legend(seen)}"
         f'<div class="rv-both"><div class="rv-plot" tabindex="0" role="application" '
         'aria-label="Routing of the answer. Left and right arrow: token. Up and down: layer. '
-        f'Enter: pin.">{"".join(blocks)}{_prompt(seen)}</div>'
+        f'Enter: pin.">{"".join(blocks)}</div>'
         f'<aside class="rv-told" aria-live="polite">{_told_of_all(seen)}</aside></div>'
-        f"{_table(seen)}</section>"
+        f"{_prompt(seen)}{_table(seen)}"
+    )
+    return RoutingView(
+        f'<section class="rv" data-column="{html.escape(label)}" data-run="{run}" '
+        f'data-drawn="{zlib.crc32(content.encode("utf-8", "replace"))}" '
+        f'data-first="{column.num_prompt}" '
+        f'data-names="{html.escape(json.dumps(trace.expert_names))}">{content}</section>'
     )
 
 
@@ -267,7 +270,8 @@ def _block(seen: _Seen, tokens: range) -> str:
     labels = [_label(column.tokens[t]) for t in tokens]
     texts = "".join(f"<span>{html.escape(label)}</span>" for label in labels)
     rows = [f'<div class="rv-tokens">{texts}</div>', _caption("Used, over all layers")]
-    rows.append(_svg("rv-ribbon", num, 1000, _ribbon(groups.reduce(seen.share[where]), groups)))
+    ribbon = _ribbon(groups.reduce(seen.share[where]), groups) + _blanks(seen, tokens, 1000)
+    rows.append(_svg("rv-ribbon", num, 1000, ribbon))
     if seen.best is not None:
         what = (
             "Evidence of each layer" if column.reading is not None else "Best score in each layer"
@@ -335,7 +339,7 @@ def _map(
     cells = np.where(expert == NOT_ROUTED, -1, 128 * expert.astype(np.int32) + percent).T
     data = f' data-{kind}="{",".join(map(str, cells.ravel().tolist()))}"'
     content = _cells(expert, strength, seen.groups, is_tied)
-    content += _lane_lines(seen, tokens)
+    content += _blanks(seen, tokens, seen.trace.num_layers) + _lane_lines(seen, tokens)
     return _svg("rv-map", len(tokens), seen.trace.num_layers, content, data)
 
 
@@ -393,6 +397,13 @@ def _path(color: str, percent: int, parts: Sequence[str]) -> str:
     return f'<path style="fill:{fill}" d="{"".join(parts)}"/>'
 
 
+def _blanks(seen: _Seen, tokens: range, height: int) -> str:
+    """Over tokens that nobody read, which would be hatched as the base's."""
+    at = np.flatnonzero(~seen.is_read[tokens.start : tokens.stop])
+    parts = [f"M{t} 0h1v{height}h-1z" for t in at.tolist()]
+    return f'<path style="fill:var(--rv-card)" d="{"".join(parts)}"/>' if parts else ""
+
+
 def _lane_lines(seen: _Seen, tokens: range) -> str:
     """Where an answer goes on in another lane."""
     if seen.column.reading is None:
@@ -429,7 +440,7 @@ def _table(seen: _Seen) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if np.isfinite(value) else "–"
+    return f"{value:.2f}".replace("-0.00", "0.00") if np.isfinite(value) else "–"
 
 
 def _list_of_token(seen: _Seen, t: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from spectr_demo.charts import expert_colors, trace_colors
 from spectr_demo.charts.text import counted
-from spectr_demo.config import PAGE_COLUMNS, RouterConfig
+from spectr_demo.config import DEFAULT_ROUTER, PAGE_COLUMNS, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.evaluation.tasks import TASKS
@@ -107,7 +107,7 @@ def placeholder() -> str:
     return (
         f'<div class="answers" style="--n:{len(PAGE_COLUMNS)}">{ghosts}</div>'
         '<p class="hint">The answers will be written here, side by side, each token on the colour '
-        "of the expert that served it. Charts of the routing follow below.</p>"
+        "of the expert that served it. Which layer chose it is drawn below.</p>"
     )
 
 
@@ -164,6 +164,27 @@ def title(router: RouterConfig) -> str:
     return f"{name}: {router.expert}" if router.expert else name
 
 
+def titles(frame: Frame) -> list[tuple[str, str]]:
+    """The name and the label of each column."""
+    pairs = zip(frame.routers, frame.columns, strict=True)
+    return [(title(router), column.label) for router, column in pairs]
+
+
+def opens_on(frame: Frame) -> str:
+    """The label of the column whose routing is shown first: the default router's; else of one that
+    chooses, or one with an expert."""
+    columns = zip(frame.routers, frame.columns, strict=True)
+    _, column = min(
+        columns,
+        key=lambda each: (
+            each[0].name != DEFAULT_ROUTER,
+            not ROUTERS[each[0].name].chooses,
+            each[0].name == "base",
+        ),
+    )
+    return column.label
+
+
 def settings_in_words(router: RouterConfig, num_experts: int, why: str = "") -> str:
     """What a router does with its experts, such as "the best 4 of 9 experts, equal weights".
 
@@ -195,10 +216,10 @@ def notice(message: str) -> str:
 
 
 def charts_caption(prompt: str) -> str:
-    """Whose charts these are."""
+    """Whose routing is drawn."""
     prompt = " ".join(prompt.split())
     short = prompt if len(prompt) <= 120 else prompt[:119] + "…"
-    return f'<p class="caption">Charts of the run “{_escape(short)}”</p>'
+    return f'<p class="caption">Of the run “{_escape(short)}”</p>'
 
 
 def _answer(

@@ -5,13 +5,13 @@ from typing import Any
 
 import gradio as gr
 
+from spectr_demo.charts import routing_view
 from spectr_demo.config import PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.report import conditions, load_results, overview_table
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import cards
 from spectr_demo.ui.examples import Example
-from spectr_demo.ui.figures import ALL_PROJECTIONS
 from spectr_demo.ui.recorded import SETTINGS, Recording
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, MIN_COLUMNS
 
@@ -22,8 +22,6 @@ EXAMPLES_A_PAGE = 8
 class Layout:
     """The components that events read or write. form: by the names of `run.Form`'s fields."""
 
-    view: gr.Textbox
-    look_again: gr.Button
     form: dict[str, Any]
     run: gr.Button
     stop: gr.Button
@@ -34,12 +32,11 @@ class Layout:
     charts: gr.Column
     caption: gr.HTML
     column: gr.Radio
-    projection: gr.Dropdown
-    plots: list[gr.Plot]
+    routing: gr.HTML
     get_trace: gr.Button
-    get_charts: gr.Button
+    get_views: gr.Button
     trace_file: gr.DownloadButton
-    charts_file: gr.DownloadButton
+    views_file: gr.DownloadButton
 
 
 def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recording | None) -> Layout:
@@ -47,9 +44,7 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
 
     opening: a run of the first example, which is there from the start.
     """
-    parts: dict[str, Any] = {"view": gr.Textbox(visible="hidden", elem_id="view")}
-    with gr.Column(elem_classes="unseen"):
-        parts["look_again"] = gr.Button(elem_id="look-again")
+    parts: dict[str, Any] = {}
     first = examples[0].prompt
     gr.HTML(cards.header(model))
     with gr.Column(elem_id="ask"):
@@ -93,8 +88,8 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
             else cards.placeholder(),
             elem_id="answers",
         )
-    with gr.Column(visible=False, elem_id="charts") as charts:
-        parts |= _charts(model.library.projections)
+    with gr.Column(visible=opening is not None, elem_id="charts") as charts:
+        parts |= _routing(opening, first)
     if results := load_results():
         _measured(results)
     return Layout(form=form, charts=charts, **parts)
@@ -175,53 +170,33 @@ def _settings(num_experts: int) -> dict[str, Any]:
     return settings
 
 
-def _charts(projections: tuple[str, ...]) -> dict[str, Any]:
+def _routing(opening: Recording | None, prompt: str) -> dict[str, Any]:
+    """The routing of one column. opening: what is there from the start."""
     parts: dict[str, Any] = {}
+    shown = cards.opens_on(opening.frame) if opening else ""
     gr.HTML('<h2 class="section">Which expert served which token</h2>')
-    parts["caption"] = gr.HTML()
-    parts["column"] = gr.Radio(label="Column", elem_id="column")
-    with _chart(
-        "Token by token",
-        "Each token on the colour of the expert that served it most, averaged over all layers. The "
-        "stronger the colour, the clearer its lead. SpectR in context answers each request of a "
-        "message by itself; the answers follow in their order. Point at a token for the numbers.",
-    ):
-        strip = _plot("strip")
-    with _chart(
-        "Layer by layer",
-        "The expert of largest weight in every layer, from the first layer at the bottom to the "
-        "last at the top. SpectR in context chooses for all layers at once: point at a layer to "
-        "see how certain it was. The bar below moves along a long text.",
-    ):
-        parts["projection"] = gr.Dropdown(
-            label="Projection",
-            choices=[("mean of all", ALL_PROJECTIONS), *((name, name) for name in projections)],
-            value=ALL_PROJECTIONS,
-            container=False,
-            elem_id="projection",
+    parts["caption"] = gr.HTML(cards.charts_caption(prompt) if opening else "")
+    parts["column"] = gr.Radio(
+        label="Column",
+        choices=cards.titles(opening.frame) if opening else [],
+        value=shown or None,
+        elem_id="column",
+    )
+    with gr.Column(elem_classes="chart"):
+        parts["routing"] = gr.HTML(
+            routing_view(opening.trace, shown).html if opening else "",
+            apply_default_css=False,
+            elem_id="routing",
         )
-        routing_map = _plot("map")
-    with gr.Row():
-        with _chart("By column", "What each column used, in the prompt and in the answer."):
-            shares = _plot("shares")
-        with _chart("By layer", "Each expert's share in every layer of the chosen column."):
-            layers = _plot("layers")
-    with _chart(
-        "Along the text",
-        "Each expert's share, and beneath it how far the routed model's next-token distribution is "
-        "from the base model's.",
-    ):
-        along = _plot("along")
-    parts["plots"] = [strip, routing_map, shares, layers, along]  # in the order of `figures.draw`
     with gr.Row():
         parts["get_trace"] = gr.Button("Download the trace (.npz)", size="sm", elem_id="get-trace")
-        parts["get_charts"] = gr.Button(
-            "Download all charts (.html)", size="sm", elem_id="get-charts"
+        parts["get_views"] = gr.Button(
+            "Download all columns’ routing (.html)", size="sm", elem_id="get-views"
         )
     # The files are made when asked for; a button that is not shown then hands them to the browser.
     with gr.Column(elem_classes="unseen"):
         parts["trace_file"] = gr.DownloadButton(elem_id="trace-file")
-        parts["charts_file"] = gr.DownloadButton(elem_id="charts-file")
+        parts["views_file"] = gr.DownloadButton(elem_id="views-file")
     return parts
 
 
@@ -230,14 +205,3 @@ def _measured(results: dict[str, Any]) -> None:
     with gr.Accordion("How well each router does, measured", open=False, elem_id="measured"):
         gr.Markdown(overview_table(results))
         gr.Markdown(conditions(results["meta"]))
-
-
-def _chart(heading: str, about: str) -> gr.Column:
-    """A card for one chart, under a line that says how to read it."""
-    with gr.Column(elem_classes="chart", min_width=340) as card:
-        gr.HTML(f"<h3>{heading}</h3><p>{about}</p>")
-    return card
-
-
-def _plot(elem_id: str) -> gr.Plot:
-    return gr.Plot(show_label=False, container=False, elem_id=elem_id)

@@ -2,20 +2,19 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
-from spectr_demo.config import DEFAULT_ROUTER
+from spectr_demo import charts
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui import cards, endpoint, figures, recorded, style
 from spectr_demo.ui.examples import Example, examples_for
-from spectr_demo.ui.figures import ALL_PROJECTIONS, View
 from spectr_demo.ui.layout import Layout, lay_out
 from spectr_demo.ui.recorded import Recording
 from spectr_demo.ui.run import MAX_COLUMNS, Form, Frame, Steps, frames, gpu_seconds, model_steps
@@ -28,19 +27,20 @@ MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 Updates = dict[Any, Any]  # component -> its new value
+Seen = Callable[["Session | None"], "Session"]  # whose trace the page shows
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Session:
     """What one visitor's page remembers: the last trace, and how to stop the run going on.
 
-    view: what the trace's charts were drawn for, as the page reports itself. is_left: the page
-    shows something else by now, and nothing more of that run.
+    label: of the column whose routing the visitor chose to see; a run that goes on follows it.
+    is_left: the page shows something else by now, and nothing more of that run.
     """
 
     trace: RoutingTrace | None = None
     prompt: str = ""
-    view: str = ""
+    label: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     is_left: threading.Event = field(default_factory=threading.Event)
 
@@ -49,7 +49,7 @@ def launch_options() -> dict[str, Any]:
     """What `Blocks.launch` needs for this page: its look, that no other host is asked, MCP."""
     return {
         "theme": style.theme(),
-        "css_paths": style.CSS,
+        "css_paths": [style.CSS, charts.CSS],
         "footer_links": ["api", "settings"],
         "run_history": False,
         "mcp_server": True,
@@ -74,15 +74,22 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         session = gr.State(None, time_to_live=KEEP_SECONDS)
         layout = lay_out(model, examples, opening)
         runner = _Runner(model, steps, layout, session)
-        run = _wire_runs(layout, session, runner)
+        _wire_runs(layout, session, runner)
         if opening is None:
             _wire_examples(layout, session, runner, examples)
         else:
             _wire_recordings(layout, session, runner, examples)
-        _wire_charts(layout, session, runner, opening, run)
-        _wire_files(layout, session, page.GRADIO_CACHE)
-        page.load(None, None, layout.view, js=style.READ_VIEW, **PRIVATE)
-        page.load(None, None, None, js=style.WATCH_VIEW, **PRIVATE)
+
+        def seen(now: Session | None) -> Session:
+            """Of a visitor who has run nothing yet it is the run that the page opens on."""
+            if now is not None and now.trace is not None:
+                return now
+            assert opening is not None
+            return Session(trace=opening.trace, prompt=examples[0].prompt)
+
+        _wire_columns(layout, session, seen)
+        _wire_files(layout, session, seen, page.GRADIO_CACHE)
+        page.load(None, None, None, js=style.ROUTING_SCRIPT, **PRIVATE)
         endpoint.register(page, model, steps, MODEL_QUEUE)
     release_threads()  # of loading and building: runs have threads of their own
     return page.queue(max_size=20, default_concurrency_limit=4)
@@ -99,27 +106,35 @@ class _Runner:
     def outputs(self) -> list[Any]:
         at = self.layout
         controls = [self.session, at.about, at.answers, at.notice, at.run, at.stop]
-        return [*controls, at.charts, at.caption, at.column, at.projection, *at.plots]
+        return [*controls, at.charts, at.caption, at.column, at.routing]
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"inputs": [self.session, self.layout.view], "inputs_kwargs": self.layout.form}
+        return {"inputs": [self.session], "inputs_kwargs": self.layout.form}
 
-    def run(self, before: Session | None, view: str, **choices: Any) -> Iterator[Updates]:
-        """Answers as they are written, then the charts. An error leaves what was there."""
+    def run(self, before: Session | None, **choices: Any) -> Iterator[Updates]:
+        """Answers and their routing as they are written. An error leaves what was there."""
         before = before or Session()
-        now = Session(trace=before.trace, prompt=before.prompt, view=before.view)
+        now = Session(trace=before.trace, prompt=before.prompt, label=before.label)
         names = self.model.library.names
         try:
             form = Form(**choices)
             routers, settings = form.routers(names), form.settings()
             self.model.encode(form.prompt)  # a wrong prompt is known before a GPU is asked for
             yield {self.session: now}  # from here on, Stop reaches this run
+            due = 0.0
             for frame in frames(self.steps, form.prompt, routers, settings, now.stop):
                 if now.is_left.is_set():
                     yield {self.session: gr.skip()}  # Gradio sends what came last again
                     return
-                yield self._show(frame, form.prompt, view)
+                updates = self._show(frame, form.prompt)
+                start = time.monotonic()
+                is_new = frame.trace is not None and frame.trace is not now.trace
+                if is_new and (_is_over(frame) or start >= due):
+                    updates |= self.draw(frame, form.prompt, now)
+                    # Drawing takes a twentieth of the time at most, however long the text is.
+                    due = time.monotonic() + 20 * (time.monotonic() - start)
+                yield updates
         except ValueError as error:
             yield self._fail(str(error))
         except gr.Error as error:
@@ -131,20 +146,20 @@ class _Runner:
                 "it again, with fewer columns or tokens if memory ran out."
             )
 
-    def replay(self, example: Example, view: str) -> Updates:
-        """A recorded run, as if it had just ended."""
+    def replay(self, example: Example, label: str) -> Updates:
+        """A recorded run, as if it had just ended. label: of the column to show, if it has one."""
         recording = recorded.find(example, self.model)
         assert recording is not None
-        return self._show(recording.frame, example.prompt, view, recording)
+        frame, prompt = recording.frame, example.prompt
+        shown = self._show(frame, prompt, recording)
+        return shown | self.draw(frame, prompt, Session(label=label))
 
-    def _show(
-        self, frame: Frame, prompt: str, view: str, recording: Recording | None = None
-    ) -> Updates:
+    def _show(self, frame: Frame, prompt: str, recording: Recording | None = None) -> Updates:
         at = self.layout
         updates: Updates = {
             at.answers: cards.answers(frame, self.model.library.names, prompt),
         }
-        is_over = frame.status in ("finished", "stopped")
+        is_over = _is_over(frame)
         if frame.status == "waiting" or is_over:
             updates |= {
                 at.about: cards.about(prompt, len(frame.columns), recording),
@@ -152,33 +167,24 @@ class _Runner:
                 at.stop: gr.update(interactive=not is_over),
                 at.notice: gr.update(visible=False),
             }
-        # A chart loses its zoom at every change, so charts are drawn once, when all is known.
-        return updates | self.draw(frame, prompt, view) if is_over and frame.trace else updates
+        return updates
 
-    def draw(self, frame: Frame, prompt: str, view: str) -> Updates:
-        """The charts of a run, and the session that keeps its trace."""
+    def draw(self, frame: Frame, prompt: str, now: Session) -> Updates:
+        """The routing of a run so far, which `now` keeps."""
         at, trace = self.layout, frame.trace
         assert trace is not None
-        columns = list(zip(frame.routers, trace.labels, strict=True))
-        # The default router's column; else one that chooses, or one with an expert.
-        chosen = min(
-            columns,
-            key=lambda column: (
-                column[0].name != DEFAULT_ROUTER,
-                not ROUTERS[column[0].name].chooses,
-                column[0].name == "base",
-            ),
-        )[1]
-        titles = [(cards.title(router), label) for router, label in columns]
-        plots = figures.draw(trace, chosen, ALL_PROJECTIONS, View.parse(view))
-        return {
-            self.session: Session(trace=trace, prompt=prompt, view=view),
-            at.charts: gr.update(visible=True),
-            at.caption: cards.charts_caption(prompt),
-            at.column: gr.update(choices=titles, value=chosen),
-            at.projection: ALL_PROJECTIONS,
-            **dict(zip(at.plots, plots, strict=True)),
-        }
+        is_first = now.trace is None or now.trace.labels != trace.labels or now.prompt != prompt
+        now.trace, now.prompt = trace, prompt
+        shown = now.label if now.label in trace.labels else cards.opens_on(frame)
+        updates: Updates = {at.routing: charts.routing_view(trace, shown).html}
+        if is_first or _is_over(frame):
+            updates |= {
+                self.session: now,
+                at.charts: gr.update(visible=True),
+                at.caption: cards.charts_caption(prompt),
+                at.column: gr.update(choices=cards.titles(frame), value=shown),
+            }
+        return updates
 
     def _fail(self, message: str) -> Updates:
         at = self.layout
@@ -187,6 +193,10 @@ class _Runner:
             at.run: gr.update(interactive=True),
             at.stop: gr.update(interactive=False),
         }
+
+
+def _is_over(frame: Frame) -> bool:
+    return frame.status in ("finished", "stopped")
 
 
 def _stop(now: Session | None) -> None:
@@ -247,67 +257,56 @@ def _wire_recordings(
 ) -> None:
     """An example fills the prompt and shows its recorded run; one still going ends unseen."""
 
-    def replay(now: Session | None, view: str, index: int) -> Updates:
+    def replay(now: Session | None, index: int) -> Updates:
         if now is not None:
             now.is_left.set()
         _stop(now)
         example = examples[index]
-        return {layout.form["prompt"]: example.prompt, **runner.replay(example, view)}
+        shown = runner.replay(example, now.label if now else "")
+        return {layout.form["prompt"]: example.prompt, **shown}
 
     layout.examples.click(
         replay,
-        [session, layout.view, layout.examples],
+        [session, layout.examples],
         [layout.form["prompt"], *runner.outputs],
         show_progress="hidden",
         **PRIVATE,
     )
 
 
-def _wire_charts(
-    layout: Layout, session: gr.State, runner: _Runner, opening: Recording | None, run: Any
-) -> None:
-    """Charts come from the session's trace, without running anything again."""
+def _wire_columns(layout: Layout, session: gr.State, seen: Seen) -> None:
+    """A column's routing."""
 
-    def redraw(now: Session, label: str, projection: str, view: str) -> list[Any]:
+    def redraw(now: Session | None, label: str) -> Updates:
+        now = seen(now)
+        now.label = label
         assert now.trace is not None
-        return figures.draw(now.trace, label, projection, View.parse(view))
+        return {session: now, layout.routing: charts.routing_view(now.trace, label).html}
 
-    def redraw_map(now: Session, label: str, projection: str, view: str) -> Any:
-        assert now.trace is not None
-        return figures.draw_map(now.trace, label, projection, View.parse(view))
-
-    def look(now: Session | None, label: str, projection: str, view: str) -> Updates:
-        """The page has loaded, or has another theme or width now."""
-        if now is None and opening is not None:
-            return runner.draw(opening.frame, layout.form["prompt"].value, view)
-        if now is None or now.trace is None or now.view == view:
-            return {session: gr.skip()}
-        seen = Session(trace=now.trace, prompt=now.prompt, view=view, stop=now.stop)
-        plots = redraw(now, label, projection, view)
-        return {session: seen, **dict(zip(layout.plots, plots, strict=True))}
-
-    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-    shown = [session, layout.column, layout.projection, layout.view]
-    layout.column.input(redraw, shown, layout.plots, **quiet)
-    layout.projection.input(redraw_map, shown, layout.plots[1], **quiet)
-    layout.look_again.click(None, None, layout.view, js=style.READ_VIEW, **PRIVATE)
-    layout.view.change(look, shown, runner.outputs, **quiet)
-    run.then(look, shown, runner.outputs, **quiet)  # what changed while it ran
+    layout.column.input(
+        redraw,
+        [session, layout.column],
+        [session, layout.routing],
+        show_progress="hidden",
+        **PRIVATE,
+    )
 
 
-def _wire_files(layout: Layout, session: gr.State, cache: str) -> None:
-    def make_trace_file(now: Session) -> str:
+def _wire_files(layout: Layout, session: gr.State, seen: Seen, cache: str) -> None:
+    def make_trace_file(now: Session | None) -> str:
+        now = seen(now)
         assert now.trace is not None
         return figures.trace_file(now.trace, cache)
 
-    def make_charts_file(now: Session) -> str:
+    def make_views_file(now: Session | None) -> str:
+        now = seen(now)
         assert now.trace is not None
-        return figures.charts_file(now.trace, now.prompt, cache)
+        return figures.views_file(now.trace, now.prompt, cache)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
     for button, make, file in (
         (layout.get_trace, make_trace_file, layout.trace_file),
-        (layout.get_charts, make_charts_file, layout.charts_file),
+        (layout.get_views, make_views_file, layout.views_file),
     ):
         made = button.click(make, session, file, **quiet)
         made.success(None, js=f"() => document.querySelector('#{file.elem_id}').click()", **PRIVATE)

@@ -4,28 +4,11 @@ from pathlib import Path
 
 import gradio as gr
 
-CSS = Path(__file__).with_name("style.css")
-# The page tells the server which theme it has, and how many characters of the token
-# strip fit a line: figures are drawn on the server. 8 px a character, 40 px of padding.
-READ_VIEW = """() => {
-  const page = document.querySelector('.gradio-container') ?? document.body;
-  const isDark = document.querySelector('.dark') !== null;
-  const width = Math.min(page.clientWidth, 1240);
-  return `${isDark ? 'dark' : 'light'} ${Math.floor((width - 72) / 8)}`;
-}"""
+from spectr_demo import charts
 
-# And it does so again when the theme or the width has changed.
-WATCH_VIEW = """() => {
-  let timer;
-  const lookAgain = () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => document.querySelector('#look-again').click(), 300);
-  };
-  const isOf = {attributes: true, attributeFilter: ['class']};
-  const observer = new MutationObserver(lookAgain);
-  [document.documentElement, document.body].forEach((part) => observer.observe(part, isOf));
-  window.addEventListener('resize', lookAgain);
-}"""
+CSS = Path(__file__).with_name("style.css")
+# What a pointer and keys do in the routing view, and in the answers that it belongs to.
+ROUTING_SCRIPT = f"() => {{ {charts.SCRIPT.read_text(encoding='utf-8')} }}"
 
 # On a phone the answers are below the form: a run brings them into view.
 SHOW_RESULTS = """() => {

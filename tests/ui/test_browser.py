@@ -59,10 +59,9 @@ def open_page(browser: Any) -> Iterator[Open]:
     assert errors == []
 
 
-def charts_are_drawn(page: Any) -> None:
-    for chart in ("strip", "map", "shares", "layers", "along"):
-        svg = page.locator(f"#{chart} .js-plotly-plot svg").first
-        expect(svg).to_be_visible()
+def routing_is_drawn(page: Any) -> None:
+    expect(page.locator("#routing .rv-kl")).not_to_have_count(0)
+    expect(page.locator("#routing .rv-ribbon").first).to_be_visible()
 
 
 class Endless:
@@ -98,7 +97,23 @@ class Endless:
             self.was_closed.set()
 
 
-def test_an_example_runs_and_its_charts_follow_the_column(
+class Growing:
+    """Wraps the model's steps: a run that waits after its first trace until it may go on."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+
+    def gpu(self, duration: Any) -> Callable[[Any], Any]:
+        return lambda steps: lambda *args: self._steps(steps, *args)
+
+    def _steps(self, steps: Any, *args: Any) -> Generator[Any, None, None]:
+        for step in steps(*args):
+            yield step
+            if isinstance(step, Step) and step.trace is not None and not step.is_last:
+                self.go_on.wait(PATIENCE / SECONDS)
+
+
+def test_an_example_runs_and_its_routing_follows_the_column(
     routed_model: SpectrModel, serve: Serve, open_page: Open
 ) -> None:
     page = open_page(serve(ui.build(routed_model)))
@@ -108,27 +123,27 @@ def test_an_example_runs_and_its_charts_follow_the_column(
     page.locator("#examples button").first.click()
     expect(page.locator("#prompt textarea")).not_to_have_value("")
     expect(page.locator(".answer.is-finished")).to_have_count(len(PAGE_COLUMNS))
-    charts_are_drawn(page)
+    routing_is_drawn(page)
     expect(page.locator("#run")).to_be_enabled()
     expect(page.locator("#stop")).to_be_disabled()
     expect(page.locator("#column").get_by_label("SpectR in context")).to_be_checked()
 
-    strip = page.locator("#strip")
+    routing = page.locator("#routing")
     expect(page.locator(".answer .whom")).to_have_text("No expert stands out; the base answers")
-    expect(strip).to_contain_text("base model only")
+    expect(routing).to_contain_text("left the answer to the base")
     single = page.locator("#column").get_by_label("Single expert")
     expect(single).not_to_be_checked()
     single.check()
-    expect(strip).not_to_contain_text("base model only")
+    expect(routing).to_contain_text("served every token")
     name = page.locator(".answer h3").nth(1).inner_text().removeprefix("Single expert: ")
-    expect(strip).to_contain_text(name)
+    expect(routing.locator("h3")).to_contain_text(name)
 
     with page.expect_download() as trace_file:
         page.locator("#get-trace").click()
     assert trace_file.value.suggested_filename == "routing-trace.npz"
-    with page.expect_download() as charts_file:
-        page.locator("#get-charts").click()
-    assert charts_file.value.suggested_filename == "routing-charts.html"
+    with page.expect_download() as views_file:
+        page.locator("#get-views").click()
+    assert views_file.value.suggested_filename == "routing.html"
 
 
 def test_stop_keeps_the_answers_and_the_page_works_on(
@@ -151,7 +166,7 @@ def test_stop_keeps_the_answers_and_the_page_works_on(
     expect(page.locator(".answer.is-stopped")).to_have_count(len(PAGE_COLUMNS))
     assert endless.was_closed.wait(PATIENCE / SECONDS)
     assert len(first.inner_text()) > len(short)
-    charts_are_drawn(page)  # from the trace so far
+    routing_is_drawn(page)  # from the trace so far
     expect(page.locator("#stop")).to_be_disabled()
 
     page.locator("#run").click()
@@ -179,7 +194,7 @@ def test_the_page_opens_on_a_recorded_run_and_replays_it(
     expect(page.locator("#prompt textarea")).to_have_value(FRANCE.prompt)
     expect(page.locator(".answer.is-finished")).to_have_count(len(PAGE_COLUMNS))
     expect(page.locator(".about .recorded")).to_contain_text("Recorded on 1 December 2026")
-    charts_are_drawn(page)
+    routing_is_drawn(page)
     expect(page.locator("#column").get_by_label("SpectR in context")).to_be_checked()
 
     reference = page.locator(".answer .grade ol").last
@@ -211,7 +226,7 @@ def test_a_recording_ends_the_run_that_goes_on(
 ) -> None:
     endless = Endless()
     page = open_page(serve(ui.build(routed_model, gpu=endless.gpu)))
-    charts_are_drawn(page)
+    routing_is_drawn(page)
     page.locator("#prompt textarea").fill("hello")
     page.locator("#run").click()
     expect(page.locator(".answer.is-running")).to_have_count(len(PAGE_COLUMNS))
@@ -223,23 +238,120 @@ def test_a_recording_ends_the_run_that_goes_on(
     expect(page.locator(".answer.is-finished")).to_have_count(len(PAGE_COLUMNS))
 
 
-def test_charts_follow_the_theme_and_the_width(
+def told(page: Any) -> Any:
+    return page.locator("#routing .rv-told")
+
+
+def readable(recording: Recording, label: str) -> list[int]:
+    """The answer's tokens that a pointer can meet, by their number."""
+    column = recording.trace.column(label)
+    answer = column.tokens[column.num_prompt :]
+    return [number for number, token in enumerate(answer) if token.isalnum() and number != 1]
+
+
+def test_a_token_is_marked_in_the_card_the_view_and_the_list(
+    routed_model: SpectrModel, recording: Recording, serve: Serve, open_page: Open
+) -> None:
+    page = open_page(serve(ui.build(routed_model)), viewport={"width": 1280, "height": 900})
+    routing_is_drawn(page)
+    expect(told(page)).to_contain_text("The whole answer")
+    card = page.locator('.answer[data-column="spectr-context"] .text i')
+    marked, mark = page.locator(".answer .is-marked"), page.locator("#routing .rv-mark:visible")
+    first = recording.trace.column("spectr-context").num_prompt
+    some, other = readable(recording, "spectr-context")[:2]
+
+    card.nth(some).hover()
+    expect(told(page)).to_contain_text(f"answer token {first + some}:")
+    expect(marked).to_have_count(1)
+    expect(mark).to_have_count(1)
+    page.locator("#prompt textarea").hover()
+    expect(told(page)).to_contain_text("The whole answer")
+    expect(marked).to_have_count(0)
+    expect(mark).to_have_count(0)
+
+    plot = page.locator("#routing .rv-plot")
+    plot.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowUp"):
+        page.keyboard.press(key)
+    expect(told(page)).to_contain_text(f"answer token {first + 1}:")
+    expect(told(page)).to_contain_text("Layer 1: ")
+    page.keyboard.press("Enter")
+    expect(told(page)).to_contain_text("Pinned")
+    card.nth(other).hover()
+    expect(told(page)).to_contain_text(f"answer token {first + 1}:")
+
+    # A tap in another column's answer shows that column, with the token pinned.
+    some = readable(recording, "spectr-paper")[0]
+    page.locator('.answer[data-column="spectr-paper"] .text i').nth(some).click()
+    expect(page.locator("#routing .rv")).to_have_attribute("data-column", "spectr-paper")
+    expect(told(page)).to_contain_text(f"answer token {first + some}:")
+    expect(marked).to_have_count(1)
+    plot.focus()
+    page.keyboard.press("Escape")
+    expect(marked).to_have_count(0)
+    page.keyboard.press("Home")
+    expect(told(page)).to_contain_text(f"answer token {first}:")
+    page.locator(".rv-prompt summary").click()
+    plot.focus()
+    page.keyboard.press("Home")
+    expect(told(page)).to_contain_text("prompt token 0")
+
+    map_ = page.locator("#routing .rv-map").first
+    box = map_.bounding_box()
+    page.mouse.move(box["x"] + 2, box["y"] + 2)
+    expect(told(page)).to_contain_text(f"answer token {first}:")
+    expect(told(page)).to_contain_text("Layer 1: first ")
+
+
+def test_the_view_follows_the_theme_and_the_width(
     routed_model: SpectrModel, recording: Recording, serve: Serve, open_page: Open
 ) -> None:
     page = open_page(serve(ui.build(routed_model)), color_scheme="light")
-    charts_are_drawn(page)
-    ink = "getComputedStyle(document.querySelector('#along .ytick text')).fill"
-    light = page.evaluate(ink)
+    routing_is_drawn(page)
+    page.locator("#column").get_by_label("SpectR (paper)").check()
+    expect(page.locator("#routing .rv")).to_have_attribute("data-column", "spectr-paper")
+    ink, fill = (
+        f"getComputedStyle(document.querySelector('{where}')).{what}"
+        for where, what in (("#routing h3", "color"), ("#routing .rv-map path", "fill"))
+    )
+    light = page.evaluate(ink), page.evaluate(fill)
     page.evaluate("document.body.classList.toggle('dark')")  # as Gradio's settings do
-    page.wait_for_function(f"light => {ink} !== light", arg=light)
-    page.evaluate("document.body.classList.toggle('dark')")
-    page.wait_for_function(f"light => {ink} === light", arg=light)
+    dark = page.evaluate(ink), page.evaluate(fill)
+    assert light[0] != dark[0]
+    assert light[1] != dark[1]
 
-    strip = "document.querySelector('#strip .js-plotly-plot').offsetHeight"
-    wide = page.evaluate(strip)
+    page.locator(".rv-prompt summary").click()
+    page.locator(".rv-table summary").click()
     page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_function(f"wide => {strip} > wide", arg=wide)
+    page.wait_for_function("document.querySelector('#routing').offsetWidth < 390")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    expect(page.locator("#routing .rv-table td").first).to_be_visible()
+
+
+def test_what_is_marked_and_unfolded_stays_while_answers_are_written(
+    routed_model: SpectrModel, serve: Serve, open_page: Open
+) -> None:
+    growing = Growing()
+    page = open_page(serve(ui.build(routed_model, gpu=growing.gpu)))
+    page.locator("#prompt textarea").fill("hello")
+    page.locator("#run").click()
+    routing_is_drawn(page)  # before the end
+    expect(page.locator(".answer.is-running")).to_have_count(len(PAGE_COLUMNS))
+    page.locator(".rv-prompt summary").click()
+    plot = page.locator("#routing .rv-plot")
+    plot.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    text = told(page).locator(".rv-head").inner_text()
+    page.evaluate("document.querySelector('#routing .rv').dataset.old = 'yes'")
+    growing.go_on.set()
+    expect(page.locator("#routing .rv[data-old]")).to_have_count(0)
+    expect(told(page).locator(".rv-head")).to_have_text(text)
+    expect(page.locator("#routing .rv.is-pinned")).to_have_count(1)
+    expect(page.locator(".rv-prompt")).to_have_attribute("open", "")
+    expect(plot).to_be_focused()
+    expect(page.locator("#run")).to_be_enabled()
+    expect(page.locator(".answer .is-marked")).to_have_count(1)
 
 
 def test_a_wrong_setting_is_told_at_once(
@@ -270,13 +382,13 @@ def test_an_error_is_told_and_nothing_is_lost(
     page.locator("#prompt textarea").fill("hello")
     page.locator("#run").click()
     expect(page.locator(".answer.is-finished")).to_have_count(len(PAGE_COLUMNS))
-    charts_are_drawn(page)
+    routing_is_drawn(page)
 
     page.locator("#prompt textarea").fill("")
     page.locator("#run").click()
     expect(page.locator(".notice")).to_contain_text("the prompt is empty")
     expect(page.locator(".answer.is-finished")).to_have_count(len(PAGE_COLUMNS))
-    charts_are_drawn(page)
+    routing_is_drawn(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
     page.locator("#prompt textarea").fill("hello again")

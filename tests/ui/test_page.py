@@ -2,6 +2,7 @@
 
 import html
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 
 import app
 import spectr_demo
-from spectr_demo import ui
+from spectr_demo import charts, ui
 from spectr_demo.config import DEFAULT_ROUTER, PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
-from spectr_demo.ui import recorded
+from spectr_demo.ui import recorded, run
 from spectr_demo.ui.page import Session, _Runner
 from spectr_demo.ui.recorded import Recording
 from tests.ui.conftest import FRANCE
@@ -51,8 +52,8 @@ def test_the_gpu_is_asked_for_once_a_run(routed_model: SpectrModel) -> None:
 
 
 def runner_of(page: gr.Blocks) -> _Runner:
-    run = next(fn.fn for fn in page.fns.values() if fn.name == "run")
-    return run.__self__  # type: ignore[no-any-return, union-attr]
+    handler = next(fn.fn for fn in page.fns.values() if fn.name == "run")
+    return handler.__self__  # type: ignore[no-any-return, union-attr]
 
 
 def choices(**changes: Any) -> dict[str, Any]:
@@ -85,13 +86,13 @@ def test_an_error_changes_nothing_but_the_message(
     routed_model: SpectrModel, changes: dict[str, Any], message: str
 ) -> None:
     runner = runner_of(ui.build(routed_model))
-    updates = list(runner.run(None, "light 88", **choices(**changes)))
+    updates = list(runner.run(None, **choices(**changes)))
     at = runner.layout
     assert message in updates[-1][at.notice]["value"]
     assert set(updates[-1]) == {at.notice, at.run, at.stop}
     assert updates[-1][at.run]["interactive"]
     changed = {part for update in updates for part in update}
-    assert not changed & {at.charts, at.column, *at.plots, *at.form.values()}
+    assert not changed & {at.charts, at.column, at.routing, *at.form.values()}
 
 
 def test_the_page_opens_on_the_defaults(routed_model: SpectrModel) -> None:
@@ -117,7 +118,7 @@ def test_charts_open_on_the_column_that_chooses(
     routed_model: SpectrModel, columns: list[str], chosen: str
 ) -> None:
     runner = runner_of(ui.build(routed_model))
-    last = list(runner.run(None, "light 88", **choices(columns=columns)))[-1]
+    last = list(runner.run(None, **choices(columns=columns)))[-1]
     assert last[runner.layout.column]["value"] == chosen
 
 
@@ -141,33 +142,69 @@ def test_the_page_opens_on_a_recorded_run(
     for fact in ("1 December 2026", "tiny", "float32", "greedy", "commit abc1234"):
         assert fact in at.about.value
     for column in recording.frame.columns:
-        assert html.escape(column.text) in re.sub(r"</?mark[^>]*>", "", at.answers.value)
+        assert html.escape(column.text) in re.sub(r"</?(mark|i)\b[^>]*>", "", at.answers.value)
     assert at.answers.value.count('<details class="grade') == len(PAGE_COLUMNS)
 
-    # The charts are drawn once the page has said what it looks like, and again when that changes.
-    look = handler(page, "look")
-    drawn = look(None, None, "all", "light 88")
-    session = drawn[runner_of(page).session]
-    assert session.trace is recording.trace
-    assert drawn[at.column]["value"] == DEFAULT_ROUTER
-    assert drawn[at.charts]["visible"]
-    light = drawn[at.plots[0]].layout.font.color
-    again = look(session, DEFAULT_ROUTER, "all", "dark 44")
-    assert again[at.plots[0]].layout.font.color != light
-    same = look(again[runner_of(page).session], DEFAULT_ROUTER, "all", "dark 44")
-    assert not set(same) & set(at.plots)
+    # So is its routing.
+    assert at.charts.visible
+    assert at.column.value == DEFAULT_ROUTER
+    assert at.routing.value == charts.routing_view(recording.trace, DEFAULT_ROUTER).html
+    redraw = handler(page, "redraw")
+    base = redraw(None, "base")
+    assert 'data-column="base"' in base[at.routing]
+    session = base[runner_of(page).session]
+    assert (session.trace, session.label) == (recording.trace, "base")
 
     # A click on an example shows its run, and leaves the form as it is.
-    shown = handler(page, "replay")(session, "light 88", 0)
+    shown = handler(page, "replay")(session, 0)
     assert shown[at.form["prompt"]] == FRANCE.prompt
     assert shown[at.answers] == at.answers.value
     assert shown[at.about] == at.about.value
+    assert shown[at.routing] == base[at.routing], "the column stays the one that was chosen"
     assert session.stop.is_set()
 
 
-def test_a_page_without_a_run_has_nothing_to_redraw(routed_model: SpectrModel) -> None:
-    page = ui.build(routed_model)
-    assert set(handler(page, "look")(None, None, "all", "dark 44")) == {runner_of(page).session}
+def test_routing_is_drawn_while_the_answers_are_written(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of(page := ui.build(routed_model))
+    at = runner.layout
+    monkeypatch.setattr(run, "FRAME_SECONDS", 0.0)  # each step is a frame
+    drawn: list[str] = []
+    session = None
+    for update in runner.run(None, **choices(max_new_tokens=40)):
+        session = update.get(runner.session, session)
+        if at.routing not in update:
+            continue
+        drawn.append(update[at.routing])
+        if len(drawn) == 1:
+            assert update[at.column]["value"] == "spectr"
+            assert handler(page, "redraw")(session, "base")[runner.session] is session
+        time.sleep(0.05)  # drawing takes a part of the time
+    assert len(drawn) > 2
+    columns = [re.search('data-column="(.*?)"', each)[1] for each in drawn]  # type: ignore[index]
+    assert columns == ["spectr"] + ["base"] * (len(drawn) - 1)
+    tokens = [each.count("<tr data-t") for each in drawn]
+    assert tokens == sorted(set(tokens))
+    assert "measured at the end" in drawn[0]
+    assert "measured at the end" not in drawn[-1]
+
+
+def test_drawing_takes_a_small_part_of_the_time(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = _Runner.draw
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.2)
+        return draw(*args)
+
+    monkeypatch.setattr(_Runner, "draw", slow)
+    monkeypatch.setattr(run, "FRAME_SECONDS", 0.0)
+    runner = runner_of(ui.build(routed_model))
+    updates = list(runner.run(None, **choices(max_new_tokens=64)))
+    drawn = [update for update in updates if runner.layout.routing in update]
+    assert len(drawn) == 2  # the first and the last
 
 
 def test_a_run_that_was_left_shows_nothing_more(
@@ -175,11 +212,11 @@ def test_a_run_that_was_left_shows_nothing_more(
 ) -> None:
     page = ui.build(routed_model)
     runner = runner_of(page)
-    run = runner.run(None, "light 88", **choices(max_new_tokens=64))
-    session = next(run)[runner.session]
-    assert runner.layout.answers in next(run)
-    handler(page, "replay")(session, "light 88", 0)
-    assert [set(update) for update in run] == [{runner.session}]
+    updates = runner.run(None, **choices(max_new_tokens=64))
+    session = next(updates)[runner.session]
+    assert runner.layout.answers in next(updates)
+    handler(page, "replay")(session, 0)
+    assert [set(update) for update in updates] == [{runner.session}]
 
 
 def test_a_live_run_of_an_example_is_graded_and_not_marked_as_recorded(
@@ -187,7 +224,7 @@ def test_a_live_run_of_an_example_is_graded_and_not_marked_as_recorded(
 ) -> None:
     runner = runner_of(ui.build(routed_model))
     at = runner.layout
-    last = list(runner.run(None, "light 88", **choices(prompt=FRANCE.prompt)))[-1]
+    last = list(runner.run(None, **choices(prompt=FRANCE.prompt)))[-1]
     assert last[at.answers].count('<details class="grade') == 2
     assert "Recorded" not in last[at.about]
 
@@ -213,15 +250,15 @@ def test_a_broken_model_is_a_message_too(
 
     monkeypatch.setattr(routed_model, "stream", broken)
     runner = runner_of(ui.build(routed_model))
-    last = list(runner.run(None, "light 88", **choices()))[-1]
+    last = list(runner.run(None, **choices()))[-1]
     assert "RuntimeError: out of &lt;memory&gt;" in last[runner.layout.notice]["value"]
     assert last[runner.layout.run]["interactive"]
 
 
 def test_two_visitors_share_nothing(routed_model: SpectrModel) -> None:
     runner = runner_of(ui.build(routed_model))
-    mine = runner.run(None, "light 88", **choices(prompt="mine"))
-    yours = runner.run(None, "dark 44", **choices(prompt="yours"))
+    mine = runner.run(None, **choices(prompt="mine"))
+    yours = runner.run(None, **choices(prompt="yours"))
     my_session, your_session = next(mine)[runner.session], next(yours)[runner.session]
     my_session.stop.set()
     assert not your_session.stop.is_set()
