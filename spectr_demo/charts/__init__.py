@@ -1,7 +1,8 @@
-"""From a `RoutingTrace` to interactive Plotly figures: one function for each chart.
+"""From a `RoutingTrace` to pictures.
 
-This is the only room that imports Plotly. `strip`, `map`, `shares` and `shares_and_kl` are the
-charts; `colors`, `text` and `style` are what they share.
+`view` draws one column as HTML, as the page shows it. `map` draws the same layers and tokens as a
+Plotly figure, to zoom, of one projection, to save as a picture; it is the only import of Plotly.
+`colors`, `text` and `style` are what they share.
 """
 
 from spectr_demo.charts.colors import (
@@ -15,9 +16,6 @@ from spectr_demo.charts.colors import (
     trace_colors,
 )
 from spectr_demo.charts.map import routing_map
-from spectr_demo.charts.shares import expert_share, share_by_layer
-from spectr_demo.charts.shares_and_kl import share_along_text
-from spectr_demo.charts.strip import token_strip
 from spectr_demo.charts.style import Theme
 from spectr_demo.charts.view import CSS, SCRIPT, RoutingView, routing_page, routing_view
 
@@ -33,12 +31,8 @@ __all__ = [
     "RoutingView",
     "Theme",
     "expert_colors",
-    "expert_share",
     "routing_map",
     "routing_page",
     "routing_view",
-    "share_along_text",
-    "share_by_layer",
-    "token_strip",
     "trace_colors",
 ]

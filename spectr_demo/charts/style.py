@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import plotly.graph_objects as go
 
-from spectr_demo.charts.colors import BASE_NAME, luminance
-from spectr_demo.charts.text import counted
+from spectr_demo.charts.colors import BASE_NAME
 from spectr_demo.trace import ColumnTrace, RoutingTrace
 
 Theme = Literal["light", "dark"]
@@ -26,13 +25,11 @@ class Ink(NamedTuple):
     muted: str
     line: str
     hover: str
-    token: str  # the strip's text, on a ground of at most `ground` opacity so that it stays legible
-    ground: float
 
 
 INK = {
-    "light": Ink("#1F2328", "#667080", "rgba(110,118,129,0.25)", "#FFFFFF", "#000000", 0.62),
-    "dark": Ink("#E6E8EB", "#9BA3AF", "rgba(150,158,170,0.25)", "#1F2430", "#FFFFFF", 0.58),
+    "light": Ink("#1F2328", "#667080", "rgba(110,118,129,0.25)", "#FFFFFF"),
+    "dark": Ink("#E6E8EB", "#9BA3AF", "rgba(150,158,170,0.25)", "#1F2430"),
 }
 
 
@@ -81,12 +78,6 @@ def layer_axis(trace: RoutingTrace) -> dict[str, Any]:
     return {"title": {"text": "layer", "standoff": 6}, "dtick": dtick}
 
 
-def layers_of(trace: RoutingTrace) -> str:
-    """What a mean over a trace is taken over."""
-    num_projections = len(trace.projections)
-    return f"{counted(trace.num_layers, 'layer')}, {counted(num_projections, 'projection')}"
-
-
 def mark_answer(fig: go.Figure, column: ColumnTrace, ink: Ink) -> None:
     """A line where the answer starts, across all rows of the figure."""
     if not 0 < column.num_prompt < column.num_tokens:
@@ -108,15 +99,3 @@ def note(color: str) -> dict[str, Any]:
 def empty_name(column: ColumnTrace) -> str:
     """What a place without an expert is called: everywhere in the base column, or just there."""
     return "not routed" if column.is_routed else BASE_NAME
-
-
-def part_of(column: ColumnTrace, t: int) -> str:
-    """Which part of the text token `t` belongs to."""
-    return "prompt" if t < column.num_prompt else "answer"
-
-
-def ink_on(color: str) -> str:
-    """Dark or light text, whichever has more contrast (WCAG 2.2) on an opaque colour."""
-    ground, dark = luminance(color), INK["light"].text
-    contrast_dark = (ground + 0.05) / (luminance(dark) + 0.05)
-    return dark if contrast_dark >= 1.05 / (ground + 0.05) else "#FFFFFF"

@@ -1,7 +1,6 @@
 """Text as Plotly has to be given it: escaped, its spaces kept, cut to a width."""
 
 import html
-import re
 import unicodedata
 
 
@@ -18,22 +17,10 @@ def literal(text: str) -> str:
     return escape(text).replace(" ", "\u00a0")
 
 
-def quoted(token: str) -> str:
-    """A token in quotation marks, cut to 40 cells."""
-    return f"“{literal(shorten(visible(token), 40))}”"
-
-
 def axis_label(token: str) -> str:
     """A token as a tick label: short, and never blank."""
     text = visible(token).strip(" ") or "␣" * min(3, max(1, len(token)))
     return literal(shorten(text, 14))
-
-
-def pieces_of(token: str) -> list[str]:
-    """The visible text of a token, one piece per line that it touches."""
-    pieces: list[str] = re.findall(r"[^\n]*\n+|[^\n]+", token)
-    # Bytes of an unfinished character have no text of their own.
-    return [visible(piece) for piece in pieces] or ["·"]
 
 
 def visible(text: str) -> str:

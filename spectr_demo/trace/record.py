@@ -127,12 +127,6 @@ class RoutingTrace:
         """(T,) bool: whether any expert, or the base alone, served the token."""
         return statistics.is_token_read(self.column(label))
 
-    def smoothed_share(self, label: str, window: int) -> NDArray[np.float32]:
-        """(T, E) float32: `token_share` averaged over the routed ones of `window` tokens around
-        each token (fewer at both ends). An even window reaches one token further back.
-        """
-        return statistics.smoothed_share(self.column(label), self.num_experts, window)
-
     def dominant_tokens(self, label: str) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
         """Each token's expert of largest share and its lead over the second.
 

@@ -115,25 +115,6 @@ def is_token_routed(column: ColumnTrace) -> NDArray[np.bool_]:
     return np.broadcast_to(is_routed, (column.num_tokens,))
 
 
-def smoothed_share(column: ColumnTrace, num_experts: int, window: int) -> NDArray[np.float32]:
-    """(T, E) float32: the mean of `token_share` over the routed ones of `window` tokens around.
-
-    There are fewer tokens at both ends. An even window reaches one token further back.
-    ValueError for a window of less than one token.
-    """
-    if window < 1:
-        raise ValueError(f"window is {window} tokens, needed at least 1")
-    of_token, is_routed = token_share(column, num_experts), is_token_routed(column)
-    T = len(of_token)
-    start = np.maximum(np.arange(T) - window // 2, 0)
-    end = np.minimum(np.arange(T) + (window + 1) // 2, T)
-    # Prefix sums in float64: their differences stay exact to float32.
-    total = np.concatenate([np.zeros((1, num_experts)), of_token.cumsum(axis=0, dtype=float)])
-    count = np.concatenate([[0], is_routed.cumsum()])
-    mean = (total[end] - total[start]) / np.maximum(count[end] - count[start], 1)[:, None]
-    return np.clip(mean, 0.0, None).astype(np.float32)
-
-
 def dominant_tokens(
     column: ColumnTrace, num_experts: int
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:

@@ -1,29 +1,11 @@
-"""The charts by name, and how the tests look into a figure."""
+"""How the tests look into a figure."""
 
 import json
 import re
-from collections.abc import Callable
 
 import plotly.graph_objects as go
 
-from spectr_demo import charts
-
 EXPERTS = ("chat", "code", "math", "sql")
-
-Chart = Callable[..., go.Figure]
-
-
-def by_column(chart: Chart) -> Chart:
-    return lambda trace, label="spectr", **options: chart(trace, label, **options)
-
-
-CHARTS: dict[str, Chart] = {
-    "token_strip": by_column(charts.token_strip),
-    "routing_map": by_column(charts.routing_map),
-    "expert_share": lambda trace, label="spectr", **options: charts.expert_share(trace, **options),
-    "share_by_layer": by_column(charts.share_by_layer),
-    "share_along_text": by_column(charts.share_along_text),
-}
 
 
 def text_of(fig: go.Figure) -> str:

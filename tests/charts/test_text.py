@@ -2,7 +2,7 @@
 
 import pytest
 
-from spectr_demo.charts.text import axis_label, counted, escape, num_cells, pieces_of, shorten
+from spectr_demo.charts.text import axis_label, counted, escape, num_cells, shorten
 
 
 def test_nothing_that_plotly_reads_as_markup_is_left() -> None:
@@ -21,11 +21,6 @@ def test_a_text_is_cut_to_its_cells_and_keeps_a_final_line_break() -> None:
     assert shorten("abcdefg", 6) == "abcde…"
     assert shorten("abcdefg↵", 6) == "abcd…↵"
     assert shorten("日本語日本語", 6) == "日本…"
-
-
-def test_a_token_has_a_piece_for_each_line() -> None:
-    assert pieces_of("a\n\nb") == ["a↵↵", "b"]
-    assert pieces_of("") == ["·"]
 
 
 def test_a_tick_label_is_never_blank() -> None:
