@@ -165,13 +165,13 @@ def app() -> dict[str, Any]:
         "max_new_tokens": 50,
         "seed": 0,
     }
-    *_, last = runner(None, "light 88", **choices)
+    *_, last = runner(None, **choices)
     found["seconds_of_the_page"] = durations()
     found["page"] = last[runner.__self__.layout.answers]
-    with closing(runner(None, "light 88", **choices)) as left:
+    with closing(runner(None, **choices)) as left:
         for _ in range(3):  # a visitor who leaves after the first words
             next(left)
-    *_, last = runner(None, "light 88", **choices)
+    *_, last = runner(None, **choices)
     found["page_after_a_visitor_left"] = last[runner.__self__.layout.answers]
     page.close()
     return found
