@@ -296,9 +296,7 @@ def test_a_token_is_marked_in_the_card_the_view_and_the_list(
     page.keyboard.press("Home")
     expect(told(page)).to_contain_text("prompt token 0")
 
-    map_ = page.locator("#routing .rv-map").first
-    box = map_.bounding_box()
-    page.mouse.move(box["x"] + 2, box["y"] + 2)
+    page.locator("#routing .rv-map").first.hover(position={"x": 2, "y": 2})
     expect(told(page)).to_contain_text(f"answer token {first}:")
     expect(told(page)).to_contain_text("Layer 1: first ")
 
