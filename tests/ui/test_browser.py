@@ -13,6 +13,7 @@ from spectr_demo.config import PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step
 from spectr_demo.ui.recorded import Recording
+from spectr_demo.ui.run import FRAME_SECONDS
 from tests.ui.conftest import FRANCE
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -108,8 +109,11 @@ class Growing:
 
     def _steps(self, steps: Any, *args: Any) -> Generator[Any, None, None]:
         for step in steps(*args):
+            is_part = isinstance(step, Step) and step.trace is not None and not step.is_last
+            if is_part:
+                self.go_on.wait(2 * FRAME_SECONDS)  # so that this step is shown
             yield step
-            if isinstance(step, Step) and step.trace is not None and not step.is_last:
+            if is_part:
                 self.go_on.wait(PATIENCE / SECONDS)
 
 
