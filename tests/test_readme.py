@@ -39,7 +39,7 @@ def test_python_blocks(
     answer, shares = capsys.readouterr().out.strip().splitlines()[-2:]
     assert answer
     assert "'cron'" in shares
-    assert "plotly" in (tmp_path / "routing.html").read_text()
+    assert "<svg" in (tmp_path / "routing.html").read_text()
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
