@@ -139,7 +139,7 @@ def _turns(base: LoadedBase) -> Iterator[str]:
     ends = {*closing[:1], tokenizer.eos_token_id} - {None}
     for _ in range(_MOST_BATCHES):
         start, num_given = _start(base, words)
-        room = _context(base) - start.shape[1] - len(closing)
+        room = base.context - start.shape[1] - len(closing)
         written = _generate(base, start, min(NUM_TOKENS, max(1, room)), ends, noise)
         for ids in written[:, num_given:].tolist():
             end = next((i for i, token in enumerate(ids) if token in ends), None)
@@ -157,7 +157,7 @@ def _start(base: LoadedBase, words: torch.Generator) -> tuple[Tensor, int]:
     opening = template_opening(tokenizer) or ([] if begin is None else [begin])
     if not opening:
         return torch.tensor([[i] for i in _words(base, words)]), 0
-    opening = opening[: _context(base) - 1]
+    opening = opening[: base.context - 1]
     return torch.tensor([opening] * _ROWS), len(opening)
 
 
@@ -171,12 +171,6 @@ def _words(base: LoadedBase, generator: torch.Generator) -> list[int]:
     words = (i for i in ids if _text(base, [i]).strip().isalpha())
     found = list(islice(words, _ROWS)) or ids
     return list(islice(cycle(found), _ROWS))
-
-
-def _context(base: LoadedBase) -> int:
-    """How many tokens the base can read at once."""
-    config = base.model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _generator(device: torch.device | str = "cpu") -> torch.Generator:

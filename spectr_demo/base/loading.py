@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,13 @@ class LoadedBase:
     def device(self) -> torch.device:
         """Where token ids go. Asked each time: a ZeroGPU moves the model."""
         return execution_device(self.model.get_input_embeddings())
+
+    @property
+    def context(self) -> int:
+        """How many tokens the base can read, prompt and answer together; `sys.maxsize` where its
+        configuration names no limit."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def load_base(

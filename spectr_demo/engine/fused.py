@@ -30,26 +30,19 @@ class SlotsOfBank:
 
     def __init__(self, recorder: Recorder, groups: Sequence[RouterRows], z: Tensor, most: int):
         """z: (R, P, F, r). most: experts that a row can choose."""
-        shape = len(z), recorder.num_slots, z.shape[1], most
         self._step = recorder.step(z.device)
-        self._places = torch.zeros(shape, dtype=torch.int32, device=z.device)
-        self._weights, self._scores = (torch.zeros(shape, device=z.device) for _ in range(2))
+        self._choices = _room(len(z), recorder.num_slots, z.shape[1], most, device=z.device)
         self._groups = groups
         self._num_handed = 0
 
     def buffers(self) -> dict[str, Tensor]:
-        return {
-            "places": self._places,
-            "weights": self._weights,
-            "scores": self._scores,
-            "step": self._step,
-        }
+        return {**self._choices, "step": self._step}
 
     def hand_over(self, recorder: Recorder, bank: ExpertBank) -> None:
         """What was chosen since the last time."""
         new = slice(self._num_handed, recorder.num_in_slots)
         if new.start < new.stop:
-            of_rows = [part[:, new] for part in (self._places, self._weights, self._scores)]
+            of_rows = [part[:, new] for part in self._choices.values()]
             _add_choices(recorder, bank, self._groups, of_rows)
         self._num_handed = new.stop
 
@@ -97,12 +90,9 @@ class FusedRouting:
         if self._recorder is None or not self._groups:
             z = weigh(z, bank.singular_values, rules)
         else:
-            shape = *z.shape[:2], rules.most
-            places = torch.zeros(shape, dtype=torch.int32, device=z.device)
-            weights, scores = (torch.zeros(shape, device=z.device) for _ in range(2))
-            record = {"places": places, "weights": weights, "scores": scores}
-            z = weigh(z, bank.singular_values, rules, **record)
-            of_rows = [part.view(*x.shape[:2], *shape[1:]) for part in (places, weights, scores)]
+            choices = _room(*z.shape[:2], rules.most, device=z.device)
+            z = weigh(z, bank.singular_values, rules, **choices)
+            of_rows = [part.unflatten(0, x.shape[:2]) for part in choices.values()]
             _add_choices(self._recorder, bank, self._groups, of_rows)
         return Mixed(bank, z.view(*x.shape[:2], *z.shape[1:]), None)
 
@@ -183,6 +173,13 @@ class FusedRouting:
             )
         rules = self._rules_for[bank.num_experts]
         return replace(rules, mean=mean, std=std, constant=constant)
+
+
+def _room(*shape: int, device: torch.device) -> dict[str, Tensor]:
+    """For choices, as the operators of `gpu/` take them."""
+    places = torch.zeros(shape, dtype=torch.int32, device=device)
+    weights, scores = (torch.zeros(shape, device=device) for _ in range(2))
+    return {"places": places, "weights": weights, "scores": scores}
 
 
 def _add_choices(

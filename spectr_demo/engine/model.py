@@ -112,8 +112,8 @@ class SpectrModel:
             )
         routers = [parse_router(column, self.library.names) for column in columns]
         prompt_ids = self.encode(prompt)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context and len(prompt_ids) + settings.max_new_tokens > context:
+        context = self.base.context
+        if len(prompt_ids) + settings.max_new_tokens > context:
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens, and {settings.max_new_tokens} more may "
                 f"be generated; the context of {self.base.name} is {context}: shorten one of them"

@@ -25,7 +25,7 @@ from spectr_demo.routing.spectr import compose
 
 
 class Plan(Protocol):
-    """What layers see of a plan."""
+    """What layers see of a plan. One that says no more is not static."""
 
     is_base_only: bool  # layers need not ask: they add nothing
     needs_all_tokens: bool  # those too that no answer depends on
@@ -43,12 +43,14 @@ class Plan(Protocol):
     def is_static(self, device: torch.device) -> bool:
         """Whether one more token of each row is read there by `read_token`, not by `add`: at fixed
         addresses, and without the host, so that it can be part of a CUDA graph."""
+        return False
 
     def read_token(
         self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
     ) -> Tensor:
         """A layer's whole output (R, 1, D_out) from x (R, 1, D_in). bases: what the base computes
         at each layer of the bank."""
+        raise TypeError(f"{type(self).__name__} is not static: its layers ask `add`")
 
     def end_pass(self, hidden: Tensor) -> None:
         """The layers have read them. hidden: (R, T, D), the decoder's last hidden states."""

@@ -20,7 +20,7 @@ from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.batches import read_after
-from spectr_demo.engine.fused import BaseLayer
+from spectr_demo.engine.plan import Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.calibration import Calibration, Measurement
@@ -36,7 +36,7 @@ _MOST_READ = 8192
 _RUNS_AT_ONCE = 8
 
 
-class Listening:
+class Listening(Plan):
     """A `Plan` under which the experts add nothing to the base and are only listened to."""
 
     is_base_only = needs_all_tokens = False
@@ -48,14 +48,6 @@ class Listening:
         if place == 0:
             self.listen(bank, x)
         return y
-
-    def is_static(self, device: torch.device) -> bool:
-        return False
-
-    def read_token(
-        self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
-    ) -> Tensor:
-        raise NotImplementedError  # it is not static
 
     def end_pass(self, hidden: Tensor) -> None:
         pass

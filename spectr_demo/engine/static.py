@@ -81,7 +81,7 @@ class StepHook:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model
         self._own = vars(model).get("forward")  # accelerate's, where weights are spread
-        self.forward = forward = model.forward
+        forward = model.forward
 
         @wraps(forward)
         def forward_or_step(*args: Any, **kwargs: Any) -> Any:

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from spectr_demo.engine.fused import BaseLayer
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.plan import Plan
 from spectr_demo.engine.sampling import end_token_ids, pad_token_id
 from spectr_demo.evaluation.generation import continue_rows
 from spectr_demo.evaluation.messages import CLOSING, OPENING
@@ -40,7 +40,7 @@ class Segments:
     caps: tuple[int, ...]
 
 
-class SegmentPlan(LogitsProcessor):
+class SegmentPlan(LogitsProcessor, Plan):
     """A `Plan` of engine/plan.py that follows the parts, and the processor that keeps them apart.
 
     A part's answer ends with its line, with an end token or at its cap. Where another part follows,
@@ -95,14 +95,6 @@ class SegmentPlan(LogitsProcessor):
         is_last = place == len(bank.paths) - 1
         mixed = self._mixed.pop(bank) if is_last else self._mixed[bank]
         return mixed.add_(y, place)
-
-    def is_static(self, device: torch.device) -> bool:
-        return False
-
-    def read_token(
-        self, bank: ExpertBank, place: int, bases: Sequence[BaseLayer], x: Tensor
-    ) -> Tensor:
-        raise NotImplementedError  # it is not static
 
     def end_pass(self, hidden: Tensor) -> None:
         """Nothing is recorded."""

@@ -180,15 +180,12 @@ def understood(request: ChatRequest, model: SpectrModel) -> Asked:
 
 def _max_tokens(asked: int | None, num_prompt: int, model: SpectrModel) -> int:
     """How many tokens an answer may have. One of the context is kept: see `answer.pieces`."""
-    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    if not context:
-        return DEFAULT_MAX_TOKENS if asked is None else asked
-    room = context - 1 - num_prompt
+    room = model.base.context - 1 - num_prompt
     if room < (asked or 1):
         more = f", and max_tokens is {asked}" if asked else ""
         raise ApiError(
-            f"the messages have {num_prompt} tokens{more}; {model.base.name} takes {context - 1} "
-            "together with the answer: shorten one of them",
+            f"the messages have {num_prompt} tokens{more}; {model.base.name} takes "
+            f"{model.base.context - 1} together with the answer: shorten one of them",
             param="messages",
             code="context_length_exceeded",
         )

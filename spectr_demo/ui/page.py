@@ -21,6 +21,7 @@ from spectr_demo.ui.run import MAX_COLUMNS, Form, Frame, Steps, frames, gpu_seco
 
 logger = logging.getLogger(__name__)
 
+REST = 20  # drawing rests so many times as long as it took, however long the text is
 KEEP_SECONDS = 3600  # files to download, and the traces of visitors who stay
 # Everything that uses the model waits in one line; redrawing a chart does not.
 MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -132,8 +133,7 @@ class _Runner:
                 is_new = frame.trace is not None and frame.trace is not now.trace
                 if is_new and (_is_over(frame) or start >= due):
                     updates |= self.draw(frame, form.prompt, now)
-                    # Drawing takes a twentieth of the time at most, however long the text is.
-                    due = time.monotonic() + 20 * (time.monotonic() - start)
+                    due = time.monotonic() + REST * (time.monotonic() - start)
                 yield updates
         except ValueError as error:
             yield self._fail(str(error))

@@ -40,11 +40,10 @@ def routed_requests(model: SpectrModel, prompt: str) -> list[RoutedRequest]:
     names = model.library.names
     router = parse_router(DEFAULT_ROUTER, names)
     ids = model.encode(prompt)
-    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    if context and len(ids) >= context:
+    if len(ids) >= model.base.context:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens; the context of {model.base.name} is {context}: "
-            "shorten the prompt"
+            f"the prompt has {len(ids)} tokens; the context of {model.base.name} is "
+            f"{model.base.context}: shorten the prompt"
         )
     lanes = model.lanes(router, ids)
     threshold = model.reader.least_standing(router)

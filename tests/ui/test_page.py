@@ -2,7 +2,6 @@
 
 import html
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +169,7 @@ def test_routing_is_drawn_while_the_answers_are_written(
     runner = runner_of(page := ui.build(routed_model))
     at = runner.layout
     monkeypatch.setattr(run, "FRAME_SECONDS", 0.0)  # each step is a frame
+    monkeypatch.setattr(ui.page, "REST", 0)
     drawn: list[str] = []
     session = None
     for update in runner.run(None, **choices(max_new_tokens=40)):
@@ -180,7 +180,6 @@ def test_routing_is_drawn_while_the_answers_are_written(
         if len(drawn) == 1:
             assert update[at.column]["value"] == "spectr"
             assert handler(page, "redraw")(session, "base")[runner.session] is session
-        time.sleep(0.05)  # drawing takes a part of the time
     assert len(drawn) > 2
     columns = [re.search('data-column="(.*?)"', each)[1] for each in drawn]  # type: ignore[index]
     assert columns == ["spectr"] + ["base"] * (len(drawn) - 1)
@@ -190,17 +189,11 @@ def test_routing_is_drawn_while_the_answers_are_written(
     assert "measured at the end" not in drawn[-1]
 
 
-def test_drawing_takes_a_small_part_of_the_time(
+def test_drawing_rests_in_proportion_to_what_it_took(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = _Runner.draw
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.2)
-        return draw(*args)
-
-    monkeypatch.setattr(_Runner, "draw", slow)
     monkeypatch.setattr(run, "FRAME_SECONDS", 0.0)
+    monkeypatch.setattr(ui.page, "REST", 1e6)
     runner = runner_of(ui.build(routed_model))
     updates = list(runner.run(None, **choices(max_new_tokens=64)))
     drawn = [update for update in updates if runner.layout.routing in update]
