@@ -46,7 +46,6 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
     """
     parts: dict[str, Any] = {}
     first = examples[0].prompt
-    gr.HTML(cards.header(model))
     with gr.Column(elem_id="ask"):
         with gr.Row():
             prompt = gr.Textbox(

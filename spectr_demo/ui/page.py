@@ -73,7 +73,9 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
     ) as page:
         session = gr.State(None, time_to_live=KEEP_SECONDS)
-        layout = lay_out(model, examples, opening)
+        gr.HTML(cards.header(model))
+        with gr.Tabs(), gr.Tab("Compare"):
+            layout = lay_out(model, examples, opening)
         runner = _Runner(model, steps, layout, session)
         _wire_runs(layout, session, runner)
         if opening is None:
