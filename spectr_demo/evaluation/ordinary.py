@@ -8,6 +8,7 @@ reading; each confidence makes its own lanes of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,7 +79,8 @@ def ordinary_figures(
     `curve`: by confidence, the share of `short` and of `longer` ordinary prompts with an expert,
     and the shares of requests that are left to the `base` or `wrong`. The rest is at the router's
     own confidence. `ordinary`: with intervals, by length, then by kind and by language over both.
-    `requests`: over all, by wording and by domain.
+    `requests`: over all, by wording and by domain. `chosen`: by domain, and for the ordinary
+    prompts, how many prompts went to each expert, to the `base`, or to `several`.
     """
     own = str(confidence)
     curve = {
@@ -116,7 +118,19 @@ def ordinary_figures(
         },
         "requests": {key: _outcomes(some) for key, some in requests.items() if some},
         "domains": {name: _outcomes(some) for name, some in rows.items()},
+        "chosen": {
+            **{name: _counted(of.chosen[own]) for name, of in asked.items()},
+            "ordinary": _counted(
+                [lanes for of_length in ordinary.values() for lanes in of_length[own]]
+            ),
+        },
     }
+
+
+def _counted(prompts: Sequence[Chosen]) -> dict[str, int]:
+    """How many prompts went whole to each expert or to the `base`, and how many to `several`."""
+    whole = [(lanes[0] or "base") if len(lanes) == 1 else "several" for lanes in prompts]
+    return dict(sorted(Counter(whole).items()))
 
 
 def _rows(name: str, asked: Asked, level: str) -> list[tuple[str, bool]]:

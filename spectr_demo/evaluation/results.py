@@ -144,10 +144,24 @@ def accuracies(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def decisions(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By label, of those routers that choose: the share of answer decisions for the right expert,
+    as `task_scores` has scores."""
+    right = {
+        label: {name: part["right"] for name, part in row.items()}
+        for label, row in readings.items()
+        if all("right" in part for part in row.values())
+    }
+    return task_scores(right) if right else {}
+
+
 def chat_shifts(chat: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """Means by label over the prompts."""
+    """Means by label over the prompts; of the KL also the 95% interval, as `kl_interval`."""
     return {
-        label: {key: float(np.mean(values)) for key, values in row.items()}
+        label: {
+            **{key: float(np.mean(values)) for key, values in row.items()},
+            "kl_interval": summarize(row["kl"]).to_dict(),
+        }
         for label, row in chat.items()
     }
 

@@ -87,6 +87,12 @@ def test_figures_by_hand() -> None:
     assert figures["requests"]["seen wording"] == {"num": 1, "base": 0, "wrong": 0}
     assert figures["requests"]["held-out wording"] == {"num": 1, "base": 1, "wrong": 0}
     assert figures["domains"] == {"sql": {"num": 2, "base": 0.5, "wrong": 0}}
+    assert figures["chosen"] == {
+        "sql": {"base": 1, "sql": 1},
+        "ordinary": {"base": 2, "sql": 1},
+    }
+    halves = ordinary_figures(entries, ordinary, asked, 0.5)["chosen"]
+    assert halves["ordinary"] == {"several": 1, "sql": 2}
 
 
 def test_they_are_part_of_an_evaluation(build_engine: BuildModel) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spectr_demo.evaluation.results import task_scores
+from spectr_demo.evaluation.results import chat_shifts, decisions, task_scores
 
 
 def test_scores_are_divided_by_the_oracles_of_each_domain() -> None:
@@ -26,3 +26,23 @@ def test_an_interval_holds_its_mean_and_narrows_with_more_prompts() -> None:
         assert interval["low"] <= interval["mean"] <= interval["high"]
         widths.append(interval["high"] - interval["low"])
     assert widths[1] < widths[0] / 2
+
+
+def test_decisions_are_those_of_routers_that_choose() -> None:
+    readings = {
+        "base": {"a": {"nll": [1.0, 2.0]}, "b": {"nll": [1.0]}},
+        "spectr": {"a": {"nll": [1.0, 2.0], "right": [0.25, 0.75]}, "b": {"right": [1.0, 1.0]}},
+    }
+    found = decisions(readings)
+    assert list(found) == ["spectr"]
+    assert found["spectr"]["macro"]["mean"] == 0.75
+    assert found["spectr"]["domains"]["a"]["mean"] == 0.5
+    assert found["spectr"]["domains"]["a"]["low"] < 0.5 < found["spectr"]["domains"]["a"]["high"]
+    assert decisions({"base": readings["base"]}) == {}
+
+
+def test_how_far_chat_is_moved_has_an_interval() -> None:
+    found = chat_shifts({"spectr": {"kl": [1.0, 3.0] * 10, "agreement": [0.5] * 20}})["spectr"]
+    assert (found["kl"], found["agreement"]) == (2.0, 0.5)
+    assert found["kl_interval"]["mean"] == 2.0
+    assert 1 < found["kl_interval"]["low"] < 2 < found["kl_interval"]["high"] < 3
