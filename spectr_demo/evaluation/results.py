@@ -156,14 +156,16 @@ def decisions(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def chat_shifts(chat: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """Means by label over the prompts; of the KL also the 95% interval, as `kl_interval`."""
-    return {
-        label: {
+    """Means by label over the prompts; of the KL, also with the interval of a bootstrap."""
+    result = {}
+    for label, row in chat.items():
+        kl, rng = np.asarray(row["kl"]), np.random.default_rng(RESAMPLING_SEED)
+        draws = rng.integers(0, len(kl), size=(NUM_RESAMPLES, len(kl)))
+        result[label] = {
             **{key: float(np.mean(values)) for key, values in row.items()},
-            "kl_interval": summarize(row["kl"]).to_dict(),
+            "kl_interval": interval(kl.mean(), kl[draws].mean(1)),
         }
-        for label, row in chat.items()
-    }
+    return result
 
 
 def join_readings(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -42,7 +42,12 @@ def test_decisions_are_those_of_routers_that_choose() -> None:
 
 
 def test_how_far_chat_is_moved_has_an_interval() -> None:
-    found = chat_shifts({"spectr": {"kl": [1.0, 3.0] * 10, "agreement": [0.5] * 20}})["spectr"]
+    rows = {
+        "base": {"kl": [0.0] * 20, "agreement": [1.0] * 20},
+        "spectr": {"kl": [1.0, 3.0] * 10, "agreement": [0.5] * 20},
+    }
+    found = chat_shifts(rows)["spectr"]
     assert (found["kl"], found["agreement"]) == (2.0, 0.5)
     assert found["kl_interval"]["mean"] == 2.0
     assert 1 < found["kl_interval"]["low"] < 2 < found["kl_interval"]["high"] < 3
+    assert chat_shifts(rows)["base"]["kl_interval"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
