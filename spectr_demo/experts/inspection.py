@@ -95,6 +95,25 @@ def overlaps(library: ExpertLibrary) -> NDArray[np.float64]:
     return np.divide(total, count, out=np.full((E, E), np.nan), where=count > 0)
 
 
+def overlap_of(library: ExpertLibrary, expert: int) -> NDArray[np.float64]:
+    """(E,) one expert's row of `overlaps`, without the others'."""
+    E = len(library.names)
+    total, count = np.zeros(E), np.zeros(E)
+    for bank in library.banks:
+        ids = bank.expert_ids.numpy()
+        if bank.run or expert not in ids:
+            continue
+        P, num, r = bank.singular_values.shape
+        A = bank.A.float().view(P, num, r, -1)
+        own = int(np.flatnonzero(ids == expert)[0])
+        shared = (A.flatten(1, 2) @ A[:, own].mT).square().sum(-1).view(P, num, r).sum(-1)
+        ranks = (bank.singular_values > 0).sum(-1)
+        least = torch.minimum(ranks, ranks[:, own, None]).clamp(min=1)
+        total[ids] += (shared / least).sum(0).double().cpu().numpy()
+        count[ids] += P
+    return np.divide(total, count, out=np.full(E, np.nan), where=count > 0)
+
+
 def warnings(library: ExpertLibrary) -> list[str]:
     """What to know before routing between these experts: what was renamed or left out, pairs too
     alike, and weak ones."""

@@ -13,7 +13,7 @@ from spectr_demo import charts
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.trace import RoutingTrace
-from spectr_demo.ui import cards, endpoint, figures, recorded, style
+from spectr_demo.ui import cards, endpoint, experts_tab, figures, recorded, style
 from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.layout import Layout, lay_out
 from spectr_demo.ui.recorded import Recording
@@ -50,7 +50,7 @@ def launch_options() -> dict[str, Any]:
     """What `Blocks.launch` needs for this page: its look, that no other host is asked, MCP."""
     return {
         "theme": style.theme(),
-        "css_paths": [style.CSS, charts.CSS],
+        "css_paths": [style.CSS, style.TABS_CSS, charts.CSS],
         "footer_links": ["api", "settings"],
         "run_history": False,
         "mcp_server": True,
@@ -74,8 +74,11 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
     ) as page:
         session = gr.State(None, time_to_live=KEEP_SECONDS)
         gr.HTML(cards.header(model))
-        with gr.Tabs(), gr.Tab("Compare"):
-            layout = lay_out(model, examples, opening)
+        with gr.Tabs():
+            with gr.Tab("Compare"):
+                layout = lay_out(model, examples, opening)
+            with gr.Tab("Experts") as tab:
+                experts_tab.lay_out(tab, model)
         runner = _Runner(model, steps, layout, session)
         _wire_runs(layout, session, runner)
         if opening is None:

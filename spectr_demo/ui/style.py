@@ -7,6 +7,7 @@ import gradio as gr
 from spectr_demo import charts
 
 CSS = Path(__file__).with_name("style.css")
+TABS_CSS = Path(__file__).with_name("tabs.css")  # of the tabs but the first
 # What a pointer and keys do in the routing view, and in the answers that it belongs to.
 ROUTING_SCRIPT = f"() => {{ {charts.SCRIPT.read_text(encoding='utf-8')} }}"
 

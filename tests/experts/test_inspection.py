@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from spectr_demo.experts import inspection
-from spectr_demo.experts.inspection import overlaps, to_json
+from spectr_demo.experts.inspection import overlap_of, overlaps, to_json
 from spectr_demo.routing.spectr import subspace_overlap
 from tests.conftest import BuildModel, SaveExpert
 
@@ -19,14 +19,17 @@ def test_overlaps_are_the_mean_of_each_layers(
         for j, other in enumerate(library.aligned):
             layers = [subspace_overlap(one[p].A, other[p].A) for p in one if p in other]
             assert matrix[i, j] == pytest.approx(np.mean(layers), abs=1e-5)
+        np.testing.assert_allclose(overlap_of(library, i), matrix[i], atol=1e-5)
 
 
 def test_experts_without_a_shared_layer_have_no_overlap(
     build_model: BuildModel, save_expert: SaveExpert
 ) -> None:
     folders = [save_expert(name, target_modules=[name]) for name in ("q_proj", "v_proj")]
-    result = to_json(build_model(folders).library)
+    library = build_model(folders).library
+    result = to_json(library)
     assert result["subspace_overlap"]["q_proj"]["v_proj"] is None
+    assert np.isnan(overlap_of(library, 0)[1])
     assert result["warnings"] == []
 
 

@@ -1,0 +1,270 @@
+"""The tab of experts: one at a time, from its files and weights, computed when it is looked at."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from spectr_demo.charts import Bar, Picture, bars, best_first, grid, spectrum, table
+from spectr_demo.charts.text import counted
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.evaluation.tasks import TASKS
+from spectr_demo.experts.adapters import Adapter
+from spectr_demo.experts.inspection import ALIKE, ExpertSummary, overlap_of
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.ui.pictures import Slot, Updates
+from spectr_demo.ui.records import licence_of, training_record
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+Near = list[tuple[str, float]]
+NUM_NEAREST = 5
+MAX_LISTED = 200
+
+
+def lay_out(tab: gr.Tab, model: SpectrModel) -> None:
+    """Place the tab's content and wire it. Nothing is computed before the tab is opened."""
+    library = model.library
+    if not library.names:
+        gr.HTML(
+            '<p class="about">No expert is loaded: the base answers alone. <code>python app.py '
+            "--experts FOLDER</code> loads LoRA adapters.</p>"
+        )
+        return
+    chosen = gr.Dropdown(
+        label="Expert",
+        info=f"one of {len(library.names)}; type a part of its name or task",
+        choices=[(_title(adapter), adapter.name) for adapter in library.adapters],
+        value=library.names[0],
+        filterable=True,
+        elem_id="expert-shown",
+    )
+    facts = gr.HTML(elem_id="expert-facts")
+    slots = {}
+    with gr.Row(elem_classes="pictures"):
+        slots["scores"] = Slot.place("expert-scores")
+        slots["nearest"] = Slot.place("expert-nearest")
+    with gr.Row(elem_classes="pictures"):
+        slots["layers"] = Slot.place("expert-layers")
+        slots["spectrum"] = Slot.place("expert-spectrum")
+    listed = gr.HTML(elem_id="expert-list")
+
+    def show(name: str) -> Updates:
+        number = library.index(name)
+        near = by_overlap(library, number)
+        shown: Updates = {facts: facts_of(library, number, near)}
+        for key, picture in pictures(library, number, near).items():
+            shown |= slots[key].show(picture)
+        return shown
+
+    def open_(name: str) -> Updates:
+        return {**show(name), listed: _list(library)}
+
+    outputs = [facts, *(part for slot in slots.values() for part in slot.parts)]
+    chosen.input(show, chosen, outputs, **PRIVATE)
+    tab.select(open_, chosen, [*outputs, listed], **PRIVATE)
+
+
+def by_overlap(library: ExpertLibrary, expert: int) -> Near:
+    """The other experts that share a layer with it, the nearest first, each with its overlap."""
+    overlaps = overlap_of(library, expert)
+    order = np.argsort(-overlaps, kind="stable")  # those without a shared layer come last
+    return [
+        (library.names[other], float(overlaps[other]))
+        for other in order
+        if other != expert and np.isfinite(overlaps[other])
+    ]
+
+
+def pictures(library: ExpertLibrary, expert: int, near: Near) -> dict[str, Picture | None]:
+    """What can be drawn of one expert, by where it stands. near: see `by_overlap`."""
+    adapter = library.adapters[expert]
+    return {
+        "scores": _scores(adapter),
+        "nearest": _nearest(near),
+        "layers": _layers(library, expert),
+        "spectrum": _spectrum(ExpertSummary.from_adapter(adapter, library.aligned[expert])),
+    }
+
+
+def _title(adapter: Adapter) -> str:
+    record = training_record(adapter)
+    return f"{adapter.name}: {_task(record)}" if record else adapter.name
+
+
+def _task(record: dict[str, Any]) -> str:
+    name = record["task"]
+    return TASKS[name].title if name in TASKS else name
+
+
+def facts_of(library: ExpertLibrary, expert: int, near: Near) -> str:
+    """What the files say, and what to know before routing to it. near: see `by_overlap`."""
+    adapter = library.adapters[expert]
+    low, high = adapter.ranks
+    layers = len(adapter.shapes)
+    record = training_record(adapter)
+    folder = Path(adapter.source)
+    source = folder.name if folder.is_dir() else adapter.source  # not where it is on this machine
+    facts = {
+        "Task": _task(record) if record else "its files do not say",
+        "Rank": f"{low}" if low == high else f"{low} to {high}",
+        "Modules": f"{', '.join(adapter.projections)} ({counted(layers, 'linear layer')})",
+        "Licence": licence_of(adapter) or "its files do not say",
+        "Trained on": adapter.base_model or "its files do not say",
+        "Files": f"{source}, {adapter.num_bytes / 1e6:.1f} MB, SHA-256 {adapter.sha256[:12]}…",
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
+    notes = [*adapter.notes, *_alike(adapter.name, near)]
+    warned = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    warned = f'<ul class="warnings" role="note">{warned}</ul>' if warned else ""
+    return f'<section class="expert">{warned}<dl>{rows}</dl>{_example(record)}</section>'
+
+
+def _example(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    asked, answer = (html.escape(record["example"][side]) for side in ("prompt", "answer"))
+    return (
+        f'<div class="pair"><p><b>In</b><span dir="auto">{asked}</span></p>'
+        f'<p><b>Out</b><span dir="auto">{answer}</span></p></div>'
+    )
+
+
+def _alike(name: str, near: Near) -> list[str]:
+    """A warning for each expert that routers cannot tell from this one."""
+    return [
+        f"{name} and {other} respond to the same inputs (overlap {overlap:.2f}): no router here "
+        "can tell them apart. Keep one, or merge them."
+        for other, overlap in near
+        if overlap >= ALIKE
+    ]
+
+
+def _scores(adapter: Adapter) -> Picture | None:
+    """Its score beside those of the base and of the task's baselines."""
+    record = training_record(adapter)
+    if record is None:
+        return None
+    scores = {name: score["all"] for name, score in record["scores"].items() if _is_sound(score)}
+    if not {"expert", "base"} <= scores.keys():
+        return None
+    rows = best_first(
+        [
+            Bar(
+                name={"expert": "this expert", "base": "base model"}.get(name, name),
+                value=score["mean"],
+                low=score["low"],
+                high=score["high"],
+                is_marked=name == "expert",
+            )
+            for name, score in scores.items()
+        ]
+    )
+    own, rest = scores["expert"]["mean"], [n for n in scores if n != "expert"]
+    best = max(rest, key=lambda name: scores[name]["mean"])
+    verb = "beats" if own > scores[best]["mean"] else "does not beat"
+    other = "the base" if best == "base" else f"“{best}”"
+    return Picture(
+        title=f"It {verb} {other}: {own:.2f} against {scores[best]['mean']:.2f}",
+        note=f"Held-out prompts, {record['metric']}, with 95% intervals",
+        figure=bars(rows, axis=record["metric"]),
+        header=("who", "score (95% interval)"),
+        rows=[(bar.name, bar.words(".3f")) for bar in rows],
+    )
+
+
+def _is_sound(score: Any) -> bool:
+    """A record is a file, and may be a stranger's."""
+    every = score.get("all") if isinstance(score, dict) else None
+    ends = [every.get(key) for key in ("mean", "low", "high")] if isinstance(every, dict) else []
+    return bool(ends) and all(isinstance(end, int | float) for end in ends)
+
+
+def _nearest(near: Near) -> Picture | None:
+    if not near:
+        return None
+    name, most = near[0]
+    told = "they cannot be told apart" if most >= ALIKE else "they can be told apart"
+    rows = [
+        Bar(name=other, value=overlap, is_marked=overlap >= ALIKE)
+        for other, overlap in near[:NUM_NEAREST]
+    ]
+    figure = bars(rows, axis="overlap of what they respond to", line=(ALIKE, "alike"))
+    figure.update_xaxes(range=[0, 1])
+    return Picture(
+        title=f"Its nearest is {name}, {most:.0%} the same: {told}",
+        note="Mean overlap of the input subspaces: 0 is nothing in common, 1 the same",
+        figure=figure,
+        header=("expert", "overlap"),
+        rows=[(bar.name, bar.words(".3f")) for bar in rows],
+    )
+
+
+def _layers(library: ExpertLibrary, expert: int) -> Picture:
+    """How much it changes each linear layer."""
+    sizes = np.full((len(library.projections), library.num_layers), np.nan)
+    for bank in library.banks:
+        ids = bank.expert_ids.tolist()
+        if expert in ids:
+            norms = bank.singular_values[:, ids.index(expert)].norm(dim=-1)
+            layers, projections = library.places(bank)
+            sizes[projections, layers] = norms.cpu().numpy()
+    P, L = sizes.shape
+    num = int(np.isfinite(sizes).sum())
+    projection, layer = np.unravel_index(int(np.nanargmax(sizes)), sizes.shape)
+    share = "all" if num == P * L else f"{num} of"
+    return Picture(
+        title=f"It changes {share} {P * L} linear layers, {library.projections[projection]} of "
+        f"layer {layer} most",
+        note="Length of the change to each layer’s weights (Frobenius norm); empty: untouched",
+        figure=grid(
+            sizes,
+            x=[str(number) for number in range(L)],
+            y=library.projections,
+            x_title="layer",
+            y_title="",
+            is_written=False,
+            cell_px=22,
+        ),
+        header=("layer", *library.projections),
+        rows=[
+            (str(number), *("-" if np.isnan(size) else f"{size:.2f}" for size in column))
+            for number, column in enumerate(sizes.T)
+        ],
+    )
+
+
+def _spectrum(summary: ExpertSummary) -> Picture:
+    first, rank = summary.spectrum[0], len(summary.spectrum)
+    what = (
+        "one direction says nearly all" if first > 0.9 else f"the first has {first:.0%} of the size"
+    )
+    return Picture(
+        title=f"Of {counted(rank, 'direction')}, {what}",
+        note="Squared singular values of its change, mean of its layers. Arrow scores by the first "
+        f"direction, SpectR by all. Effective rank {summary.effective_rank:.1f}",
+        figure=spectrum(summary.spectrum, axis="share of the size"),
+        header=("direction", "share"),
+        rows=[(str(number), f"{x:.1%}") for number, x in enumerate(summary.spectrum, start=1)],
+    )
+
+
+def _list(library: ExpertLibrary) -> str:
+    """All experts as a table, as far as a page can hold them."""
+    rows = []
+    for adapter in library.adapters[:MAX_LISTED]:
+        record = training_record(adapter)
+        means = ["-", "-"]
+        if record:
+            means = [f"{record['scores'][n]['all']['mean']:.2f}" for n in ("expert", "base")]
+        rank = "-".join(map(str, sorted(set(adapter.ranks))))
+        task = _task(record) if record else "-"
+        rows.append((adapter.name, task, *means, rank, f"{adapter.num_bytes / 1e6:.1f}"))
+    more = len(library.adapters) - len(rows)
+    rest = f"<p>{more} more: find them by name above.</p>" if more > 0 else ""
+    header = ("expert", "task", "its score", "the base’s", "rank", "MB")
+    return (
+        f'<details class="twin"><summary>All {counted(len(library.names), "expert")}</summary>'
+        f"{table(header, rows)}{rest}</details>"
+    )
