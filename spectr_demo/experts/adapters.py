@@ -5,7 +5,6 @@ that is wrong.
 """
 
 import hashlib
-import json
 import math
 import re
 import sys
@@ -16,16 +15,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import ValidationError
 from torch import Tensor
 
-from spectr_demo.experts.fields import HONOURED, refusals
+from spectr_demo.experts.fields import refusals
+from spectr_demo.experts.messages import AdapterError, first, short, shown
+from spectr_demo.experts.patterns import Clock, PatternError, Values
+from spectr_demo.experts.settings import MOST_RANK, LoraSettings, faults
+from spectr_demo.experts.weights import (
+    FLOATS,
+    TensorInfo,
+    WeightsError,
+    WeightsFile,
+    parse_json,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MOST_CONFIG_BYTES = 4_000_000
+MOST_WIDTH = 1 << 20  # inputs or outputs of a layer; the widest one of today's models has 106,496
 _KEY_PREFIX = "base_model.model."
 # What torch puts into the names of modules that it compiles, shards or checkpoints.
 _WRAPPER = re.compile(
@@ -36,14 +43,6 @@ _WRAPPER = re.compile(
 _UNUSED = (".lora_monteclora_sampler.", ".lora_velora_embed", ".base_layer.weight")
 _FACTOR = re.compile(r"(.+)\.(lora_[AB])(?:\.(?!weight$)([^.]+))?(?:\.weight)?")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
-
-
-class AdapterError(ValueError):
-    """Everything that is wrong with the adapters asked for, one line each."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,15 @@ class LoraShape(NamedTuple):
     D_out: int
     D_in: int
     rank: int
+
+
+class _Layer(NamedTuple):
+    """Where a layer's factors are in the file, and what they are multiplied by."""
+
+    lora_A: str
+    lora_B: str
+    shape: LoraShape
+    scaling: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +145,32 @@ def named_source(source: str | Path) -> tuple[str | None, str]:
     `NAME=SOURCE` gives one. A folder's path may have an equals sign too, such as `runs/lr=1e-4`.
     """
     name, is_named, rest = str(source).partition("=")
-    is_path = isinstance(source, Path) or Path(name).name != name or Path(source).exists()
+    is_path = isinstance(source, Path) or Path(name).name != name or _is_there(Path(source))
     return (name, rest) if is_named and not is_path else (None, str(source))
 
 
 def adapters_in(source: str | Path) -> list[str]:
     """The adapters in a folder of several, by name; any other source alone, as it is."""
-    folder = Path(source).expanduser()
-    if (folder / CONFIG_FILE).exists():
+    folder = local_folder(source)
+    if folder is None or _is_there(folder / CONFIG_FILE):
         return [str(source)]
     return sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}")) or [str(source)]
+
+
+def local_folder(source: str | Path) -> Path | None:
+    """The folder that a source is; None where there is none."""
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError:  # of a user that there is not
+        return None
+    return folder if _is_there(folder) else None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long for any folder
+        return False
 
 
 def read_adapter(source: str | Path, name: str | None = None) -> Adapter:
@@ -157,82 +181,94 @@ def read_adapter(source: str | Path, name: str | None = None) -> Adapter:
     """
     source = str(source)
     name = name or source.rstrip("/").rpartition("/")[2]
-    folder = _resolve(source, name)
-    if not (folder / CONFIG_FILE).is_file():
-        raise AdapterError(
-            [f"expert {name!r}: {folder} has no {CONFIG_FILE}; it must be a PEFT adapter's folder"]
-        )
-    content = (folder / CONFIG_FILE).read_bytes()
-    values = _read_values(content, folder, name)
+    try:
+        return _read_adapter(source, shown(name))
+    except AdapterError as error:
+        who = f"expert {shown(name)!r}: "
+        raise AdapterError([who + problem for problem in error.problems]) from None
+
+
+def _read_adapter(source: str, name: str) -> Adapter:
+    folder = _resolve(source)
+    content = _config(folder)
+    values = _values(content, folder)
     problems = [
-        f"expert {name!r}: it uses {what}, which is not supported; train a plain LoRA adapter on "
-        "linear layers"
+        f"it uses {what}, which is not supported; train a plain LoRA adapter on linear layers"
         for what in refusals(values)
     ]
+    settings, wrong = _settings(values)
+    problems += wrong
     try:
-        state = _read_state(folder, name)
+        weights = _open_weights(folder)
     except AdapterError as error:
         raise AdapterError(problems + error.problems) from None
-    # What else such a configuration leads to is no fault of its own, and is not looked for.
-    if problems := problems + _unsound(state, name):
+    problems += _unsound(weights.tensors)
+    layers: dict[str, _Layer] = {}
+    notes: tuple[str, ...] = ()
+    # What else such files lead to is no fault of its own, and is not looked for.
+    if not problems and settings is not None:
+        layers, notes = _layers(weights.tensors, settings)
+    digest = hashlib.sha256(content)
+    try:
+        infinite = weights.look_through(digest)
+    except OSError as error:
+        raise AdapterError(
+            [
+                *problems,
+                f"{shown(weights.path)} cannot be read ({error.strerror}); download it again",
+            ]
+        ) from None
+    if infinite:
+        found = [f"{each} holds NaN or infinite values" for each in infinite]
+        problems.append(f"{first(found, 'tensors')}; train it again")
+    if problems or settings is None:
         raise AdapterError(problems)
-    config = _lora_config(values, name)
-    factors, notes = _parse_factors(state, config, name)
-    return Adapter.of(
-        factors,
-        read=partial(_read_factors, folder, config, name),
+    read = partial(_read_factors, weights, layers, name)
+    return Adapter(
         name=name,
         source=source,
-        base_model=values.get("base_model_name_or_path") or "an unnamed base",
-        sha256=hashlib.sha256(content + (folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
-        notes=notes,
+        base_model=settings.base_model,
+        sha256=digest.hexdigest(),
+        num_bytes=sum(
+            weights.tensors[key].stop - weights.tensors[key].start
+            for layer in layers.values()
+            for key in (layer.lora_A, layer.lora_B)
+        ),
+        shapes={sys.intern(path): layer.shape for path, layer in layers.items()},
+        read=read,
+        notes=tuple(f"expert {name!r}: {note}" for note in notes),
     )
 
 
-def _read_factors(folder: Path, config: LoraConfig, name: str) -> dict[str, LoraFactors]:
-    return _parse_factors(_read_state(folder, name), config, name)[0]
-
-
-def _read_state(folder: Path, name: str) -> dict[str, Tensor]:
-    """The file's tensors by name, in one order each time. Those in float8 are widened: nothing is
-    computed in it."""
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        pickles = [pickle for pickle in _PICKLES if (folder / pickle).is_file()]
-        has = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
-        raise AdapterError(
-            [
-                f"expert {name!r}: {folder} has {has}; {WEIGHTS_FILE} is needed (loading a pickle "
-                "can run any code): save the adapter again with safetensors"
-            ]
+def _read_factors(
+    weights: WeightsFile, layers: Mapping[str, _Layer], name: str
+) -> dict[str, LoraFactors]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in layers.values():
+        D_out, D_in, rank = layer.shape
+        shapes |= {layer.lora_A: (rank, D_in), layer.lora_B: (D_out, rank)}
+    try:
+        tensors = weights.read(shapes)
+    except WeightsError as error:
+        raise AdapterError([f"expert {name!r}: {error}"]) from None
+    return {
+        path: LoraFactors(
+            lora_A=tensors[layer.lora_A], lora_B=tensors[layer.lora_B], scaling=layer.scaling
         )
-    try:
-        state = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            [f"expert {name!r}: {weights} is corrupt or truncated ({error}); download it again"]
-        ) from None
-    try:
-        return {
-            key: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-            for key, tensor in sorted(state.items())
-        }
-    except NotImplementedError as error:  # two numbers in a byte
-        raise AdapterError(
-            [f"expert {name!r}: torch cannot read its numbers ({error}); save it in bfloat16"]
-        ) from None
+        for path, layer in layers.items()
+    }
 
 
-def _resolve(source: str, name: str) -> Path:
+def _resolve(source: str) -> Path:
     """The local folder of an adapter; one on the Hub is fetched (or found in the Hub's cache)."""
-    folder = Path(source).expanduser()
-    if folder.exists():
+    folder = local_folder(source)
+    if folder is not None:
         return folder
     owner, _, rest = source.partition("/")
     repo, _, subfolder = rest.partition("/")
     if not repo or source.startswith((".", "/", "~")):
         raise AdapterError(
-            [f"expert {name!r}: there is no folder {source}; give a folder or a Hub id owner/repo"]
+            [f"there is no folder {shown(source)}; give a folder or a Hub id owner/repo"]
         )
     from huggingface_hub import snapshot_download
 
@@ -243,113 +279,146 @@ def _resolve(source: str, name: str) -> Path:
         reason = str(error).strip().partition("\n")[0]
         raise AdapterError(
             [
-                f"expert {name!r}: {source} is no folder here, and the Hub did not give it "
-                f"({reason}); check the name and the network, or download it and give its folder"
+                f"{shown(source)} is no folder here, and the Hub did not give it "
+                f"({shown(reason)}); check the name and the network, or download it and give its "
+                "folder"
             ]
         ) from None
 
 
-def _read_values(content: bytes, folder: Path, name: str) -> dict[str, Any]:
+def _config(folder: Path) -> bytes:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterError(
+            [f"{shown(folder)} has no {CONFIG_FILE}; it must be a PEFT adapter's folder"]
+        )
+    try:
+        size = file.stat().st_size
+        if size <= MOST_CONFIG_BYTES:
+            return file.read_bytes()
+    except OSError as error:
+        raise AdapterError(
+            [f"{shown(file)} cannot be read ({error.strerror}); check whose it is"]
+        ) from None
+    raise AdapterError(
+        [
+            f"{shown(file)} has {size} bytes, at most {MOST_CONFIG_BYTES} are read; save it again "
+            "with PEFT"
+        ]
+    )
+
+
+def _values(content: bytes, folder: Path) -> dict[str, Any]:
     """What is in the configuration of an adapter that is LoRA."""
     try:
-        values: dict[str, Any] = json.loads(content)
-        peft_type = values.get("peft_type")
-    except (ValueError, AttributeError) as error:
+        values = parse_json(content)
+    except ValueError as error:
         raise AdapterError(
-            [f"expert {name!r}: {folder / CONFIG_FILE} is not a JSON object ({error})"]
+            [f"{shown(folder / CONFIG_FILE)} is not a JSON object ({shown(error)})"]
         ) from None
-    if peft_type != "LORA":
+    if values.get("peft_type") != "LORA":
         raise AdapterError(
-            [f"expert {name!r}: its peft_type is {peft_type!r}; only 'LORA' can be routed"]
+            [f"its peft_type is {short(values.get('peft_type'))}; only 'LORA' can be routed"]
         )
     return values
 
 
-def _lora_config(values: Mapping[str, Any], name: str) -> LoraConfig:
-    """PEFT's own reading of the fields that decide what the weights mean."""
-    wrong = None
+def _settings(values: Mapping[str, Any]) -> tuple[LoraSettings | None, list[str]]:
+    """The fields that decide what the weights mean; or what is wrong with them."""
     try:
-        config = LoraConfig(**{field: values[field] for field in HONOURED if field in values})
-    except (TypeError, ValueError) as error:
-        wrong = str(error)
-    else:
-        patterns = (config.rank_pattern or {}, config.alpha_pattern or {})
-        numbers = [config.r, config.lora_alpha, *(n for p in patterns for n in p.values())]
-        if not all(type(number) in (int, float) for number in numbers):
-            wrong = f"its ranks and alphas must be numbers, among them are {numbers}"
-        elif config.target_modules is None:
-            wrong = "target_modules must name the layers"
-        elif str(config.target_modules).lower() == "all-linear":
-            config.target_modules = ".*"  # those that have factors
-    if wrong:
+        return LoraSettings.model_validate(values), []
+    except ValidationError as error:
+        wrong = faults(values, error)
+        return None, [f"PEFT refuses its {CONFIG_FILE} ({wrong}); save it again with PEFT"]
+
+
+def _open_weights(folder: Path) -> WeightsFile:
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        pickles = [pickle for pickle in _PICKLES if (folder / pickle).is_file()]
+        has = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
         raise AdapterError(
-            [f"expert {name!r}: PEFT refuses its {CONFIG_FILE} ({wrong}); save it again with PEFT"]
+            [
+                f"{shown(folder)} has {has}; {WEIGHTS_FILE} is needed (loading a pickle can run "
+                "any code): save the adapter again with safetensors"
+            ]
         )
-    return config
+    try:
+        return WeightsFile.opened(file)
+    except WeightsError as error:
+        raise AdapterError([str(error)]) from None
 
 
-def _unsound(state: Mapping[str, Tensor], name: str) -> list[str]:
-    """What is wrong with the numbers, whatever they are for."""
-    shards, others, infinite = [], [], []
-    for key, tensor in state.items():
-        is_factor = (".lora_A" in key or ".lora_B" in key) and not key.endswith(".bias")
-        if is_factor and (tensor.dim() < 2 or not tensor.numel()):
-            shards.append(f"{key} has shape {tuple(tensor.shape)}")
-        elif is_factor and not tensor.is_floating_point():
-            others.append(f"{key} holds {str(tensor.dtype).removeprefix('torch.')}")
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
-            infinite.append(f"{key} holds NaN or infinite values")
+def _unsound(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """What is wrong with the factors, whatever they are for, as far as the header says."""
+    shards, others, strange, large = [], [], [], []
+    for name, tensor in tensors.items():
+        if not (".lora_A" in name or ".lora_B" in name) or name.endswith(".bias"):
+            continue
+        rank, width = min(tensor.shape, default=0), max(tensor.shape, default=0)
+        if tensor.kind.startswith("F4") or tensor.kind.startswith("F6"):
+            strange.append(f"of {name} ({tensor.kind})")
+        elif len(tensor.shape) < 2 or not rank:
+            shards.append(f"{name} has shape {shown(tensor.shape)}")
+        elif tensor.kind not in FLOATS:
+            others.append(f"{name} holds {_type_name(tensor.kind)}")
+        elif rank > MOST_RANK or width > MOST_WIDTH:
+            large.append(f"{name} has shape {shown(tensor.shape)}")
     found = {
         "DeepSpeed ZeRO-3 and FSDP keep parts of a matrix, which were not gathered when it was "
         "saved: save it again gathered": shards,
         "floating point was needed: save it in bfloat16": others,
-        "train it again": infinite,
+        f"a rank up to {MOST_RANK} and a width up to {MOST_WIDTH} can be read": large,
     }
-    return [
-        f"expert {name!r}: {_first(tensors, 'tensors')}; {remedy}"
-        for remedy, tensors in found.items()
-        if tensors
-    ]
+    problems = [f"{first(named, 'tensors')}; {remedy}" for remedy, named in found.items() if named]
+    if strange:
+        problems.append(
+            f"torch cannot read its numbers ({first(strange, 'tensors')}); save it in bfloat16"
+        )
+    return problems
 
 
-def _first(found: Sequence[str], what: str) -> str:
-    """The first of several, and how many there are."""
-    return found[0] if len(found) == 1 else f"{found[0]} (as {len(found)} {what} do)"
+def _type_name(kind: str) -> str:
+    """`int8` of safetensors' `I8`."""
+    return re.sub(r"^(I|U)(?=\d)", lambda m: {"I": "int", "U": "uint"}[m[1]], kind)
 
 
-def _parse_factors(
-    state: Mapping[str, Tensor], config: LoraConfig, name: str
-) -> tuple[dict[str, LoraFactors], tuple[str, ...]]:
+def _layers(
+    tensors: Mapping[str, TensorInfo], settings: LoraSettings
+) -> tuple[dict[str, _Layer], tuple[str, ...]]:
     """The tensors paired by layer, with the scaling that PEFT gives; and notes on their names.
 
     Raises AdapterError with all that is wrong.
     """
-    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    pairs: dict[str, dict[str, str]] = defaultdict(dict)  # names of the tensors
     names: dict[str, list[str]] = {}
-    foreign, taken_out, adapter_names, is_twice = [], set(), set(), False
-    for key, tensor in state.items():
+    foreign, taken_out, adapter_names, twice = [], set(), set(), []
+    for key, tensor in sorted(tensors.items()):
         if any(part in key for part in _UNUSED):
             continue
         taken_out.update(_WRAPPER.findall(key))
         factor = _FACTOR.fullmatch(key)
-        if not factor or tensor.dim() != 2:
+        if not factor or len(tensor.shape) != 2:
             foreign.append(key)
             continue
         name_there, part, adapter_name = factor.groups()
         path = _WRAPPER.sub("", name_there).removeprefix(_KEY_PREFIX)
         names[path] = [path, name_there.removeprefix(_KEY_PREFIX)]
         adapter_names.add(adapter_name or "")
-        is_twice |= part in pairs[path]
-        pairs[path][part] = tensor
-    if is_twice or len(adapter_names) > 1:
-        listed = ", ".join(map(repr, sorted(adapter_names)))
+        if part in pairs[path]:
+            twice.append(f"{pairs[path][part]} and {key} are one factor")
+        pairs[path][part] = key
+    if len(adapter_names) > 1:
+        listed = shown(", ".join(map(repr, sorted(adapter_names))))
         raise AdapterError(
             [
-                f"expert {name!r}: its tensors are of several adapters (named {listed}); one was "
-                "needed: save each in a folder of its own"
+                f"its tensors are of several adapters (named {listed}); one was needed: save each "
+                "in a folder of its own"
             ]
         )
     problems = []
+    if twice:
+        problems.append(f"{first(twice, 'pairs')}; save it again with one name for each")
     if foreign:
         kinds = {
             "embedding layers or ": any("embed" in key for key in foreign),
@@ -357,63 +426,62 @@ def _parse_factors(
         }
         found = "".join(kind for kind, is_there in kinds.items() if is_there)
         problems.append(
-            f"expert {name!r}: {len(foreign)} tensors are no LoRA factors of a linear layer "
-            f"({foreign[0]}, ...); {found}other parts than linear layers are not supported"
+            f"{len(foreign)} tensors are no LoRA factors of a linear layer ({shown(foreign[0])}, "
+            f"...); {found}other parts than linear layers are not supported"
         )
     elif not pairs:
-        problems.append(f"expert {name!r}: its {WEIGHTS_FILE} holds no LoRA factors; save it again")
-    factors, misfits = _factors(pairs, names, config)
-    problems += [f"expert {name!r}: {misfit}" for misfit in misfits]
-    if problems:
+        problems.append(f"its {WEIGHTS_FILE} holds no LoRA factors; save it again")
+    try:
+        layers, misfits = _paired(pairs, names, tensors, settings)
+    except PatternError as error:
+        layers, misfits = {}, [f"{CONFIG_FILE}: {error}"]
+    if problems := problems + misfits:
         raise AdapterError(problems)
     taken_out |= {f"{adapter_name}." for adapter_name in adapter_names if adapter_name}
     listed = ", ".join(map(repr, sorted(taken_out)))
-    notes = [f"expert {name!r}: {listed} was taken out of the names of its tensors"]
-    return factors, tuple(notes if taken_out else ())
+    notes = [f"{shown(listed)} was taken out of the names of its tensors"]
+    return layers, tuple(notes if taken_out else ())
 
 
-def _factors(
-    pairs: Mapping[str, Mapping[str, Tensor]],
+def _paired(
+    pairs: Mapping[str, Mapping[str, str]],
     names: Mapping[str, Sequence[str]],
-    config: LoraConfig,
-) -> tuple[dict[str, LoraFactors], list[str]]:
-    """The factors with the scaling that PEFT gives, by layer; and what is wrong with the others.
+    tensors: Mapping[str, TensorInfo],
+    settings: LoraSettings,
+) -> tuple[dict[str, _Layer], list[str]]:
+    """The layers with the scaling that PEFT gives; and what is wrong with the others.
 
     names: of each layer, by which the configuration may call it.
     """
-    factors = {}
+    layers = {}
+    clock = Clock()
+    targets = settings.targets(clock)
+    of_rank = Values(settings.rank_pattern or {}, clock)
+    of_alpha = Values(settings.alpha_pattern or {}, clock)
     halves, ranks, untargeted = [], [], []
     for path, pair in pairs.items():
         if len(pair) != 2:
             halves.append(f"{path} has only {next(iter(pair))}")
             continue
-        A, B = pair["lora_A"], pair["lora_B"]
-        rank = _matching(config.rank_pattern, names[path], config.r)
-        if A.shape[0] != rank or B.shape[1] != rank:
+        A, B = tensors[pair["lora_A"]].shape, tensors[pair["lora_B"]].shape
+        rank = of_rank.of(names[path], settings.r)
+        if A[0] != rank or B[1] != rank:
             ranks.append(
-                f"{path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, but "
-                f"{CONFIG_FILE} says rank {rank}"
+                f"{path} has lora_A {A} and lora_B {B}, but {CONFIG_FILE} says rank {rank}"
             )
             continue
-        if not any(check_target_module_exists(config, name) for name in names[path]):
+        if not any(map(targets.has, names[path])):
             untargeted.append(f"{path} is not among the target modules of {CONFIG_FILE}")
             continue
-        alpha = _matching(config.alpha_pattern, names[path], config.lora_alpha)
-        scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-        factors[path] = LoraFactors(lora_A=A, lora_B=B, scaling=scaling)
+        alpha = of_alpha.of(names[path], settings.lora_alpha)
+        scaling = alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
+        layers[path] = _Layer(
+            pair["lora_A"], pair["lora_B"], LoraShape(B[0], A[1], rank), float(scaling)
+        )
     found = {
         "it needs both": halves,
         "the two files do not belong together": ranks,
         "PEFT would leave it out; the two files do not belong together": untargeted,
     }
-    problems = [
-        f"{_first(layers, 'layers')}; {remedy}" for remedy, layers in found.items() if layers
-    ]
-    return factors, problems
-
-
-def _matching(patterns: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> Any:
-    """The value of the first pattern that matches one of the names."""
-    patterns = patterns or {}
-    keys = (get_pattern_key(list(patterns), name) for name in names)
-    return next((patterns[key] for key in keys if key in patterns), default)
+    problems = [f"{first(named, 'layers')}; {remedy}" for remedy, named in found.items() if named]
+    return layers, problems

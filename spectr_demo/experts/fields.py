@@ -7,6 +7,8 @@ refused where it is set. So an adapter gives what PEFT gives with it, or is refu
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from spectr_demo.experts.messages import short, shown
+
 # The value does not change what a saved adapter computes on a frozen base, without gradients.
 CHANGES_NOTHING: Mapping[str, str] = {
     "auto_mapping": "names classes of PEFT",
@@ -89,10 +91,5 @@ def refusals(values: Mapping[str, Any]) -> list[str]:
             continue
         what, is_refused = REFUSED.get(field, ("a setting that is not known here", _is_set))
         if is_refused(value):
-            found.append(f"{what} ({field}={_short(value)})")
+            found.append(f"{what} ({shown(field, 60)}={short(value)})")
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

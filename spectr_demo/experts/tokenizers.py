@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from spectr_demo.base.checkpoint import digest
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.templates import settle_template_, template_of
-from spectr_demo.experts.adapters import Adapter
+from spectr_demo.experts.adapters import Adapter, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def _brought(adapters: Sequence[Adapter]) -> list[_Brought]:
 
 def _folder(source: str) -> Path:
     """Where an adapter's tokenizer is. From the Hub it is fetched, as far as the Hub has one."""
-    folder = Path(source).expanduser()
-    if folder.exists():
+    folder = local_folder(source)
+    if folder is not None:
         return folder
     owner, repo, *inside = source.split("/")
     within = "/".join(inside)
@@ -89,7 +89,7 @@ def _folder(source: str) -> Path:
     try:
         return Path(snapshot_download(f"{owner}/{repo}", allow_patterns=wanted)) / within
     except (OSError, ValueError):  # its weights were there, in the Hub's cache
-        return folder
+        return Path(source)
 
 
 def _template(base: LoadedBase, brought: Sequence[_Brought]) -> tuple[str | None, list[str]]:
