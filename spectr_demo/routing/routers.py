@@ -37,6 +37,7 @@ def all_experts(config: RouterConfig, expert_names: Sequence[str]) -> list[float
 class Router:
     """A row of the table.
 
+    sentence: what it does, for people who read no equations.
     constant: the weights of a router that looks at nothing. score: of one that looks at each token.
     reads_request: whether it reads each request before it is answered, and keeps its choice; see
     `routing/detection.py`. is_filtered: it scores only the `prefilter` experts with the best arrow
@@ -47,6 +48,7 @@ class Router:
 
     key: str
     display_name: str
+    sentence: str
     equation: str
     paper: str
     preset: RouterConfig
@@ -74,6 +76,7 @@ _ROWS = (
     Router(
         key="base",
         display_name="Base model",
+        sentence="No expert: the base answers alone.",
         equation="w = 0",
         paper="baseline",
         preset=RouterConfig(name="base"),
@@ -81,6 +84,7 @@ _ROWS = (
     Router(
         key="single",
         display_name="Single expert",
+        sentence="One expert, named beforehand, serves every token.",
         equation="w = onehot(e)",
         paper="baseline",
         preset=RouterConfig(name="single", expert="NAME"),
@@ -89,6 +93,7 @@ _ROWS = (
     Router(
         key="uniform",
         display_name="Uniform merge",
+        sentence="All experts at once, each with the same weight.",
         equation="w_e = 1/E",
         paper="baseline: PEFT's `cat` merge (`outputs`), or `linear` (`parameters`)",
         preset=RouterConfig(name="uniform"),
@@ -97,6 +102,7 @@ _ROWS = (
     Router(
         key="arrow",
         display_name="Arrow",
+        sentence="Each token in each layer takes the 3 experts whose main direction it follows most.",
         equation="|a*_e . x|",
         paper="Arrow, arXiv 2405.11157; PEFT's defaults",
         preset=RouterConfig(name="arrow", weighting="softmax"),
@@ -107,6 +113,7 @@ _ROWS = (
     Router(
         key="spectr",
         display_name="SpectR",
+        sentence="Each token in each layer takes the expert whose input subspace holds most of it.",
         equation="||A*_e x||",
         paper="SpectR, arXiv 2504.03454; K = 1",
         preset=RouterConfig(name="spectr", composition="parameters"),
@@ -116,6 +123,7 @@ _ROWS = (
     Router(
         key="spectr-paper",
         display_name="SpectR (paper)",
+        sentence="SpectR with the 4 best experts at once, their factors merged, as in the paper.",
         equation="||A*_e x||",
         paper="SpectR, arXiv 2504.03454; the paper's K = 4",
         preset=RouterConfig(name="spectr-paper", composition="parameters"),
@@ -126,6 +134,7 @@ _ROWS = (
     Router(
         key="spectr-calibrated",
         display_name="SpectR, calibrated",
+        sentence="SpectR with each expert's score beside what ordinary text gives that expert.",
         equation="(||A*_e x|| - mean_e) / std_e",
         paper="this project's; standardised scores as in SEQR, arXiv 2509.18093",
         preset=RouterConfig(name="spectr-calibrated", calibrated=True),
@@ -135,6 +144,7 @@ _ROWS = (
     Router(
         key="spectr-context",
         display_name="SpectR in context",
+        sentence="Each request is read first; one expert, or none, then serves all of it.",
         equation="mean over the layers that read the request of how far ||A*_e x|| stands out",
         paper="this project's: in the metric of ordinary text, each request in a lane of its own",
         preset=RouterConfig(name="spectr-context", confidence=0.9),
@@ -143,6 +153,7 @@ _ROWS = (
     Router(
         key="lag",
         display_name="LAG",
+        sentence="SpectR among the 20 experts that Arrow likes best: less to compute where there are many.",
         equation="||A*_e x|| among the F best |a*_e . x|",
         paper="LAG, arXiv 2507.05346; F = 20",
         preset=RouterConfig(name="lag"),
@@ -153,6 +164,7 @@ _ROWS = (
     Router(
         key="norm",
         display_name="Norm",
+        sentence="Each token in each layer takes the expert whose output for it is the longest.",
         equation="||B_e A_e x||",
         paper="norm maximisation, SEQR, arXiv 2509.18093",
         preset=RouterConfig(name="norm"),
