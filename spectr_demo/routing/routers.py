@@ -102,7 +102,7 @@ _ROWS = (
     Router(
         key="arrow",
         display_name="Arrow",
-        sentence="Each token in each layer takes the 3 experts whose main direction it follows most.",
+        sentence="Each token in each layer takes the 3 experts with the nearest main direction.",
         equation="|a*_e . x|",
         paper="Arrow, arXiv 2405.11157; PEFT's defaults",
         preset=RouterConfig(name="arrow", weighting="softmax"),
@@ -153,7 +153,7 @@ _ROWS = (
     Router(
         key="lag",
         display_name="LAG",
-        sentence="SpectR among the 20 experts that Arrow likes best: less to compute where there are many.",
+        sentence="SpectR among the 20 experts that Arrow likes best: cheaper where there are many.",
         equation="||A*_e x|| among the F best |a*_e . x|",
         paper="LAG, arXiv 2507.05346; F = 20",
         preset=RouterConfig(name="lag"),
