@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectr_demo import charts
-    from spectr_demo.config import GenerationSettings, RouterConfig
+    from spectr_demo.config import GenerationSettings, Intervention, RouterConfig
     from spectr_demo.engine.model import SpectrModel, load
     from spectr_demo.trace import RoutingTrace
 
 __version__ = "0.1.0"
 __all__ = [
     "GenerationSettings",
+    "Intervention",
     "RouterConfig",
     "RoutingTrace",
     "SpectrModel",
@@ -24,6 +25,7 @@ __all__ = [
 
 _HOMES = {
     "GenerationSettings": "config",
+    "Intervention": "config",
     "RouterConfig": "config",
     "RoutingTrace": "trace",
     "SpectrModel": "engine",

@@ -16,6 +16,7 @@ import platformdirs
 
 Weighting = Literal["equal", "softmax"]
 Composition = Literal["parameters", "outputs"]
+Kind = Literal["ban", "pin", "only"]
 
 _PACKAGE = Path(__file__).resolve().parent
 IS_INSTALLED = (_PACKAGE / "assets").is_dir()  # a wheel has the assets inside the package
@@ -99,6 +100,30 @@ def _require(is_valid: bool, what: str, value: object, needed: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """What a router is made to do with one expert, to see what changes.
+
+    kind: "ban" never uses it; "pin" always gives it one of the K places; "only" uses no other.
+    from_token: the first token of each request's answer, from 0, that is read so; None is the whole
+        run, prompt included. layers: the first and the last decoder layer; None is all of them.
+    """
+
+    kind: Kind
+    expert: str
+    from_token: int | None = None
+    layers: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        kinds, t, layers = get_args(Kind), self.from_token, self.layers
+        _require(self.kind in kinds, "intervention", self.kind, f"one of {kinds}")
+        _require(t is None or (_is_int(t) and t >= 0), "from_token", t, "a whole number, from 0")
+        is_range = layers is None or (
+            len(layers) == 2 and all(map(_is_int, layers)) and 0 <= layers[0] <= layers[1]
+        )
+        _require(is_range, "layers", layers, "the first and the last layer, from 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How one column weighs the experts.
 
@@ -111,6 +136,7 @@ class RouterConfig:
     calibrated: whether scores are standardised by what generic text gives, in standard deviations.
     confidence: for a router that reads the request: no expert is used where the best one stands
         out no more than in this share of ordinary prompts. None always uses one.
+    intervention: what it is made to do with one expert; None leaves it alone.
     """
 
     name: str
@@ -122,6 +148,7 @@ class RouterConfig:
     prefilter: int = 20
     calibrated: bool = False
     confidence: float | None = None
+    intervention: Intervention | None = None
 
     def __post_init__(self) -> None:
         k, t, f = self.top_k, self.temperature, self.prefilter

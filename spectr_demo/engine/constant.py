@@ -15,7 +15,7 @@ from spectr_demo.routing.routers import ROUTERS
 
 
 class ConstantRows:
-    """The weights of these rows, 0 for rows that score.
+    """The weights of these rows, 0 for rows that score and for those with an intervention.
 
     Where no row scores, two things are saved. Experts that no row uses are left out of the banks.
     Where all rows have the same weights, and not all experts are used or their factors are merged,
@@ -42,14 +42,16 @@ class ConstantRows:
             else torch.tensor(ROUTERS[router.name].constant(router, expert_names))
             for row, router in enumerate(routers)
         ]
-        self._weights = torch.stack(rows)  # (R, E)
+        self.unchanged = torch.stack(rows)  # (R, E), also of rows with an intervention
+        is_changed = torch.tensor([router.intervention is not None for router in routers])
+        self._weights = torch.where(is_changed[:, None], 0, self.unchanged)
         self.is_none = not self._weights.any()
         self._weights_of: dict[ExpertBank, Tensor] = {}
         self._used_of: dict[ExpertBank, ExpertBank | None] = {}
         self._used: Tensor | None = None  # (E,) not 0 for those used; None is all of them
         self.is_folded = False
         self._is_merged = all(is_merged)
-        if any(ROUTERS[router.name].score for router in routers):
+        if is_changed.any() or any(ROUTERS[router.name].score for router in routers):
             return
         used = (self._weights != 0).any(0)
         is_few = not used.all()

@@ -111,6 +111,7 @@ class SpectrModel:
                 "there is no column to run; name at least one router, such as 'spectr'"
             )
         routers = [parse_router(column, self.library.names) for column in columns]
+        self._check_interventions(routers)
         prompt_ids = self.encode(prompt)
         context = self.base.context
         if len(prompt_ids) + settings.max_new_tokens > context:
@@ -130,6 +131,16 @@ class SpectrModel:
             trace_every=trace_every,
         )
         return run.steps()
+
+    def _check_interventions(self, routers: Sequence[RouterConfig]) -> None:
+        num_layers = self.library.num_layers
+        for router in routers:
+            layers = router.intervention and router.intervention.layers
+            if layers and layers[1] >= num_layers:
+                raise ValueError(
+                    f"the intervention names layers {layers[0]} to {layers[1]}; "
+                    f"{self.base.name} has 0 to {num_layers - 1}"
+                )
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a prompt in the base's chat template. Raises ValueError if it is empty."""
@@ -184,6 +195,12 @@ class SpectrModel:
             recorder,
             calibration=self.calibration if any(r.calibrated for r in routers) else None,
             weights={r: lane.weights for r, lane in enumerate(lanes) if lane.weights is not None},
+            changed={
+                r: self.reader.changed(router, lane.standing)
+                for r, (router, lane) in enumerate(zip(routers, lanes, strict=True))
+                if router.intervention is not None and lane.standing is not None
+            },
+            num_prompt=width,
             num_padding=[width - len(lane.ids) for lane in lanes],
         )
 

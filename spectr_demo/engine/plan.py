@@ -16,6 +16,7 @@ from torch import Tensor
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.constant import ConstantRows
 from spectr_demo.engine.fused import BaseLayer, FusedRouting
+from spectr_demo.engine.intervention import ChangedRows
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.rows import RouterRows, by_router
 from spectr_demo.engine.token import MixedToken, TokenPath
@@ -67,14 +68,21 @@ class RoutingPlan:
         *,
         calibration: Calibration | None = None,
         weights: Mapping[int, Tensor] | None = None,
+        changed: Mapping[int, Tensor] | None = None,
+        num_prompt: int = 0,
         num_padding: Sequence[int] | None = None,
     ) -> None:
         """calibration: needed where a router is calibrated. weights: (E,) of each row whose router
-        has read the request, see `engine/reading.py`. num_padding: tokens before each row's own;
-        None is none."""
+        has read the request, see `engine/reading.py`; changed: the same under its intervention.
+        num_prompt: tokens before the answers, padding included. num_padding: tokens before each
+        row's own; None is none."""
         self.routers = tuple(routers)
         self.recorder = recorder
         self.num_padding = list(num_padding or [0] * len(routers))
+        # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
+        self._is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
+        self._merged_rows = torch.tensor(self._is_merged)[:, None, None, None, None]
+        self.constant = ConstantRows(routers, expert_names, self._is_merged, weights or {})
         self.groups = [
             RouterRows(
                 router,
@@ -83,12 +91,18 @@ class RoutingPlan:
                 num_experts=len(expert_names),
                 calibration=calibration,
             )
+            if router.intervention is None
+            else ChangedRows(
+                router,
+                rows,
+                expert_names=expert_names,
+                unchanged=self.constant.unchanged,
+                changed=changed or {},
+                num_prompt=num_prompt,
+                calibration=calibration,
+            )
             for router, rows in by_router(routers).items()
         ]
-        # With K = 1 both compositions are the same product, and `outputs` is the shorter way.
-        self._is_merged = [r.composition == "parameters" and r.top_k != 1 for r in routers]
-        self._merged_rows = torch.tensor(self._is_merged)[:, None, None, None, None]
-        self.constant = ConstantRows(routers, expert_names, self._is_merged, weights or {})
         self.is_base_only = not self.groups and self.constant.is_none
         self.needs_all_tokens = recorder is not None
         is_merged = [merged and not self.constant.is_folded for merged in self._is_merged]
@@ -96,6 +110,11 @@ class RoutingPlan:
         self._fused = FusedRouting(routers, self.groups, self.constant, is_merged, recorder)
         # Of the banks of which a layer is still to run.
         self._mixed: dict[ExpertBank, Mixed | MixedToken] = {}
+
+    @property
+    def num_chosen(self) -> dict[int, int]:
+        """K of each row that looks at tokens, or at where they stand."""
+        return {row: group.num_chosen for group in self.groups for row in group.rows}
 
     def is_static(self, device: torch.device) -> bool:
         return self._fused.serves(device)
@@ -107,6 +126,8 @@ class RoutingPlan:
         return bases[place](x) if used is None else self._fused.read_token(used, place, bases, x)
 
     def begin_pass(self, input_ids: Tensor) -> None:
+        for group in self.groups:
+            group.begin_pass(input_ids.shape[1])
         if self.recorder is not None:
             self.recorder.begin_pass(input_ids.shape[1], input_ids.device)
 

@@ -20,6 +20,7 @@ from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.batches import read_after
+from spectr_demo.engine.intervention import changed_weights
 from spectr_demo.engine.plan import Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
@@ -253,6 +254,13 @@ class Reader:
             return None
         most = self.ordinary.standing(self.ordinary.certainty).amax(-1)
         return float(most.quantile(router.confidence))
+
+    def changed(self, router: RouterConfig, standing: Tensor) -> Tensor:
+        """(E,) weights of the experts under the router's intervention, from their standing (E,) in
+        a request."""
+        assert router.intervention is not None
+        at = torch.arange(len(standing)) == self._library.index(router.intervention.expert)
+        return changed_weights(standing, router, at, self.least_standing(router))
 
     def prompt(self, ids: Sequence[int]) -> ReadPrompt:
         """Reads a prompt, and each part of it that may be a request of its own. One of a single

@@ -43,7 +43,8 @@ class ColumnOutput:
     """One column so far. text: the answers to its requests, a line each where there are several.
     num_settled: its first characters that stay, while several answers grow side by side.
     num_tokens counts generated tokens, end tokens included; tokens_per_second is the rate of
-    decoding, from the first token on (0 before the second)."""
+    decoding, from the first token on (0 before the second). is_cut: whether an answer has all the
+    tokens that it may have, and no end."""
 
     label: str
     text: str
@@ -51,6 +52,7 @@ class ColumnOutput:
     num_tokens: int
     is_finished: bool
     tokens_per_second: float
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,7 @@ class Run:
                     num_settled=len("\n".join(texts[: num_settled + 1])),
                     num_tokens=sum(len(row.answer) for row in rows),
                     is_finished=all(row.is_finished for row in rows),
+                    is_cut=any(row.is_finished and not row.has_end for row in rows),
                     tokens_per_second=sum(_rate(len(row.answer), row.clock) for row in rows),
                 )
             )
@@ -216,10 +219,13 @@ class Run:
 
 
 def unique_labels(routers: Sequence[RouterConfig]) -> list[str]:
-    """A label for each column: its router, its expert, and a number where that is not unique."""
+    """A label for each column: its router, its expert, what it is made to do, and a number where
+    that is not unique."""
     labels: list[str] = []
     for router in routers:
         label = router.name if router.expert is None else f"{router.name}:{router.expert}"
+        if router.intervention is not None:
+            label += f", {router.intervention.kind} {router.intervention.expert}"
         same = sum(known == label or known.startswith(f"{label} (") for known in labels)
         labels.append(f"{label} ({same + 1})" if same else label)
     return labels

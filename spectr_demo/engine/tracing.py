@@ -19,13 +19,19 @@ from spectr_demo.engine.reading import Lane
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.routers import ROUTERS
-from spectr_demo.trace import NOT_ROUTED, ColumnTrace, Reading, RoutingTrace
+from spectr_demo.trace import NOT_ROUTED, Candidates, ColumnTrace, Reading, RoutingTrace
 
 # Of 64 positions the logits are computed at once, since that reads the head. Their distributions
 # are compared a few at a time: 8 x 49,152 float32 stay in the cache, which is six times as fast.
 _POSITIONS_AT_ONCE, _COMPARED_AT_ONCE = 64, 8
 
-TokenStatistics = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+_NUM_CANDIDATES = 3
+
+# Log-probability, entropy and KL (T,), and ids and probabilities (T, 2, N) of the likeliest tokens,
+# the row's own before the base's. Entry t is what token t was drawn from.
+TokenStatistics = tuple[NDArray[Any], ...]
+# What each of them has for a token that was not drawn.
+_UNKNOWN = (np.nan, np.nan, np.nan, -1, 0)
 Place = tuple[int, int]  # a row of the batch, and a token of it
 
 
@@ -80,7 +86,7 @@ def build_trace(
         routing = {row: _routing(library, plan, row, rows[row]) for row in numbers}
         experts, weights, scores = _in_order(routing, places, (NOT_ROUTED, 0, np.nan))
         of_rows = {row: statistics[row] for row in numbers}
-        logprob, entropy, kl = _in_order(of_rows, places, (np.nan,) * 3)
+        logprob, entropy, kl, likeliest, probs = _in_order(of_rows, places, _UNKNOWN)
         columns.append(
             ColumnTrace(
                 label=label,
@@ -95,6 +101,7 @@ def build_trace(
                 logprob=logprob,
                 entropy=entropy,
                 kl=kl,
+                candidates=_candidates(tokenizer, likeliest, probs) if is_complete else None,
                 reading=_reading(library, {row: rows[row].lane for row in numbers}, places),
             )
         )
@@ -198,10 +205,10 @@ def _routing(
 ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.float32]]:
     """Experts, weights and scores (T, L, P, K) of a row."""
     router, num_tokens = plan.routers[number], len(row.token_ids)
-    if ROUTERS[router.name].score is not None:
-        assert plan.recorder is not None and router.top_k is not None
-        num_padding = plan.num_padding[number]
-        return plan.recorder.routing(library, number, num_tokens, router.top_k, num_padding)
+    if number in plan.num_chosen:
+        assert plan.recorder is not None
+        num_chosen, num_padding = plan.num_chosen[number], plan.num_padding[number]
+        return plan.recorder.routing(library, number, num_tokens, num_chosen, num_padding)
     # Constant weights: one row of arrays, seen by every token through a broadcast view.
     places = (1, library.num_layers, len(library.projections))
     weights = np.zeros((*places, len(library.names)), np.float32)
@@ -273,8 +280,23 @@ def _read_as_base(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Ten
 
 
 def _unknown_statistics(num_tokens: int) -> TokenStatistics:
-    unknown = np.full(num_tokens, np.nan, np.float32)
-    return unknown, unknown, unknown
+    shapes = *[(num_tokens,)] * 3, *[(num_tokens, 2, _NUM_CANDIDATES)] * 2
+    dtypes = *[np.float32] * 3, np.int32, np.float32
+    parts = zip(shapes, _UNKNOWN, dtypes, strict=True)
+    return tuple(np.full(shape, value, dtype) for shape, value, dtype in parts)
+
+
+def _candidates(
+    tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32], probs: NDArray[np.float32]
+) -> Candidates:
+    """Texts of ids (T, 2, N); of -1 there is none."""
+    texts = {
+        token: str(tokenizer.decode([token])) for token in np.unique(ids).tolist() if token >= 0
+    }
+    pieces = tuple(
+        tuple(texts.get(i, "") for i in row) for row in ids.reshape(len(ids), -1).tolist()
+    )
+    return Candidates(texts=pieces, probs=probs)
 
 
 def _compare(
@@ -284,26 +306,30 @@ def _compare(
     is_base = hidden.data_ptr() == base_hidden.data_ptr()
     T = len(token_ids) - 1
     texts = hidden[:T], base_hidden[:T], token_ids[1:]
-    parts: list[Tensor] = []
+    parts: list[tuple[Tensor, ...]] = []
     for read, base, drawn in zip(*(part.split(_POSITIONS_AT_ONCE) for part in texts), strict=True):
         logits = logits_of(model, read)
         base_logits = logits if is_base else logits_of(model, base)
         some = (part.split(_COMPARED_AT_ONCE) for part in (logits, base_logits, drawn))
         parts += [_statistics(*each) for each in zip(*some, strict=True)]
-    columns = np.full((3, len(token_ids)), np.nan, np.float32)
-    columns[:, 1:] = torch.cat(parts, dim=1).cpu().numpy()
-    return columns[0], columns[1], columns[2]
+    found = _unknown_statistics(len(token_ids))
+    for into, values in zip(found, zip(*parts, strict=True), strict=True):
+        into[1:] = torch.cat(values).cpu().numpy()
+    return found
 
 
-def _statistics(logits: Tensor, base_logits: Tensor, drawn: Tensor) -> Tensor:
-    """(3, T): log-probability of the drawn tokens (T,), entropy and KL from logits (T, V)."""
+def _statistics(logits: Tensor, base_logits: Tensor, drawn: Tensor) -> tuple[Tensor, ...]:
+    """What `TokenStatistics` has of the drawn tokens (T,), from logits (T, V)."""
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
+    base_logprobs = base_logits.log_softmax(-1, dtype=torch.float32)
+    likeliest = [each.topk(_NUM_CANDIDATES, dim=-1) for each in (logprobs, base_logprobs)]
     probs = logprobs.exp()
     logprob = logprobs.gather(-1, drawn[:, None])[:, 0]
     entropy = -torch.linalg.vecdot(probs, logprobs)
-    logprobs -= base_logits.log_softmax(-1, dtype=torch.float32)
+    logprobs -= base_logprobs
     kl = torch.linalg.vecdot(probs, logprobs).clamp(min=0)
-    return torch.stack([logprob, entropy, kl])
+    ids, values = (torch.stack([each[i] for each in likeliest], dim=1) for i in (1, 0))
+    return logprob, entropy, kl, ids, values.exp()
 
 
 def output_logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -203,8 +203,12 @@ def parse_router(
     if not row.chooses:
         overrides = {"composition": overrides.get("composition")} if row.key == "uniform" else {}
     config = replace(config, **{key: v for key, v in overrides.items() if v is not None})
-    if config.expert is not None and config.expert not in expert_names:
-        raise unknown_name("expert", config.expert, expert_names)
+    named = [] if config.expert is None else [config.expert]
+    if config.intervention is not None:
+        named.append(config.intervention.expert)
+    for expert in named:
+        if expert not in expert_names:
+            raise unknown_name("expert", expert, expert_names)
     if not row.chooses:
         return config
     if config.calibrated and (row.is_filtered or row.reads_request):

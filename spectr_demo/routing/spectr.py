@@ -139,6 +139,11 @@ def norm_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Ten
     return torch.linalg.vector_norm(z.float() * singular_values, dim=-1)
 
 
+def no_scores(z: Tensor, singular_values: Tensor, config: RouterConfig) -> Tensor:
+    """NaN (..., E), of a router that compares no experts at a token. z: (..., E, r)."""
+    return z.new_full(z.shape[:-1], torch.nan, dtype=torch.float32)
+
+
 def select(
     scores: Tensor, config: RouterConfig, least: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

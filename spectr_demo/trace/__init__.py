@@ -4,7 +4,7 @@
 shares and dominant experts, `file` is the .npz.
 """
 
-from spectr_demo.trace.column import NOT_ROUTED, PARTS, ColumnTrace, Part, Reading
+from spectr_demo.trace.column import NOT_ROUTED, PARTS, Candidates, ColumnTrace, Part, Reading
 from spectr_demo.trace.record import RoutingTrace, mean_logprob
 from spectr_demo.trace.statistics import TIE_MARGIN, BestScores, DominantExperts
 
@@ -13,6 +13,7 @@ __all__ = [
     "PARTS",
     "TIE_MARGIN",
     "BestScores",
+    "Candidates",
     "ColumnTrace",
     "DominantExperts",
     "Part",

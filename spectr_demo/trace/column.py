@@ -60,6 +60,26 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """The likeliest tokens at each place: the column's own, and the bare base's on the same text.
+
+    texts: T tuples of 2 N texts, the column's N before the base's; "" where token t was not drawn.
+    probs: (T, 2, N) float32, falling.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    probs: NDArray[np.float32]
+
+    def wrong(self, T: int) -> list[str]:
+        """What does not fit T tokens."""
+        N = self.probs.shape[-1] if np.ndim(self.probs) == 3 else 0
+        wrong = _wrong_array("probs of candidates", self.probs, "float32", (T, 2, N))
+        if not wrong and [len(row) for row in self.texts] != [2 * N] * T:
+            wrong.append(f"candidates has not {T} times {2 * N} texts")
+        return wrong
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ColumnTrace:
     """The routing of one column (one row of the batch), token by token.
 
@@ -77,6 +97,7 @@ class ColumnTrace:
         progress).
         logprob[t] is that of token t given the tokens before it; entropy[t] and kl[t] are of
         the distribution that token t was drawn from, kl being KL(routed || base).
+    candidates: what might have stood in each token's place; None for a run in progress.
     reading: of a router that reads the requests first, else None.
 
     The routed arrays may be broadcast views with stride 0 (a constant router over a thousand
@@ -96,6 +117,7 @@ class ColumnTrace:
     entropy: NDArray[np.float32]
     kl: NDArray[np.float32]
     reading: Reading | None = None
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
         T = len(self.tokens)
@@ -116,6 +138,8 @@ class ColumnTrace:
                 wrong += _wrong_array(name, getattr(self, name), dtype, shape)
             if self.reading is not None:
                 wrong += self.reading.wrong(T, routed_shape[1])
+        if self.candidates is not None:
+            wrong += self.candidates.wrong(T)
         if not 0 <= self.num_prompt <= T:
             wrong.append(f"num_prompt is {self.num_prompt}, needed 0 to {T} (the tokens)")
         if not wrong:

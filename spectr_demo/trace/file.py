@@ -19,6 +19,7 @@ from spectr_demo.trace.column import (
     READING_ARRAYS,
     ROUTED_ARRAYS,
     TOKEN_ARRAYS,
+    Candidates,
     ColumnTrace,
     Reading,
     distinct,
@@ -51,6 +52,8 @@ def save(
         if column.reading is not None:
             for name in READING_ARRAYS:
                 arrays[f"{index}.{name}"] = getattr(column.reading, name)
+        if column.candidates is not None:
+            arrays[f"{index}.candidates"] = column.candidates.probs
     header = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -142,6 +145,7 @@ def _column_header(column: ColumnTrace) -> dict[str, Any]:
         "tokens": list(column.tokens),
         "num_prompt": column.num_prompt,
         "routed_shape": list(column.experts.shape),
+        "candidates": column.candidates and list(column.candidates.texts),
     }
 
 
@@ -158,4 +162,7 @@ def _read_column(index: int, header: dict[str, Any], arrays: Arrays) -> ColumnTr
         **{name: arrays[f"{index}.{name}"] for name in TOKEN_ARRAYS},
         **{name: np.broadcast_to(arrays[f"{index}.{name}"], shape) for name in ROUTED_ARRAYS},
         reading=Reading(**reading) if has_reading else None,
+        candidates=Candidates(texts=tuple(map(tuple, texts)), probs=arrays[f"{index}.candidates"])
+        if (texts := header.get("candidates")) is not None
+        else None,
     )
