@@ -5,6 +5,7 @@ Reading the checkpoint takes seconds. Converting the GGUF takes the better part 
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,9 +17,11 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from spectr_demo.base.embedded import SMOLLM2_135M, cache_errors, fetch_gguf
-from spectr_demo.base.files import cache_lock, check_space, publish, scratch_dir
+from spectr_demo.base.files import cache_lock, check_space, file_sha256, publish, scratch_dir
 from spectr_demo.base.quantization import dtype_name, nf4_config
 from spectr_demo.config import cache_dir
+
+logger = logging.getLogger(__name__)
 
 # Dense float32 weights beside the NF4 checkpoint: the most that is on disk while converting.
 CONVERSION_BYTES = 720_000_000
@@ -43,7 +46,7 @@ def embedded_checkpoint(cache: Path, dtype: torch.dtype) -> Path:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the folder holds what `make_embedded_checkpoint` wrote, as far as file ends say."""
+    """Whether the folder holds what `make_embedded_checkpoint` wrote, to the last bit."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return bool(manifest == digests(checkpoint))
@@ -60,6 +63,8 @@ def whole_embedded_checkpoint(
     """
     checkpoint = embedded_checkpoint(cache_dir(), dtype)
     if not is_whole(checkpoint):
+        if checkpoint.exists():
+            logger.warning("%s is damaged and is made again", checkpoint)
         (make_checkpoint or make_embedded_checkpoint)(checkpoint, dtype)
     return checkpoint
 
@@ -118,10 +123,10 @@ def _convert(gguf: Path, scratch: Path, dtype: torch.dtype) -> None:
     (scratch / "nf4" / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
-def digests(checkpoint: Path) -> dict[str, str]:
-    """`digest` of each file of a checkpoint, by name."""
+def digests(checkpoint: Path, of: Callable[[Path], str] = file_sha256) -> dict[str, str]:
+    """SHA-256 (hex) of each file of a checkpoint, by name; or what else tells files apart."""
     return {
-        path.name: digest(path)
+        path.name: of(path)
         for path in sorted(checkpoint.iterdir())
         if path.suffix in CHECKPOINT_SUFFIXES and path.name != MANIFEST
     }

@@ -2,7 +2,8 @@
 
 Everything that is kept for a later start is written in a scratch folder on the same disk, and then
 renamed into place. So no process ever reads half of a file, and a process that is killed leaves
-only scratch behind. The marker of a verified file is the exception: half of one counts as none.
+only scratch behind. What is kept has its SHA-256 with it, which is checked when it is read: what a
+disk or a person changed is made again, and the log says so.
 """
 
 import errno
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -32,27 +34,15 @@ def file_sha256(path: Path) -> str:
 
 
 def is_verified(path: Path, size: int, sha256: str) -> bool:
-    """Whether the file has this size (bytes) and SHA-256 (hex).
-
-    A file that passed gets a marker beside it, with its hash, size and modification time. It is
-    hashed again only when one of these changes: a start then reads a few bytes instead of 98 MB.
-    """
+    """Whether the file has this size (bytes) and SHA-256 (hex)."""
     try:
-        stat = path.stat()
+        if path.stat().st_size != size:
+            return False
     except (FileNotFoundError, NotADirectoryError):
         return False
-    if stat.st_size != size:
-        return False
-    marker = path.with_name(path.name + ".verified")
-    state = json.dumps({"sha256": sha256, "size": size, "mtime_ns": stat.st_mtime_ns})
-    with suppress(OSError, UnicodeDecodeError):
-        if marker.read_text(encoding="utf-8") == state:
-            return True
     if file_sha256(path) != sha256:
         logger.warning("%s has a wrong SHA-256 and is fetched again", path)
         return False
-    with suppress(OSError):  # a read-only cache works too, and is hashed at each start
-        marker.write_text(state, encoding="utf-8")
     return True
 
 
@@ -114,8 +104,9 @@ def publish(made: Path, target: Path) -> None:
 
 
 @contextmanager
-def published(target: Path) -> Iterator[Path]:
-    """The path to write a file to, which becomes `target` when the block ends without an error.
+def keeping(target: Path) -> Iterator[Path]:
+    """The path to write a file to, which is kept when the block ends without an error: under the
+    name of `target` with the file's SHA-256 in it, where `kept` finds it.
 
     It is for results that are made again where they cannot be read: unlike `publish` it does not
     wait for the disk, which can take longer than making them. The folder of `target` is created if
@@ -123,5 +114,30 @@ def published(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_dir(target.parent) as scratch:
-        yield scratch / target.name
-        os.replace(scratch / target.name, target)
+        made = scratch / target.name
+        yield made
+        os.replace(made, target.with_suffix(f".{file_sha256(made)}{target.suffix}"))
+
+
+def kept(target: Path) -> Path | None:
+    """The file that was kept for `target`; None where there is none, or it was changed since."""
+    for file in sorted(target.parent.glob(f"{target.stem}.*{target.suffix}")):
+        with suppress(OSError):
+            if file.name.split(".")[-2] == file_sha256(file):
+                return file
+        logger.warning("%s is damaged and is made again", file)
+        with suppress(OSError):  # of another user
+            file.unlink()
+    return None
+
+
+def keep_json(value: Any, target: Path) -> None:
+    """Keep plain values, to be read by `kept_json`. Raises OSError where they cannot be written."""
+    with keeping(target) as unfinished:
+        unfinished.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def kept_json(target: Path) -> Any | None:
+    """What `keep_json` kept; None where there is nothing, or it was changed since."""
+    file = kept(target)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8"))

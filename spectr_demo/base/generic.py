@@ -25,7 +25,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from spectr_demo.base.files import published
+from spectr_demo.base.files import keep_json, kept_json
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import template_closing, template_opening
 from spectr_demo.config import ASSETS, cache_dir
@@ -59,18 +59,17 @@ def generic_prompts(base: LoadedBase) -> list[str]:
     template = base.tokenizer.chat_template
     key = json.dumps([base.fingerprint, base.name, _EDITION, template])
     file = cache_dir() / "generic" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    try:
-        return list(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        prompts = write_prompts(base)
+    kept = kept_json(file)
+    if kept:
+        return list(kept)
+    prompts = write_prompts(base)
     _keep(prompts, file)
     return prompts
 
 
 def _keep(prompts: Sequence[str], file: Path) -> None:
     try:
-        with published(file) as unfinished:
-            unfinished.write_text(json.dumps(prompts, ensure_ascii=False), encoding="utf-8")
+        keep_json(list(prompts), file)
     except OSError as error:
         warnings.warn(
             f"generic prompts: they could not be cached in {file.parent} ({error}); the base "

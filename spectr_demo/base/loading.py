@@ -31,6 +31,7 @@ from transformers.utils import logging as hf_logging
 
 from spectr_demo.base.checkpoint import (
     MakeCheckpoint,
+    digest,
     digests,
     make_embedded_checkpoint,
     whole_embedded_checkpoint,
@@ -295,7 +296,7 @@ def _fingerprint(base: str) -> str:
     if not folder.is_dir():
         commit = extract_commit_hash(cached_file(base, CONFIG_NAME), None)
         return f"hub-commit:{commit or 'unknown'}"
-    content = json.dumps(digests(folder)).encode()
+    content = json.dumps(digests(folder, digest)).encode()
     return f"folder-sha256:{hashlib.sha256(content).hexdigest()}"
 
 

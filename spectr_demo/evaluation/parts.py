@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spectr_demo.base.files import published
+from spectr_demo.base.files import keep_json, kept_json
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.config import RouterConfig, cache_dir
 from spectr_demo.engine.model import SpectrModel
@@ -67,10 +67,8 @@ class Parts:
         """
         key = json.dumps([kind, *of, config.to_json()], sort_keys=True)
         file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        result = kept_json(file)
+        if result is None:
             result = compute(config)
-        with published(file) as unfinished:  # two processes may share the work
-            unfinished.write_text(json.dumps(result), encoding="utf-8")
+            keep_json(result, file)  # two processes may share the work
         return result

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from spectr_demo.base.files import published
+from spectr_demo.base.files import keeping, kept
 from spectr_demo.base.memory import available_memory, execution_device
 from spectr_demo.config import cache_dir, unknown_name
 from spectr_demo.cpu.pages import keep_freed_memory, zeros_in_large_pages, zeros_on_disk
@@ -36,6 +36,7 @@ from spectr_demo.experts.adapters import (
     read_adapter,
 )
 from spectr_demo.experts.fit import Fitted, fit_adapters
+from spectr_demo.experts.messages import first
 from spectr_demo.experts.shared_inputs import shared_inputs
 from spectr_demo.routing.bank import ExpertBank, Zeros
 from spectr_demo.routing.spectr import Aligned, align
@@ -43,6 +44,9 @@ from spectr_demo.routing.spectr import Aligned, align
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT_VERSION = 4  # part of the cache key: raise it when `align` changes its result
+# The largest singular value of an update that is taken. Float16 holds no larger number, and trained
+# updates have some 1e4 times smaller ones.
+MOST_SINGULAR_VALUE = torch.finfo(torch.float16).max
 # A library's share of the free memory on a CPU: up to which it is kept in float32, and up to which
 # it is kept in memory at all.
 FLOAT32_SHARE, MEMORY_SHARE = 0.25, 0.5
@@ -54,24 +58,23 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
     """Spectral alignment of every layer, by its path.
 
     An adapter with the very same files that was aligned before is read from the cache. A cache that
-    cannot be written costs time at each start, not the run. A warning says so.
+    cannot be written costs time at each start, not the run. A warning says so. Raises AdapterError
+    for updates that are too large to compute with.
     """
     cached = cache_dir() / "aligned" / f"{adapter.sha256}-v{_ALIGNMENT_VERSION}.safetensors"
-    try:
-        with safe_open(cached, "pt") as file:
+    if file := kept(cached):
+        with safe_open(file, "pt") as found:
             return {
-                path: Aligned(file.get_tensor(f"{path}.A"), file.get_tensor(f"{path}.B").mT)
+                path: Aligned(found.get_tensor(f"{path}.A"), found.get_tensor(f"{path}.B").mT)
                 for path in adapter.shapes
             }
-    except (OSError, SafetensorError):
-        pass  # never written, or cut short: align again
     aligned = align_in_groups(adapter)
     tensors = {}
     for path, factors in aligned.items():  # B transposed, as it is in memory here and in the banks
         tensors[f"{path}.A"] = factors.A.contiguous()
         tensors[f"{path}.B"] = factors.B.mT.contiguous()
     try:
-        with published(cached) as unfinished:
+        with keeping(cached) as unfinished:
             save_file(tensors, unfinished)
     except (OSError, SafetensorError) as error:
         warnings.warn(
@@ -83,7 +86,10 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
 
 
 def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
-    """Spectral alignment of every layer, by its path; layers of one shape are one batch."""
+    """Spectral alignment of every layer, by its path; layers of one shape are one batch.
+
+    Raises AdapterError for updates that are too large to compute with.
+    """
     keep_freed_memory()
     groups = defaultdict(list)
     for path, shape in adapter.shapes.items():
@@ -91,14 +97,35 @@ def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
     aligned, factors = {}, adapter.read()
     for paths in groups.values():
         layers = [factors[path] for path in paths]
-        stacked = align(
-            torch.stack([layer.lora_A for layer in layers]),
-            torch.stack([layer.lora_B for layer in layers]),
-            torch.tensor([layer.scaling for layer in layers]),
-        )
+        try:
+            stacked = align(
+                torch.stack([layer.lora_A for layer in layers]),
+                torch.stack([layer.lora_B for layer in layers]),
+                torch.tensor([layer.scaling for layer in layers]),
+            )
+        except torch.linalg.LinAlgError:
+            raise _too_large(adapter, paths) from None
+        largest = stacked.singular_values.amax(-1)
+        is_sound = stacked.A.isfinite().all(-1).all(-1) & (largest <= MOST_SINGULAR_VALUE)
+        if not is_sound.all():  # NaN too
+            raise _too_large(
+                adapter, [path for path, sound in zip(paths, is_sound, strict=True) if not sound]
+            )
         for path, A, B in zip(paths, stacked.A, stacked.B, strict=True):
             aligned[path] = Aligned(A, B)
     return aligned
+
+
+def _too_large(adapter: Adapter, paths: Sequence[str]) -> AdapterError:
+    found = first(
+        [f"its update of {path} is too large to compute with" for path in paths], "layers"
+    )
+    return AdapterError(
+        [
+            f"expert {adapter.name!r}: {found}; singular values up to {MOST_SINGULAR_VALUE:,.0f} "
+            "were needed: train it again, or lower its lora_alpha"
+        ]
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,11 +200,18 @@ class ExpertLibrary:
                 banks.append(bank)
                 num_runs.append(group.num_runs)
         places = [{e: i for i, e in enumerate(bank.expert_ids.tolist())} for bank in banks]
+        too_large: list[str] = []
         for e, adapter in enumerate(tqdm(adapters, "aligning", disable=len(adapters) < 50)):
-            aligned = align_adapter(adapter)
+            try:
+                aligned = align_adapter(adapter)
+            except AdapterError as error:
+                too_large += error.problems
+                continue
             for bank, place in zip(banks, places, strict=True):
                 if e in place:
                     bank.put_(place[e], [aligned[path] for path in bank.paths])
+        if too_large:
+            raise AdapterError(too_large)
         where = {
             path: (bank, p, place)
             for bank, place in zip(banks, places, strict=True)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from spectr_demo.base.files import published
+from spectr_demo.base.files import keep_json, kept_json
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.config import cache_dir
@@ -31,9 +31,8 @@ def foreign_requests(base: LoadedBase) -> list[Request]:
     prompts = [prompt for prompt in prompts if 0 < len(prompt) <= MOST_CHARACTERS]
     key = json.dumps([base.fingerprint, ANSWER_TOKENS, prompts])
     file = cache_dir() / "foreign" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    if file.is_file():
-        answers = json.loads(file.read_text(encoding="utf-8"))
-    else:
+    answers = kept_json(file)
+    if answers is None:
         answers = generate_answers(
             base.model,
             base.tokenizer,
@@ -41,8 +40,7 @@ def foreign_requests(base: LoadedBase) -> list[Request]:
             max_new_tokens=ANSWER_TOKENS,
             description="foreign lines",
         )
-        with published(file) as unfinished:
-            unfinished.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
+        keep_json(answers, file)
     return pair(prompts, answers)
 
 

@@ -63,12 +63,20 @@ def test_a_damaged_checkpoint_of_the_default_is_made_again(
     assert not is_whole(made)
 
 
-def test_a_damaged_default_is_converted_again(converter: Converter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.9, 1])
+def test_a_damaged_default_is_converted_again(
+    converter: Converter, tmp_path: Path, place: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """... wherever one bit of it is another."""
     load_base(device="cpu", dtype=torch.float32, make_checkpoint=converter)
     (weights,) = tmp_path.glob("cache/base/*/model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1])
+    content = bytearray(weights.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    weights.write_bytes(content)
+    caplog.clear()
     load_base(device="cpu", dtype=torch.float32, make_checkpoint=converter)
     assert converter.num_made == 2
+    assert f"{weights.parent} is damaged and is made again" in caplog.messages
 
 
 def test_what_changes_the_checkpoint_changes_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,11 @@ from spectr_demo.base.files import (
     check_space,
     file_sha256,
     is_verified,
+    keep_json,
+    keeping,
+    kept,
+    kept_json,
     publish,
-    published,
     scratch_dir,
 )
 
@@ -44,15 +47,34 @@ def test_a_file_is_verified_by_its_size_and_its_hash(file: Path) -> None:
     assert not is_verified(file / "below", len(CONTENT), SHA256)
 
 
-def test_a_verified_file_is_hashed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_changed_in_place_is_not_verified(file: Path) -> None:
+    """... though its size and its times are the same."""
+    stat = file.stat()
     assert is_verified(file, len(CONTENT), SHA256)
-    hashed: list[Path] = []
-    monkeypatch.setattr(files, "file_sha256", lambda path: hashed.append(path) or SHA256)
-    assert is_verified(file, len(CONTENT), SHA256)
-    assert hashed == []
-    os.utime(file, ns=(0, 0))
-    assert is_verified(file, len(CONTENT), SHA256)
-    assert hashed == [file]
+    file.write_bytes(CONTENT[::-1])
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not is_verified(file, len(CONTENT), SHA256)
+
+
+def test_values_are_kept_with_their_digest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "kept" / "values.json"
+    assert kept_json(target) is None
+    keep_json(["é", 1.5, None], target)
+    assert kept_json(target) == ["é", 1.5, None]
+    (file,) = target.parent.iterdir()
+    sound = file.read_bytes()
+    changed = [sound[:i] + bytes([sound[i] ^ 2]) + sound[i + 1 :] for i in range(len(sound))]
+    for content in [*changed, b"", sound[:-1], sound + b" ", b'["another"]']:
+        file.write_bytes(content)
+        caplog.clear()
+        assert kept_json(target) is None
+        assert caplog.messages == [f"{file} is damaged and is made again"]
+        assert not file.exists()
+    keep_json("again", target)
+    keep_json("other", target.with_name("values-2.json"))
+    assert kept_json(target) == "again"
 
 
 def test_the_lock_drops_what_a_dead_process_left(tmp_path: Path) -> None:
@@ -82,24 +104,32 @@ def test_a_published_folder_takes_its_place(tmp_path: Path) -> None:
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "new" / "file.txt"
-    with published(target) as unfinished:
+    with keeping(target) as unfinished:
         unfinished.write_bytes(CONTENT)
         assert unfinished.name == target.name
-        assert not target.exists()
-    assert target.read_bytes() == CONTENT
-    assert list(target.parent.iterdir()) == [target]
+        assert kept(target) is None
+    file = kept(target)
+    assert file is not None
+    assert file.read_bytes() == CONTENT
+    assert list(target.parent.iterdir()) == [file]
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(file: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    with keeping(target) as unfinished:
+        unfinished.write_bytes(CONTENT)
+
     def interrupted() -> None:
-        with published(file) as unfinished:
+        with keeping(target) as unfinished:
             unfinished.write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    file = kept(target)
+    assert file is not None
     assert file.read_bytes() == CONTENT
-    assert list(file.parent.iterdir()) == [file]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_full_disk_is_an_error_before_the_work(

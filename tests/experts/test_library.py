@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spectr_demo.experts import library
 from spectr_demo.experts.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterError, read_adapter
 from spectr_demo.experts.inspection import warnings
 from spectr_demo.experts.library import _short_names, align_adapter, load_experts
@@ -132,17 +133,33 @@ def test_hub_ids_are_fetched_in_the_hubs_layout(
         read_adapter("someone/other-expert")
 
 
-def test_alignment_is_cached_by_content(folder: Path, cache_folder: Path) -> None:
+def test_alignment_is_cached_by_content(
+    folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = read_adapter(str(folder))
     first = align_adapter(adapter)
-    (cached,) = (cache_folder / "aligned").iterdir()
-    marked = {key: tensor + 1 for key, tensor in load_file(cached).items()}
-    save_file(marked, cached)
-    path = "model.layers.0.self_attn.q_proj"
-    assert_close(align_adapter(adapter)[path].A, first[path].A + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "align_in_groups", lambda adapter: pytest.fail("aligned again"))
+        _assert_same(align_adapter(adapter), first)
     spoil_weights(folder, lambda state: next(iter(state.values())).add_(1))
     align_adapter(read_adapter(str(folder)))
     assert len(list((cache_folder / "aligned").iterdir())) == 2, "other weights, another entry"
+
+
+def test_a_changed_alignment_is_made_again(
+    folder: Path, cache_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """... wherever the file was changed, and whoever wrote it."""
+    adapter = read_adapter(str(folder))
+    first = align_adapter(adapter)
+    (cached,) = (cache_folder / "aligned").iterdir()
+    sound = cached.read_bytes()
+    for place in [0, 9, 100, *range(200, len(sound), len(sound) // 25), len(sound) - 1]:
+        cached.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        caplog.clear()
+        _assert_same(align_adapter(adapter), first)
+        assert caplog.messages == [f"{cached} is damaged and is made again"], place
+        assert cached.read_bytes() == sound
 
 
 def test_a_spoiled_or_unwritable_cache_costs_time_only(folder: Path, cache_folder: Path) -> None:
