@@ -31,6 +31,11 @@ DEFAULT_ROUTER = "spectr-context"
 DEFAULT_COLUMNS = ("base", "uniform", "spectr-paper", DEFAULT_ROUTER)
 PAGE_COLUMNS = ("base", "single", *DEFAULT_COLUMNS[1:])
 
+# What divides logits or scores. Numbers of float32 are too few beyond these.
+TEMPERATURES = 1e-4, 1e4
+_RANGE = "from 0.0001 to 10000"
+MOST_SEED = 2**63 - 1  # what generators and files hold
+
 _LIBRARIES = ("spectr-demo", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -96,7 +101,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 def _require(is_valid: bool, what: str, value: object, needed: str) -> None:
     if not is_valid:
-        raise ValueError(f"{what} is {value!r}; it must be {needed}")
+        raise ValueError(f"{what} is {value!r:.60}; it must be {needed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +166,8 @@ class RouterConfig:
             self.composition,
             f"one of {compositions}",
         )
-        _require(_is_number(t) and 0 < t < float("inf"), "router temperature", t, "above 0")
+        low, high = TEMPERATURES
+        _require(_is_number(t) and low <= t <= high, "router temperature", t, _RANGE)
         _require(_is_int(f) and f >= 1, "prefilter", f, "a whole number of at least 1")
         c = self.confidence
         _require(c is None or (_is_number(c) and 0 <= c <= 1), "confidence", c, "from 0 to 1")
@@ -191,15 +197,15 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         n, t, p = self.max_new_tokens, self.temperature, self.top_p
         _require(_is_int(n) and n >= 1, "max_new_tokens", n, "a whole number of at least 1")
-        _require(
-            _is_number(t) and 0 <= t < float("inf"),
-            "temperature",
-            t,
-            "0 (greedy) or a positive number",
-        )
+        low, high = TEMPERATURES
+        is_fine = _is_number(t) and (t == 0 or low <= t <= high)
+        _require(is_fine, "temperature", t, f"0 (greedy) or {_RANGE}")
         _require(_is_number(p) and 0 < p <= 1, "top_p", p, "above 0 and at most 1")
         _require(
-            _is_int(self.seed) and self.seed >= 0, "seed", self.seed, "a whole number, not negative"
+            _is_int(self.seed) and 0 <= self.seed <= MOST_SEED,
+            "seed",
+            self.seed,
+            f"a whole number from 0 to {MOST_SEED}",
         )
 
     def to_json(self) -> dict[str, Any]:

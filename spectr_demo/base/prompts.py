@@ -13,6 +13,30 @@ from transformers import PreTrainedTokenizerBase
 from spectr_demo.base.templates import apply_template, check_shown
 
 Message = dict[str, str]
+CHARACTERS_PER_TOKEN = 16  # at most, in the mean of a prompt; English has four to five
+
+
+def check_prompt(prompt: str | Sequence[Message], context: int | None = None) -> None:
+    """Raise ValueError for a prompt that is empty or no text, or has too many characters.
+
+    context: of the base, in tokens; None leaves the length alone. A tokenizer is not asked: of
+    megabytes of text it takes minutes and gigabytes.
+    """
+    messages = _messages(prompt)
+    num = sum(len(message["content"]) for message in messages)
+    if context is not None and num > CHARACTERS_PER_TOKEN * context:
+        raise ValueError(
+            f"the prompt has {num:,} characters; a base with a context of {context:,} tokens takes "
+            f"at most {CHARACTERS_PER_TOKEN * context:,}: shorten the prompt"
+        )
+    if not any(message["content"].strip() for message in messages):
+        raise ValueError("the prompt is empty; write a question or an instruction")
+    for message in messages:
+        _check_text(message["content"])
+
+
+def _messages(prompt: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
@@ -22,11 +46,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) 
     it ends nothing. Raises ValueError if the prompt is empty or no text, and where the template
     refuses one of several messages or leaves it out.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not any(message["content"].strip() for message in messages):
-        raise ValueError("the prompt is empty; write a question or an instruction")
-    for message in messages:
-        _check_text(message["content"])
+    check_prompt(prompt)
+    messages = _messages(prompt)
     if tokenizer.chat_template is None:
         text = "\n".join(message["content"] for message in messages)
         return list(tokenizer(text, split_special_tokens=True)["input_ids"])

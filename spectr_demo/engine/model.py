@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spectr_demo.base.loading import DeviceMap, LoadedBase, load_base
-from spectr_demo.base.prompts import Message, encode
+from spectr_demo.base.prompts import Message, check_prompt, encode
 from spectr_demo.config import (
     DEFAULT_ROUTER,
     GenerationSettings,
@@ -142,8 +142,14 @@ class SpectrModel:
                     f"{self.base.name} has 0 to {num_layers - 1}"
                 )
 
+    def check(self, prompt: str | Sequence[Message]) -> None:
+        """Raise ValueError for a prompt that is empty, no text, or far too long. Unlike the
+        tokenizer this may be called beside a run."""
+        check_prompt(prompt, self.base.context)
+
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Token ids of a prompt in the base's chat template. Raises ValueError if it is empty."""
+        """Token ids of a prompt in the base's chat template. Raises ValueError as `check` does."""
+        self.check(prompt)
         return encode(self.tokenizer, prompt)
 
     def lanes(self, router: RouterConfig, ids: Sequence[int]) -> list[Lane]:
