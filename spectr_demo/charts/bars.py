@@ -46,6 +46,7 @@ def bars(
     axis: what is measured, with its unit. line: a value to compare with, and its name.
     """
     names = [literal(shorten(bar.name, _NAME_CELLS)) for bar in rows]
+    names = [f"<b>{n}</b>" if bar.is_marked else n for n, bar in zip(names, rows, strict=True)]
     fig = go.Figure(
         go.Bar(
             x=[bar.value for bar in rows],
@@ -83,7 +84,7 @@ def bars(
     # The values stand in a column of their own, where no interval can cross them.
     fig.update_xaxes(
         title={"text": escape(axis), "standoff": 8},
-        domain=[0, 0.84],
+        domain=[0, 0.8],
         rangemode="tozero",
         fixedrange=True,
         nticks=5,

@@ -8,7 +8,6 @@ import gradio as gr
 from spectr_demo.charts import routing_view
 from spectr_demo.config import PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.evaluation.report import conditions, load_results, overview_table
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import cards
 from spectr_demo.ui.examples import Example
@@ -89,8 +88,6 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
         )
     with gr.Column(visible=opening is not None, elem_id="charts") as charts:
         parts |= _routing(opening, first)
-    if results := load_results():
-        _measured(results)
     return Layout(form=form, charts=charts, **parts)
 
 
@@ -197,10 +194,3 @@ def _routing(opening: Recording | None, prompt: str) -> dict[str, Any]:
         parts["trace_file"] = gr.DownloadButton(elem_id="trace-file")
         parts["views_file"] = gr.DownloadButton(elem_id="views-file")
     return parts
-
-
-def _measured(results: dict[str, Any]) -> None:
-    """What `python -m spectr_demo evaluate` measured for the shipped experts."""
-    with gr.Accordion("How well each router does, measured", open=False, elem_id="measured"):
-        gr.Markdown(overview_table(results))
-        gr.Markdown(conditions(results["meta"]))

@@ -13,7 +13,7 @@ from spectr_demo import charts
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.trace import RoutingTrace
-from spectr_demo.ui import cards, endpoint, experts_tab, figures, recorded, style
+from spectr_demo.ui import cards, endpoint, figures, recorded, style, tabs
 from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.layout import Layout, lay_out
 from spectr_demo.ui.recorded import Recording
@@ -77,8 +77,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         with gr.Tabs():
             with gr.Tab("Compare"):
                 layout = lay_out(model, examples, opening)
-            with gr.Tab("Experts") as tab:
-                experts_tab.lay_out(tab, model)
+            tabs.lay_out(model, steps, gpu, MODEL_QUEUE)
         runner = _Runner(model, steps, layout, session)
         _wire_runs(layout, session, runner)
         if opening is None:

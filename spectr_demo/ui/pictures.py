@@ -1,5 +1,6 @@
 """Where a picture stands on a tab: its finding, the chart, and the same numbers as a table."""
 
+import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,11 @@ class Slot:
     twin: gr.HTML
 
     @classmethod
-    def place(cls, elem_id: str) -> "Slot":
-        """Place it where it is called."""
+    def place(cls, elem_id: str, question: str = "") -> "Slot":
+        """Place it where it is called. question: that the picture answers."""
         with gr.Column(elem_id=elem_id, elem_classes="chart picture") as box:
+            if question:
+                gr.HTML(f'<p class="asked">{html.escape(question)}</p>')
             heading = gr.HTML()
             plot = gr.Plot(show_label=False, container=False, elem_classes="plotly-chart")
             twin = gr.HTML()

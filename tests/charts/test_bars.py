@@ -25,7 +25,7 @@ def test_bars_have_their_intervals_and_values() -> None:
     assert list(trace.error_x.arrayminus) == pytest.approx([0.1, 0, 0])
     assert list(trace.marker.color) == [OTHER, MARKED, OTHER]
     assert list(trace.customdata) == ["a: 0.2 (0.1-0.4)", "&lt;b&gt;: 0.9", "c: 0.2"]
-    assert list(fig.layout.yaxis.ticktext) == ["a", "&lt;b&gt;", "c"]
+    assert list(fig.layout.yaxis.ticktext) == ["a", "<b>&lt;b&gt;</b>", "c"]
     # The first row is on top.
     assert fig.layout.yaxis.range == (2.5, -0.5)
     assert [note.text for note in fig.layout.annotations] == ["0.2", "0.9", "0.2", "half"]
