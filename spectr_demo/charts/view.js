@@ -4,10 +4,17 @@
   if (window.spectrRoutingView) return;
   window.spectrRoutingView = true;
   const states = new WeakMap(); // by the element that holds a view, which stays
+  // The token that the page's address names is pinned when the page opens.
+  const linked = (host) => {
+    const token = host.id === 'routing' ? new URLSearchParams(location.search).get('token') : null;
+    return token === null || Number.isNaN(+token) ? {} : { t: +token, pinned: true };
+  };
   const stateOf = (rv) => {
     const host = rv.closest('#routing') ?? rv.parentElement;
     if (states.get(host)?.run !== rv.dataset.run) {
-      states.set(host, { run: rv.dataset.run, open: {}, left: {}, t: null, layer: null });
+      states.set(host, {
+        run: rv.dataset.run, open: {}, left: {}, t: null, layer: null, ...(states.has(host) ? {} : linked(host)),
+      });
     }
     return states.get(host);
   };
@@ -58,7 +65,7 @@
       return;
     }
     told.dataset.own = 'yes';
-    const [number, part, text, list, logprob, kl] = row.cells;
+    const [number, part, text, list, logprob, kl, next] = row.cells;
     const head = line('rv-head', '');
     const token = document.createElement('b');
     token.textContent = text.textContent;
@@ -68,6 +75,8 @@
       head,
       list.firstChild.cloneNode(true),
       line('rv-more', `log-probability ${logprob.textContent}, KL from the base ${kl.textContent}`),
+      ...(next.firstElementChild
+        ? [line('rv-more', 'Likeliest here:'), next.firstElementChild.cloneNode(true)] : []),
       ...(state.layer !== null && block ? layerLines(rv, block, state.t, state.layer) : []),
       line('rv-more', state.pinned ? 'Pinned. Enter or Escape lets it go.' : 'Enter pins it.'),
     );
@@ -98,6 +107,11 @@
     const isSame = state.pinned && state.t === t;
     Object.assign(state, isSame ? { pinned: false } : { t, layer, pinned: true });
     show(rv);
+    told(rv, state);
+  };
+  const told = (rv, { pinned, t }) => {
+    if (!rv.closest('#routing')) return;
+    document.dispatchEvent(new CustomEvent('spectr:pin', { detail: pinned ? t : null }));
   };
 
   // The token and the layer under a pointer
@@ -151,6 +165,7 @@
     const shown = document.querySelector('#routing .rv');
     if (!choice || !shown) return;
     Object.assign(stateOf(shown), { t: +shown.dataset.first + token.at, layer: null, pinned: true });
+    told(shown, stateOf(shown));
     choice.click();
   });
 
@@ -184,6 +199,7 @@
     } else if (event.key === 'Escape') {
       Object.assign(state, { t: null, layer: null, pinned: false });
       show(rv);
+      told(rv, state);
     } else {
       return;
     }

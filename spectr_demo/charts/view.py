@@ -62,15 +62,15 @@ class RoutingView:
         Path(path).write_text(page, encoding="utf-8")
 
 
-def routing_page(trace: RoutingTrace, title: str) -> str:
-    """The views of all columns, as one page that needs no network."""
+def routing_page(trace: RoutingTrace, title: str, above: str = "") -> str:
+    """The views of all columns, as one page that needs no network. above: HTML before them."""
     views = [routing_view(trace, label) for label in trace.labels]
     parts = [
         f"<h2>{html.escape(label)}</h2><div>{view.html}</div>"
         for label, view in zip(trace.labels, views[:-1], strict=False)
     ]
     parts += [f"<h2>{html.escape(trace.labels[-1])}</h2>{views[-1]._repr_html_()}"]
-    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+    return _PAGE.format(title=html.escape(title), body="\n".join([above, *parts]))
 
 
 def routing_view(trace: RoutingTrace, label: str) -> RoutingView:
@@ -138,6 +138,18 @@ class _Seen:
     def of_answer(self) -> NDArray[np.float32]:
         """(E,) shares over the answer; what is missing to 1 is the base's."""
         return self.trace.share(self.column.label, "answer")
+
+    @cached_property
+    def others(self) -> list[tuple[ColumnTrace, int]]:
+        """The columns whose likeliest tokens are known, this one first, and how many of their first
+        tokens are those of this one: they read the same text up to there."""
+        found = []
+        for other in sorted(self.trace.columns, key=lambda each: each is not self.column):
+            if other.candidates is not None:
+                num = min(other.num_tokens, self.column.num_tokens)
+                is_other = other.token_ids[:num] != self.column.token_ids[:num]
+                found.append((other, int(is_other.argmax()) if is_other.any() else num))
+        return found
 
     @property
     def lanes(self) -> list[range]:
@@ -223,12 +235,17 @@ def _shares(seen: _Seen) -> list[tuple[str, str, float]]:
 def _legend(seen: _Seen) -> str:
     """The colours, each with its share."""
     entries = [
-        f"<li{_swatch(color)}>{html.escape(name)} <b>{share:.0%}</b></li>"
+        f"<li{_swatch(color)}{_names(seen, name)}>{html.escape(name)} <b>{share:.0%}</b></li>"
         for name, color, share in _shares(seen)
     ]
     if seen.used.is_tied[seen.column.num_prompt :].any():
         entries.append(f"<li{_swatch(GREY)}>all alike</li>")
     return f'<ul class="rv-legend" aria-label="Shares of the answer">{"".join(entries)}</ul>'
+
+
+def _names(seen: _Seen, name: str) -> str:
+    """The attribute by which a page knows which expert an entry is of."""
+    return f' data-expert="{html.escape(name)}"' if name in seen.trace.expert_names else ""
 
 
 def _swatch(color: str) -> str:
@@ -429,8 +446,10 @@ def _table(seen: _Seen) -> str:
                 f"<td><bdi>{html.escape(shorten(visible(column.tokens[t]), 40))}</bdi>"
                 f"<td>{_list_of_token(seen, t)}"
                 f"<td>{_number(column.logprob[t])}<td>{_number(column.kl[t])}"
+                f"<td>{_likeliest(seen, t) if is_answer else '–'}"
             )
-    heads = ("Token", "Part", "Text", "Five best experts", "Log-probability", "KL from the base")
+    heads = ["Token", "Part", "Text", "Five best experts", "Log-probability", "KL from the base"]
+    heads.append("Likeliest here, by column")
     head = "".join(f'<th scope="col">{name}' for name in heads)
     return (
         '<details class="rv-table"><summary>The same as a table</summary>'
@@ -441,6 +460,33 @@ def _table(seen: _Seen) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.2f}".replace("-0.00", "0.00") if np.isfinite(value) else "–"
+
+
+def _likeliest(seen: _Seen, t: int) -> str:
+    """What might have stood in a token's place: of this column, of the bare base on the same text,
+    and of the columns that had written the same so far."""
+    rows = []
+    for column, num_alike in seen.others:
+        candidates = column.candidates
+        if candidates is None or t > num_alike or t >= column.num_tokens:
+            continue
+        N = candidates.probs.shape[-1]
+        texts, probs = candidates.texts[t], candidates.probs[t]
+        rows.append((column.label, texts[:N], probs[0]))
+        if column is seen.column and column.router["name"] != "base":
+            rows.append(("base, after this text", texts[N:], probs[1]))
+    entries = "".join(
+        f"<li>{html.escape(label)} {_guesses(texts, probs)}" for label, texts, probs in rows
+    )
+    return f'<ul class="rv-next">{entries}</ul>' if entries else "–"
+
+
+def _guesses(texts: Sequence[str], probs: NDArray[np.float32]) -> str:
+    return " ".join(
+        f"<bdi>“{html.escape(shorten(visible(text), 16))}”</bdi>&nbsp;{prob:.0%}"
+        for text, prob in zip(texts, probs.tolist(), strict=True)
+        if text
+    )
 
 
 def _list_of_token(seen: _Seen, t: int) -> str:
@@ -484,7 +530,8 @@ def _list(seen: _Seen, share: NDArray[np.float32], scores: NDArray[np.float32]) 
         entries.append(
             (
                 float(share[e]),
-                f"<li{_swatch(color)}>{html.escape(names[e])} <b>{share[e]:.0%}</b>{score}",
+                f"<li{_swatch(color)}{_names(seen, names[e])}>{html.escape(names[e])} "
+                f"<b>{share[e]:.0%}</b>{score}",
             )
         )
     rest = 1 - float(share.sum())

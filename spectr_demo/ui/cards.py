@@ -5,6 +5,7 @@ Everything that a model, an adapter or a visitor wrote is escaped here, and only
 
 import datetime
 import html
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -81,7 +82,7 @@ def header(model: SpectrModel) -> str:
         "<p>One language model, several LoRA experts, and no trained router: the experts’ own "
         "weights say what they are for. SpectR asks them at every token and layer, SpectR in "
         f"context once for each request of a message. {links}</p>"
-        f'<dl class="loaded"><dt>Base</dt><dd>{_escape(" · ".join(facts))}</dd>'
+        f'<dl class="loaded"><dt>Base</dt><dd>{escape(" · ".join(facts))}</dd>'
         f'<dt>Experts</dt><dd class="chips">{experts}</dd>{_warnings(model)}</dl></header>'
     )
 
@@ -92,7 +93,7 @@ def _warnings(model: SpectrModel) -> str:
     warnings = list(model.base.notices)
     if len(model.library.names) <= MAX_CHECKED:
         warnings += inspection.warnings(model.library)
-    found = "".join(f"<li>{_escape(warning)}</li>" for warning in warnings)
+    found = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<dt>Warnings</dt><dd><ul class="warnings">{found}</ul></dd>' if found else ""
 
 
@@ -153,7 +154,7 @@ def _mark(recording: Recording) -> str:
         f"experts of commit {recording.commit}",
     )
     return (
-        f' <span class="recorded"><b>Recorded</b> {_escape(", ".join(facts))}. '
+        f' <span class="recorded"><b>Recorded</b> {escape(", ".join(facts))}. '
         "<b>Run</b> answers it here and now.</span>"
     )
 
@@ -212,14 +213,29 @@ def settings_in_words(router: RouterConfig, num_experts: int, why: str = "") -> 
 
 def notice(message: str) -> str:
     """One message about what could not be done; nothing else on the page changes."""
-    return f'<div class="notice" role="alert">{_escape(message)}</div>'
+    return f'<div class="notice" role="alert">{escape(message)}</div>'
+
+
+def copies(python: str, command: str, query: str) -> str:
+    """What copies a run as code, and the link to it; the script does it."""
+    texts = (("Copy as Python", python), ("Copy as command", command))
+    buttons = "".join(
+        f'<button type="button" class="copy" data-copy="{escape(text)}">{name}</button>'
+        for name, text in texts
+    )
+    space = escape(os.environ.get("SPACE_ID", ""))
+    link = f'data-query="{escape(query)}" data-space="{space}"'
+    return (
+        f'<p class="copies">{buttons}<button type="button" class="copy" {link}>Copy link</button>'
+        "</p>"
+    )
 
 
 def charts_caption(prompt: str) -> str:
     """Whose routing is drawn."""
     prompt = " ".join(prompt.split())
     short = prompt if len(prompt) <= 120 else prompt[:119] + "…"
-    return f'<p class="caption">Of the run “{_escape(short)}”</p>'
+    return f'<p class="caption">Of the run “{escape(short)}”</p>'
 
 
 def _answer(
@@ -237,7 +253,7 @@ def _answer(
         "finished": "✓ finished",
         "stopped": "■ stopped",
     }[state]
-    if frame.status == "finished" and frame.trace and _is_cut(column, frame.trace):
+    if is_done and column.is_cut:
         word = "■ cut at its length"
     facts = [f'<span class="state{" is-cut" if "cut" in word else ""}">{word}</span>']
     if column.num_tokens:
@@ -251,18 +267,14 @@ def _answer(
     words = settings_in_words(router, len(colors), frame.why)
     graded = _graded(grade(example, column.text)) if example and is_done else ""
     return (
-        f'<article class="answer is-{state}" data-column="{_escape(column.label)}">'
-        f"<header><h3>{_escape(title(router))}</h3>"
+        f'<article class="answer is-{state}" data-column="{escape(column.label)}">'
+        f"<header><h3>{escape(title(router))}</h3>"
+        '<button type="button" class="copy" aria-label="Copy this answer">Copy</button>'
         f"<p>{words}</p>{_whom(column, router, frame.trace, colors)}</header>"
         f'<div class="text" dir="auto">{body}{caret}</div>'
         f"{_share_bar(column, frame.trace, colors)}"
         f"<footer>{''.join(facts)}</footer>{graded}</article>"
     )
-
-
-def _is_cut(column: ColumnOutput, trace: RoutingTrace) -> bool:
-    """Whether the last answer has no end token, which has no text."""
-    return column.text.endswith(trace.column(column.label).tokens[-1])
 
 
 def _graded(grades: list[Grade]) -> str:
@@ -275,8 +287,8 @@ def _graded(grades: list[Grade]) -> str:
     elif verdict == "partly right":
         words += f": {grades[0].score:.2f}"
     rows = "".join(
-        f"<li>{_MARKS[each.verdict]} <code>{_escape(each.request.answer)}</code> "
-        f"<small>{_escape(each.request.task or 'ordinary question')}, {each.metric}: "
+        f"<li>{_MARKS[each.verdict]} <code>{escape(each.request.answer)}</code> "
+        f"<small>{escape(each.request.task or 'ordinary question')}, {each.metric}: "
         f"{each.score:.2f}</small></li>"
         for each in grades
     )
@@ -310,7 +322,7 @@ def _whom(
         return '<p class="whom">No expert stands out; the base answers</p>'
     named = [
         " and ".join(
-            f'<span><i style="background:{colors[name]}"></i><b>{_escape(name)}</b></span>'
+            f'<span><i style="background:{colors[name]}"></i><b>{escape(name)}</b></span>'
             for name in lane
         )
         or "the base"
@@ -327,7 +339,7 @@ def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str,
     the trace stands between its last token there and the next line.
     """
     if trace is None:
-        return _escape(column.text)
+        return escape(column.text)
     recorded = trace.column(column.label)
     expert, margin = trace.dominant_tokens(column.label)
     runs: list[tuple[str, str]] = []  # (style, tokens); neighbours of one style become one element
@@ -345,7 +357,7 @@ def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str,
             strength = _WEAKEST + (_STRONGEST - _WEAKEST) * float(np.sqrt(min(1.0, margin[t])))
             color = colors[trace.expert_names[expert[t]]]
             style = f"--c:{color};--a:{round(strength / _STEP) * _STEP}%"
-        token = f"<i>{_escape(piece)}</i>"
+        token = f"<i>{escape(piece)}</i>"
         if runs and runs[-1][0] == style:
             runs[-1] = style, runs[-1][1] + token
         else:
@@ -353,37 +365,50 @@ def _text(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str,
     coloured = "".join(
         f'<mark style="{style}">{tokens}</mark>' if style else tokens for style, tokens in runs
     )
-    return coloured + _escape(column.text[done:])
+    return coloured + escape(column.text[done:])
+
+
+def shares(trace: RoutingTrace, label: str) -> list[tuple[str, float]]:
+    """Who served an answer, and how much of it, the largest part first; "base" is what no expert
+    served. Empty where nothing was read yet."""
+    answer = trace.column(label).part_slice("answer")
+    if not trace.is_token_read(label)[answer].any():
+        return []
+    share = trace.share(label, "answer")
+    found = zip([*trace.expert_names, "base"], np.append(share, 1 - share.sum()), strict=True)
+    kept = [(name, float(value)) for name, value in found if value >= 0.001]
+    return sorted(kept, key=lambda each: -each[1])
+
+
+def shares_in_words(trace: RoutingTrace, label: str) -> str:
+    """Such as "60% base, 40% kjv"."""
+    return ", ".join(f"{value:.0%} {name}" for name, value in shares(trace, label))
 
 
 def _share_bar(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str, str]) -> str:
     """Who served the answer so far as one thin bar; what no expert served is hatched."""
-    answer = trace.column(column.label).part_slice("answer") if trace else slice(0)
-    if trace is None or not trace.is_token_read(column.label)[answer].any():
+    found = shares(trace, column.label) if trace else []
+    if trace is None or not found:
         return '<div class="share"></div>'
-    share = trace.share(column.label, "answer")
-    names = [*trace.expert_names, "base"]
-    found = [*zip(names, np.append(share, 1 - share.sum()).tolist(), strict=True)]
-    found = [(name, value) for name, value in found if value >= 0.001]
     parts = "".join(
         f'<i style="width:{value:.1%};background:{colors[name]}"></i>'
         if name in colors
         else f'<i class="is-base" style="width:{value:.1%}"></i>'
         for name, value in found
     )
-    words = ", ".join(f"{value:.0%} {name}" for name, value in sorted(found, key=lambda e: -e[1]))
+    words = shares_in_words(trace, column.label)
     return (
-        f'<div class="share" role="img" aria-label="{_escape(words)}" title="{_escape(words)}">'
+        f'<div class="share" role="img" aria-label="{escape(words)}" title="{escape(words)}">'
         f"{parts}</div>"
     )
 
 
 def _chip(number: int, adapter: Adapter, color: str) -> str:
     """An expert's name and colour; what it does stands in a tip, for mouse, keyboard and finger."""
-    tip = "".join(f"<span>{_escape(line)}</span>" for line in _what_it_does(adapter))
+    tip = "".join(f"<span>{escape(line)}</span>" for line in _what_it_does(adapter))
     return (
         f'<span class="has-tip"><button type="button" class="chip" aria-describedby="tip-{number}">'
-        f'<i style="background:{color}"></i><b>{_escape(adapter.name)}</b></button>'
+        f'<i style="background:{color}"></i><b>{escape(adapter.name)}</b></button>'
         f'<span role="tooltip" class="tip" id="tip-{number}">{tip}</span></span>'
     )
 
@@ -406,5 +431,5 @@ def _what_it_does(adapter: Adapter) -> list[str]:
     ]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     return html.escape(text, quote=True)

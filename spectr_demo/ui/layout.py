@@ -9,10 +9,13 @@ from spectr_demo.charts import routing_view
 from spectr_demo.config import PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
-from spectr_demo.ui import cards
+from spectr_demo.ui import cards, figures, history, what_if
 from spectr_demo.ui.examples import Example
+from spectr_demo.ui.figures import Exports
+from spectr_demo.ui.history import History
 from spectr_demo.ui.recorded import SETTINGS, Recording
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, MIN_COLUMNS
+from spectr_demo.ui.what_if import WhatIf
 
 EXAMPLES_A_PAGE = 8
 
@@ -32,10 +35,16 @@ class Layout:
     caption: gr.HTML
     column: gr.Radio
     routing: gr.HTML
-    get_trace: gr.Button
-    get_views: gr.Button
-    trace_file: gr.DownloadButton
-    views_file: gr.DownloadButton
+    exports: Exports
+    what_if: WhatIf
+    history: History
+    announce: gr.HTML
+    copies: gr.HTML
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The form's values as the page opens."""
+        return {name: component.value for name, component in self.form.items()}
 
 
 def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recording | None) -> Layout:
@@ -51,7 +60,8 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
                 label="Prompt",
                 value=first if opening else "",
                 placeholder="Ask something that an expert knows, or several things at once",
-                lines=2,
+                info="Enter runs it; Shift+Enter begins a new line",
+                lines=1,  # with more, Enter would not run it
                 max_lines=12,
                 scale=6,
                 min_width=320,
@@ -86,8 +96,11 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
             else cards.placeholder(),
             elem_id="answers",
         )
+        parts["copies"] = gr.HTML(elem_id="copies")
+        parts["announce"] = gr.HTML(elem_id="announce", elem_classes="heard")
     with gr.Column(visible=opening is not None, elem_id="charts") as charts:
-        parts |= _routing(opening, first)
+        parts |= _routing(model.library.names, opening, first)
+    parts["history"] = history.lay_out()
     return Layout(form=form, charts=charts, **parts)
 
 
@@ -166,7 +179,7 @@ def _settings(num_experts: int) -> dict[str, Any]:
     return settings
 
 
-def _routing(opening: Recording | None, prompt: str) -> dict[str, Any]:
+def _routing(names: tuple[str, ...], opening: Recording | None, prompt: str) -> dict[str, Any]:
     """The routing of one column. opening: what is there from the start."""
     parts: dict[str, Any] = {}
     shown = cards.opens_on(opening.frame) if opening else ""
@@ -184,13 +197,6 @@ def _routing(opening: Recording | None, prompt: str) -> dict[str, Any]:
             apply_default_css=False,
             elem_id="routing",
         )
-    with gr.Row():
-        parts["get_trace"] = gr.Button("Download the trace (.npz)", size="sm", elem_id="get-trace")
-        parts["get_views"] = gr.Button(
-            "Download all columns’ routing (.html)", size="sm", elem_id="get-views"
-        )
-    # The files are made when asked for; a button that is not shown then hands them to the browser.
-    with gr.Column(elem_classes="unseen"):
-        parts["trace_file"] = gr.DownloadButton(elem_id="trace-file")
-        parts["views_file"] = gr.DownloadButton(elem_id="views-file")
+    parts["exports"] = figures.lay_out()
+    parts["what_if"] = what_if.lay_out(names)
     return parts

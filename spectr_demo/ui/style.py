@@ -8,8 +8,12 @@ from spectr_demo import charts
 
 CSS = Path(__file__).with_name("style.css")
 TABS_CSS = Path(__file__).with_name("tabs.css")  # of the tabs but the first
-# What a pointer and keys do in the routing view, and in the answers that it belongs to.
-ROUTING_SCRIPT = f"() => {{ {charts.SCRIPT.read_text(encoding='utf-8')} }}"
+STATE = Path(__file__).with_name("state.js")
+# What a pointer and keys do in the routing view and in the answers, what the browser keeps, and
+# what the address says.
+SCRIPT = "() => {{ {} {} }}".format(
+    *(path.read_text(encoding="utf-8") for path in (charts.SCRIPT, STATE))
+)
 
 # On a phone the answers are below the form: a run brings them into view.
 SHOW_RESULTS = """() => {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spectr_demo import charts
-from spectr_demo.trace import NOT_ROUTED, ColumnTrace, Reading, RoutingTrace
+from spectr_demo.trace import NOT_ROUTED, Candidates, ColumnTrace, Reading, RoutingTrace
 from tests.trace_samples import make_column, make_trace, sample_trace
 
 
@@ -182,7 +182,7 @@ def test_the_table_has_the_five_best_experts() -> None:
     assert rest < 5e-4
     assert row(view, t).startswith(f"{t} answer ")
     assert told in row(view, t)
-    assert row(view, t).endswith(f"{column.logprob[t]:.2f} {column.kl[t]:.2f}")
+    assert row(view, t).endswith(f"{column.logprob[t]:.2f} {column.kl[t]:.2f} –")
     assert "-0.00" not in view
     assert "the last token is not read" in row(view, 99)
     assert "no expert" not in row(view, 99)
@@ -269,3 +269,39 @@ def column_of_one_layer() -> ColumnTrace:
 def test_one_layer_is_not_several() -> None:
     view = drawn(make_trace(column_of_one_layer()))
     assert not re.search(r"\b1 (layers|tokens|answer tokens)\b", view)
+
+
+def test_a_token_is_told_with_what_might_have_stood_there() -> None:
+    """Of this column, of the base on the same text, and of columns that wrote the same so far."""
+
+    def candidates(*texts: str) -> Candidates:
+        probs = np.tile(np.array([[0.5, 0.25], [0.75, 0.125]], np.float32), (4, 1, 1))
+        return Candidates(texts=(texts,) * 4, probs=probs)
+
+    routed = np.zeros((4, 1, 1, 1)), np.ones((4, 1, 1, 1))
+    this = make_column(*routed, candidates=candidates("a", "<b>", "c", "d"))
+    other = make_column(
+        *routed,
+        label="norm",
+        token_ids=np.array([0, 1, 2, 9], np.int32),
+        candidates=candidates("e", "f", "g", "h"),
+    )
+    early = make_column(
+        *routed,
+        label="lag",
+        token_ids=np.array([0, 7, 2, 3], np.int32),
+        candidates=candidates("i", "j", "k", "l"),
+    )
+    view = charts.routing_view(make_trace(early, other, this), "spectr").html
+    assert row(view, 0).endswith("–")  # of the prompt
+    first, _, last = (row(view, t).partition("spectr ")[2] for t in (1, 2, 3))
+    assert "<bdi>“a”</bdi>&nbsp;50% <bdi>“&lt;b&gt;”</bdi>&nbsp;25%" in view
+    assert "base, after this text “c” &nbsp;75% “d” &nbsp;12%" in first
+    assert "lag “i” &nbsp;50%" in first, "both had written the same before this token"
+    assert "norm “e” &nbsp;50%" in last
+    assert "lag" not in last
+
+
+def test_a_run_in_progress_has_no_candidates() -> None:
+    view = charts.routing_view(sample_trace(60, num_layers=2), "spectr").html
+    assert "rv-next" not in view

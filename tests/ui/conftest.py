@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -13,6 +14,7 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.ui import recorded
 from spectr_demo.ui.examples import EXAMPLES
 from spectr_demo.ui.recorded import Recording
+from spectr_demo.ui.run import Form
 
 
 @pytest.fixture
@@ -57,3 +59,23 @@ def chromium() -> str:
             pytest.fail("no Chromium on PATH, and SPECTR_REQUIRE_BROWSER is set")
         pytest.skip("no Chromium on PATH; install one, or name it in CHROMIUM")
     return path
+
+
+# A form as the page opens, without a prompt.
+OPENING: dict[str, Any] = {
+    "prompt": "",
+    "columns": ["base", "spectr"],
+    "expert": "",
+    "top_k": 0,
+    "weighting": "",
+    "composition": "",
+    "router_temperature": 0,
+    "temperature": 0,
+    "max_new_tokens": 64,
+    "seed": 0,
+}
+
+
+def form_of(**changes: Any) -> Form:
+    """A form with some changes."""
+    return Form(**OPENING | changes)

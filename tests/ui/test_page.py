@@ -15,7 +15,8 @@ from spectr_demo.config import DEFAULT_ROUTER, PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import recorded, run
-from spectr_demo.ui.page import Session, _Runner
+from spectr_demo.ui import runner as running
+from spectr_demo.ui.runner import Runner, Session
 from spectr_demo.ui.recorded import Recording
 from tests.ui.conftest import FRANCE
 
@@ -50,7 +51,7 @@ def test_the_gpu_is_asked_for_once_a_run(routed_model: SpectrModel) -> None:
     assert asked == [12.0]
 
 
-def runner_of(page: gr.Blocks) -> _Runner:
+def runner_of(page: gr.Blocks) -> Runner:
     handler = next(fn.fn for fn in page.fns.values() if fn.name == "run")
     return handler.__self__  # type: ignore[no-any-return, union-attr]
 
@@ -169,7 +170,7 @@ def test_routing_is_drawn_while_the_answers_are_written(
     runner = runner_of(page := ui.build(routed_model))
     at = runner.layout
     monkeypatch.setattr(run, "FRAME_SECONDS", 0.0)  # each step is a frame
-    monkeypatch.setattr(ui.page, "REST", 0)
+    monkeypatch.setattr(running, "REST", 0)
     drawn: list[str] = []
     session = None
     for update in runner.run(None, **choices(max_new_tokens=40)):
@@ -193,7 +194,7 @@ def test_drawing_rests_in_proportion_to_what_it_took(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "FRAME_SECONDS", 0.0)
-    monkeypatch.setattr(ui.page, "REST", 1e6)
+    monkeypatch.setattr(running, "REST", 1e6)
     runner = runner_of(ui.build(routed_model))
     updates = list(runner.run(None, **choices(max_new_tokens=64)))
     drawn = [update for update in updates if runner.layout.routing in update]
