@@ -37,9 +37,20 @@ class Choice:
     requests: Sequence[RoutedRequest]
 
 
-# A run of the model; where `FITTING` is among its routers, the choice comes before the steps.
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """A run that is in line. place: 2 where one run is before it, and 1 once its turn has come.
+    seconds: until then, about; None where no run has ended yet, to say it by."""
+
+    place: int
+    seconds: float | None
+
+
+# A run of the model, and before it its time in line. Where `FITTING` is among its routers, the
+# choice comes before the steps.
 Steps = Callable[
-    [str, Sequence[RouterConfig], GenerationSettings], Generator[Choice | Step, None, None]
+    [str, Sequence[RouterConfig], GenerationSettings],
+    Generator[Waiting | Choice | Step, None, None],
 ]
 Status = Literal["waiting", "running", "finished", "stopped"]
 
@@ -154,7 +165,7 @@ class Frame:
     """What to show at one moment.
 
     trace: the last one so far; it may be some tokens behind. why: of the single expert, if it was
-    chosen.
+    chosen. in_line: until the turn comes.
     """
 
     columns: tuple[ColumnOutput, ...]
@@ -162,6 +173,12 @@ class Frame:
     status: Status
     trace: RoutingTrace | None = None
     why: str = ""
+    in_line: Waiting | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is the last one."""
+        return self.status in ("finished", "stopped")
 
 
 def fitting_expert(model: SpectrModel, prompt: str) -> Choice:
@@ -220,10 +237,10 @@ def frames(
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Frame]:
-    """The frames of one run: one before the first token, about twelve a second, and the last.
+    """The frames of one run: some before the first token, about twelve a second, and the last.
 
-    Once `stop` is set the run ends after the token being made; what was written stays. Closing
-    this iterator ends the run too, as Gradio does when the visitor leaves.
+    Once `stop` is set the run leaves the line, or ends after the token being made; what was written
+    stays. Closing this iterator does so too, as Gradio does when the visitor leaves.
     """
     empty = [
         ColumnOutput(
@@ -240,20 +257,26 @@ def frames(
     yield frame
     shown_at = -math.inf
     with closing(steps(prompt, routers, settings)) as run:
-        for step in run:
-            if isinstance(step, Choice):
-                frame = replace(frame, routers=chosen(routers, step), why=step.why)
-                continue
-            frame = replace(
-                frame,
-                columns=step.columns,
-                status="finished" if step.is_last else "running",
-                trace=step.trace or frame.trace,
-            )
-            if step.is_last or stop.is_set():
+        for item in run:
+            frame = _after(frame, item)
+            if frame.is_over or stop.is_set():
                 break
-            if clock() - shown_at >= FRAME_SECONDS:
+            if isinstance(item, Waiting) or clock() - shown_at >= FRAME_SECONDS:
                 shown_at = clock()
                 yield frame
     # The model is free again before the last frame is drawn.
     yield frame if frame.status == "finished" else replace(frame, status="stopped")
+
+
+def _after(frame: Frame, item: Waiting | Choice | Step) -> Frame:
+    """The frame with what came."""
+    if isinstance(item, Waiting):
+        return replace(frame, in_line=item if item.place > 1 else None)
+    if isinstance(item, Choice):
+        return replace(frame, routers=chosen(frame.routers, item), why=item.why)
+    return replace(
+        frame,
+        columns=item.columns,
+        status="finished" if item.is_last else "running",
+        trace=item.trace or frame.trace,
+    )

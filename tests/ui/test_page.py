@@ -16,8 +16,8 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import recorded, run
 from spectr_demo.ui import runner as running
-from spectr_demo.ui.runner import Runner, Session
 from spectr_demo.ui.recorded import Recording
+from spectr_demo.ui.runner import Runner, Session
 from tests.ui.conftest import FRANCE
 
 Serve = Callable[[gr.Blocks], str]

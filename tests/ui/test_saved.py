@@ -80,9 +80,9 @@ def test_another_header_is_refused(run: SavedRun, change: Any, message: str) -> 
 
 def test_what_is_no_run_is_refused(run: SavedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     data = run.to_bytes()
-    with pytest.raises(ValueError, match="no .npz file"):
+    with pytest.raises(ValueError, match="it is no"):
         SavedRun.from_bytes(b"hello")
-    with pytest.raises(ValueError, match="damaged|truncated|no .npz"):
+    with pytest.raises(ValueError, match=r"damaged|truncated|it is no"):
         SavedRun.from_bytes(data[: len(data) // 2])
     empty = io.BytesIO()
     zipfile.ZipFile(empty, "w").close()
