@@ -230,7 +230,8 @@ def _confusion(chosen: Mapping[str, Mapping[str, int]] | None, domain: str) -> P
         title=f"{right} of {of} requests{_place(domain if domain in names else ALL)} found their "
         f"own expert{where}",
         note=f"{_name(DEFAULT_ROUTER)}, held-out prompts as they are served, in percent. "
-        "“ordinary”: prompts that no expert fits, best left to the base; “several”: cut into several requests",
+        "“ordinary”: prompts that no expert fits, best left to the base; “several”: cut into "
+        "several requests",
         figure=grid(
             percent,
             x=went,

@@ -110,15 +110,16 @@ def run_trial(
     trial = Trial(routers=tuple(routers), num=len(examples), status="running")
     for example in examples:
         done = trial.rows
+        if stop.is_set():
+            break
         trial = replace(trial, rows=(*done, Row(example=example)))
         yield trial
         answers: tuple[str, ...] = ()
         shown_at, is_over = clock(), False
         with closing(steps(example.prompt, routers, _settings(example))) as run:
             for step in run:
-                if not isinstance(step, Step):
-                    continue
-                answers, is_over = tuple(column.text for column in step.columns), step.is_last
+                if isinstance(step, Step):
+                    answers, is_over = tuple(column.text for column in step.columns), step.is_last
                 if stop.is_set() or is_over:
                     break
                 if clock() - shown_at >= FRAME_SECONDS:
@@ -126,13 +127,14 @@ def run_trial(
                     trial = replace(trial, rows=(*done, Row(example=example, answers=answers)))
                     yield trial
         if not is_over:
-            yield replace(trial, rows=done, status="stopped")
-            return
+            trial = replace(trial, rows=done)
+            break
         verdicts = tuple(overall(grade(example, answer)) for answer in answers)
         row = Row(example=example, answers=answers, verdicts=verdicts)
         trial = replace(trial, rows=(*done, row))
         yield trial
-    yield replace(trial, status="finished")
+    is_done = len(trial.rows) == trial.num
+    yield replace(trial, status="finished" if is_done else "stopped")
 
 
 def _settings(example: Example) -> GenerationSettings:
