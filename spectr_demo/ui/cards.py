@@ -24,7 +24,7 @@ from spectr_demo.ui.examples import Example, example_of
 from spectr_demo.ui.grades import Grade, Verdict, grade, overall
 from spectr_demo.ui.recorded import Recording
 from spectr_demo.ui.records import training_record
-from spectr_demo.ui.run import Frame
+from spectr_demo.ui.run import Frame, Waiting
 
 MAX_CHIPS = 24
 MAX_CHECKED = 100  # experts whose pairs are compared when the page is made: a second's work
@@ -238,6 +238,14 @@ def charts_caption(prompt: str) -> str:
     return f'<p class="caption">Of the run “{escape(short)}”</p>'
 
 
+def in_line(waiting: Waiting) -> str:
+    """Where a run stands that waits, such as "number 2 in line, about 12 s"."""
+    words = f"number {waiting.place} in line"
+    if waiting.seconds is None:
+        return words
+    return f"{words}, about {max(1, round(waiting.seconds))} s"
+
+
 def _answer(
     frame: Frame,
     column: ColumnOutput,
@@ -248,7 +256,7 @@ def _answer(
     is_done = column.is_finished or frame.status == "finished"
     state = "finished" if is_done else frame.status
     word = {
-        "waiting": "reading the prompt …",
+        "waiting": in_line(frame.in_line) if frame.in_line else "reading the prompt …",
         "running": "writing …",
         "finished": "✓ finished",
         "stopped": "■ stopped",

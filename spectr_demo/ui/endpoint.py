@@ -2,10 +2,11 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial, wraps
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import gradio as gr
 from gradio.components.api_component import Api
@@ -15,13 +16,14 @@ from pydantic import ValidationError, validate_call
 from spectr_demo.charts.text import counted
 from spectr_demo.config import DEFAULT_ROUTER, GenerationSettings
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.engine.run import Step
 from spectr_demo.evaluation.tasks import TASKS
 from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.experts.messages import short
 from spectr_demo.routing.routers import parse_router
 from spectr_demo.ui.records import training_record
 from spectr_demo.ui.requests import RoutedRequest
-from spectr_demo.ui.run import FITTING, MAX_COLUMNS, MAX_NEW_TOKENS, Choice, Steps
+from spectr_demo.ui.run import FITTING, MAX_COLUMNS, MAX_NEW_TOKENS, Choice, Frame, Steps, frames
+from spectr_demo.web import log_fault
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,8 @@ def register(page: gr.Blocks, model: SpectrModel, steps: Steps, queue: dict[str,
     described = [expert["example"] for expert in experts() if expert["example"]]
     prompt = described[0]["prompt"] if described else "What is the capital of France?"
     columns = ["base", DEFAULT_ROUTER] if names else ["base"]
-    _add(page, compare_with(steps, names), {"prompt": prompt, "columns": columns}, queue)
-    _add(page, route_with(steps), {"prompt": prompt}, queue)
+    _add(page, compare_with(model, steps), {"prompt": prompt, "columns": columns}, queue)
+    _add(page, route_with(model, steps), {"prompt": prompt}, queue)
     _add(page, experts, {}, {"queue": False})
     page.load(None, None, None, js=_OPEN_PANEL, api_visibility="private")
 
@@ -98,35 +100,60 @@ def _add(
 
 
 def for_programs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its arguments checked by their types. What fails is one message."""
-    checked = validate_call(function)
+    """The function with its arguments checked by their types. What fails is one message.
+
+    Only a generator can be ended by a client that leaves or cancels. What it yields is one result
+    that grows, and clients are told the type of that.
+    """
+    checked = validate_call(config={"strict": True})(function)
+    signature = inspect.signature(function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checked(**signature.bind(*args, **kwargs).arguments)
 
     @wraps(function)
     def endpoint(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return checked(**inspect.signature(function).bind(*args, **kwargs).arguments)
-        except ValidationError as error:
-            message = "; ".join(
-                f"{'.'.join(map(str, each['loc']))} is {each['input']!r:.40}: {each['msg']}"
-                for each in error.errors()
-            )
-        except (ValueError, TypeError) as error:
-            message = str(error)
-        except gr.Error:
-            raise
-        except Exception as error:
-            logger.exception("a call of an endpoint failed")
-            message = f"the run broke off ({type(error).__name__}: {error}); run it again"
-        raise gr.Error(message, print_exception=False)
+        with _one_message():
+            return call(*args, **kwargs)
 
-    return endpoint
+    @wraps(function)
+    def growing(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with _one_message():
+            yield from call(*args, **kwargs)
+
+    if not inspect.isgeneratorfunction(function):
+        return endpoint
+    (result,) = get_args(signature.return_annotation)
+    growing.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+    return growing
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    try:
+        yield
+        return
+    except ValidationError as error:
+        message = "; ".join(
+            f"{'.'.join(map(str, each['loc']))} is {short(each['input'])}: {each['msg']}"
+            for each in error.errors()
+        )
+    except (ValueError, TypeError) as error:
+        message = str(error)
+    except gr.Error:
+        raise
+    except Exception as error:
+        log_fault(logger, "a call of an endpoint failed", error)
+        message = f"the run broke off ({type(error).__name__}: {error}); run it again"
+    raise gr.Error(message, print_exception=False)
 
 
 # Gradio reads the docstrings below: it takes parameters from lines after "Args:", and "Returns:".
 
 
-def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., list[Answer]]:
+def compare_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
     """The endpoint `compare`: its signature is what a client sees."""
+    names = model.library.names
 
     @for_programs
     def compare(
@@ -135,8 +162,8 @@ def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., lis
         max_new_tokens: int = 96,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> list[Answer]:
-        """Answer a prompt with several routers side by side, each a column.
+    ) -> Iterator[list[Answer]]:
+        """Answer a prompt with several routers side by side, each a column. Read as a stream, the answers grow.
 
         Args:
             prompt: The user's message. It may hold several requests.
@@ -146,7 +173,7 @@ def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., lis
             seed: Of sampling; columns share the noise.
 
         Returns:
-            For each column its label, text, num_tokens, and expert_share (mean weight of each expert over the answer).
+            For each column its label, text, num_tokens, and expert_share (mean weight of each expert over the answer, once it is whole).
         """  # noqa: E501
         if not 1 <= len(columns) <= MAX_COLUMNS:
             num = counted(len(columns), "column")
@@ -155,33 +182,39 @@ def compare_with(steps: Steps, expert_names: Sequence[str]) -> Callable[..., lis
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}; this server makes up to {MAX_NEW_TOKENS}"
             )
-        routers = [parse_router(column, expert_names) for column in columns]
+        model.check(prompt)
+        routers = [parse_router(column, names) for column in columns]
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
-        *_, last = steps(prompt, routers, settings)
-        assert isinstance(last, Step) and last.trace is not None
-        answers: list[Answer] = []
-        for column in last.columns:
-            share = last.trace.share(column.label, "answer").tolist()
-            answers.append(
-                {
-                    "label": column.label,
-                    "text": column.text,
-                    "num_tokens": column.num_tokens,
-                    "expert_share": dict(zip(expert_names, share, strict=True)),
-                }
-            )
-        return answers
+        for frame in frames(steps, prompt, routers, settings, threading.Event()):
+            yield _answers(frame)
 
     return compare
 
 
-def route_with(steps: Steps) -> Callable[[str], list[RoutedRequest]]:
+def _answers(frame: Frame) -> list[Answer]:
+    trace = frame.trace if frame.is_over else None
+    return [
+        Answer(
+            label=column.label,
+            text=column.text,
+            num_tokens=column.num_tokens,
+            expert_share=dict(
+                zip(trace.expert_names, trace.share(column.label, "answer").tolist(), strict=True)
+            )
+            if trace
+            else {},
+        )
+        for column in frame.columns
+    ]
+
+
+def route_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
     """The endpoint `route`. It takes the first step of a run, which reads the prompt."""
 
     @for_programs
-    def route(prompt: str) -> list[RoutedRequest]:
+    def route(prompt: str) -> Iterator[list[RoutedRequest]]:
         """Say which expert each request of a message is for. Nothing is generated.
 
         Args:
@@ -190,10 +223,13 @@ def route_with(steps: Steps) -> Callable[[str], list[RoutedRequest]]:
         Returns:
             For each request its text, expert (null: none stands out, the base answers), standing (how sure: how far the nearest expert stands out, in standard deviations over ordinary prompts), threshold (what standing must exceed), and nearest (why: the five nearest experts with their standing).
         """  # noqa: E501
+        model.check(prompt)
         with closing(steps(prompt, [FITTING], _READS_ONLY)) as run:
-            choice = next(run)
-        assert isinstance(choice, Choice)
-        return list(choice.requests)
+            for item in run:
+                if isinstance(item, Choice):
+                    yield list(item.requests)
+                    return
+                yield []  # while it is in line
 
     return route
 

@@ -1,0 +1,142 @@
+"""One fair line in front of the model: a run at a time, a visitor after the other."""
+
+import itertools
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import gradio as gr
+
+from spectr_demo.charts.text import counted
+from spectr_demo.config import GenerationSettings, RouterConfig
+from spectr_demo.engine.run import Step
+from spectr_demo.ui.run import Choice, Steps, Waiting
+from spectr_demo.ui.visitors import visitor
+
+PLACES = 64  # runs that wait
+PLACES_EACH = 3  # runs of one visitor, the one that goes on included
+TICK = 0.5  # seconds between two looks at whether someone who waits is still there
+_REMEMBERED = 20  # runs, of which the mean says what the next ones will take
+
+
+@dataclass(kw_only=True, eq=False)
+class Ticket:
+    """A run that waits or goes on. name: the visitor's. begun: when, by the line's clock."""
+
+    name: str
+    begun: float | None = None
+
+
+class Line:
+    """The order of runs: the first of each visitor, then the second of each."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._waiting: dict[str, deque[Ticket]] = {}  # by visitor; whose turn it is stands first
+        self._running: Ticket | None = None
+        self._took: deque[float] = deque(maxlen=_REMEMBERED)
+
+    @contextmanager
+    def ticket(self, name: str) -> Iterator[Ticket]:
+        """A place of a visitor, until this is left; with it the run ends. Raises gr.Error where
+        there is no place."""
+        ticket = Ticket(name=name)
+        with self._changed:
+            self._check_room(name)
+            self._waiting.setdefault(name, deque()).append(ticket)
+        try:
+            yield ticket
+        finally:
+            with self._changed:
+                self._leave(ticket)
+                self._changed.notify_all()
+
+    def begins(self, ticket: Ticket, seconds: float) -> bool:
+        """Whether its run may go on. Waits for its turn, for so many seconds at most."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._is_next(ticket), seconds):
+                return False
+            others = self._waiting.pop(ticket.name)
+            others.popleft()
+            if others:  # behind all other visitors
+                self._waiting[ticket.name] = others
+            self._running, ticket.begun = ticket, self._clock()
+            return True
+
+    def waiting(self, ticket: Ticket) -> Waiting:
+        """Where a ticket stands."""
+        with self._changed:
+            num_before = self._order().index(ticket)
+            seconds = None
+            if self._took:
+                run = statistics.fmean(self._took)
+                seconds = num_before * run
+                if self._running:
+                    assert self._running.begun is not None
+                    seconds += max(0.0, run - (self._clock() - self._running.begun))
+            return Waiting(place=1 + num_before + (self._running is not None), seconds=seconds)
+
+    def _is_next(self, ticket: Ticket) -> bool:
+        return self._running is None and next(iter(self._waiting.values()))[0] is ticket
+
+    def _order(self) -> list[Ticket]:
+        turns = itertools.zip_longest(*self._waiting.values())
+        return [ticket for turn in turns for ticket in turn if ticket is not None]
+
+    def _check_room(self, name: str) -> None:
+        own = len(self._waiting.get(name, ()))
+        own += self._running is not None and self._running.name == name
+        if own >= PLACES_EACH:
+            raise _refused(
+                f"{counted(own, 'run')} of yours wait or go on, which is as many as one visitor "
+                "may have: stop one of them, or wait for its end"
+            )
+        if sum(map(len, self._waiting.values())) >= PLACES:
+            raise _refused(f"{counted(PLACES, 'run')} wait for the model: try again in a minute")
+
+    def _leave(self, ticket: Ticket) -> None:
+        if ticket.begun is None:
+            self._waiting[ticket.name].remove(ticket)
+            if not self._waiting[ticket.name]:
+                del self._waiting[ticket.name]
+        else:
+            self._took.append(self._clock() - ticket.begun)
+            self._running = None
+
+
+def _refused(message: str) -> gr.Error:
+    return gr.Error(message, print_exception=False)
+
+
+def in_line(steps: Steps) -> Steps:
+    """The same runs, one at a time. One whose visitor is gone leaves the line, or ends within two
+    tokens: the one that is being made, and the next.
+
+    It goes around what asks for a GPU, which so is not held by those who wait.
+    """
+    line = Line()
+
+    def one_at_a_time(
+        prompt: str, routers: Sequence[RouterConfig], settings: GenerationSettings
+    ) -> Generator[Waiting | Choice | Step, None, None]:
+        who, seconds = visitor(), 0.0
+        with line.ticket(who.name) as ticket:
+            while not line.begins(ticket, seconds):
+                if who.is_gone():
+                    return
+                yield line.waiting(ticket)
+                seconds = TICK
+            if seconds:
+                yield Waiting(place=1, seconds=0.0)
+            with closing(steps(prompt, routers, settings)) as run:
+                for item in run:
+                    if who.is_gone():
+                        return
+                    yield item
+
+    return one_at_a_time

@@ -1,0 +1,139 @@
+"""Who calls the page, whether they are still there, and what its server takes from them."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.block_function import BlockFunction
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from spectr_demo.charts.text import counted
+from spectr_demo.experts.messages import MOST_SAID, shown
+from spectr_demo.web import log_fault
+
+logger = logging.getLogger(__name__)
+
+# What Gradio offers and this page does not use. An upload would say where it is stored.
+_CLOSED = ("/upload", "/process_recording", "/monitoring", "/monitoring/summary")
+_MCP_ENDS = ("/gradio_api/mcp", "/gradio_api/mcp/http")
+_MCP_CALL = "x-spectr-mcp-call"  # Gradio hands a call's headers on to the endpoint
+_mcp_calls: dict[str, str] = {}  # address of each client that waits for an answer, by call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visitor:
+    """Who called a handler. name: the browser's or the client's session, else its address."""
+
+    name: str
+    is_gone: Callable[[], bool]
+
+
+_visitor: ContextVar[Visitor] = ContextVar("visitor")
+_NOBODY = Visitor(name="", is_gone=lambda: False)
+
+
+def visitor() -> Visitor:
+    """Who called the handler that runs here; one and the same outside of a server."""
+    return _visitor.get(_NOBODY)
+
+
+class Page(gr.Blocks):
+    """Blocks that know who calls. What is wrong with a call is one short message, and the log does
+    not repeat the call."""
+
+    def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
+        needed, got = len(block_fn.inputs), len(inputs)
+        if got < needed:
+            name = block_fn.api_name or block_fn.name
+            raise gr.Error(f"{name} takes {counted(needed, 'value')}, in order; it was given {got}")
+
+    async def process_api(
+        self, block_fn: BlockFunction | int, inputs: list[Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        _visitor.set(self._visitor(**kwargs))
+        try:
+            return await super().process_api(block_fn, inputs, *args, **kwargs)
+        except gr.Error as error:
+            raise _short(error.message) from None
+        except Exception as error:
+            log_fault(logger, "a call failed", error)
+            raise _short("the call cannot be read: its values are not of this page") from None
+
+    def _visitor(
+        self,
+        request: Any = None,
+        session_hash: str | None = None,
+        event_id: str | None = None,
+        **others: Any,
+    ) -> Visitor:
+        task = asyncio.current_task()
+        # Gradio says so nowhere else. A stream that broke off marks the event of its run; a run
+        # that is cancelled ends its task, while the thread of a generator goes on.
+        event = self._queue.event_ids_to_events.get(event_id or "")
+        headers, client = getattr(request, "headers", {}), getattr(request, "client", None)
+        call = headers.get(_MCP_CALL)
+        has_session = session_hash is not None and session_hash != event_id
+        address = _mcp_calls.get(call) if call else getattr(client, "host", None)
+
+        def is_gone() -> bool:
+            is_cancelled = task is not None and task.cancelling() > 0
+            has_left = event is not None and not event.alive
+            return is_cancelled or has_left or (call is not None and call not in _mcp_calls)
+
+        name = session_hash if has_session and not call else address
+        return Visitor(name=name or "", is_gone=is_gone)
+
+
+def _short(message: object) -> gr.Error:
+    return gr.Error(shown(message, MOST_SAID), print_exception=False)
+
+
+class Door:
+    """ASGI middleware in front of Gradio: what is closed, which MCP clients still wait, and no
+    traceback with what came."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path, has_begun = scope["path"].rstrip("/"), False
+
+        async def begin(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        async def answer(status: int, detail: str) -> None:
+            await JSONResponse({"detail": detail}, status)(scope, receive, send)
+
+        if path.endswith(_CLOSED):
+            await answer(404, "this page has no such door: nothing is uploaded or watched here")
+            return
+        try:
+            if path.endswith(_MCP_ENDS) and scope["method"] == "POST":
+                await self._mcp(scope, receive, begin)
+            else:
+                await self.app(scope, receive, begin)
+        except Exception as error:
+            log_fault(logger, "a request failed", error)
+            if not has_begun:
+                await answer(500, "the request cannot be read")
+
+    async def _mcp(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Gradio runs a tool to its end though nobody waits for it, unless it can be told."""
+        call = uuid.uuid4().hex
+        _mcp_calls[call] = (scope.get("client") or ("",))[0]
+        scope["headers"] = [*scope["headers"], (_MCP_CALL.encode(), call.encode())]
+        try:
+            await self.app(scope, receive, send)
+        finally:  # answered, or gone
+            del _mcp_calls[call]
