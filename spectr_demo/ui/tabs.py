@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.ui import evidence_tab, experts_tab
+from spectr_demo.ui import evidence_tab, experts_tab, how_tab
 from spectr_demo.ui.run import Steps
 
 
@@ -24,3 +24,5 @@ def lay_out(
         experts_tab.lay_out(tab, model)
     with gr.Tab("Evidence") as tab:
         evidence_tab.lay_out(tab, model, steps, queue)
+    with gr.Tab("How it works") as tab:
+        how_tab.lay_out(tab, model, gpu, queue)
