@@ -9,7 +9,8 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from spectr_demo.experts.weights import (
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MOST_CONFIG_BYTES = 4_000_000
+MOST_LOOKED_THROUGH = 100_000_000  # bytes of a file that is refused already
 MOST_WIDTH = 1 << 20  # inputs or outputs of a layer; the widest one of today's models has 106,496
 _KEY_PREFIX = "base_model.model."
 # What torch puts into the names of modules that it compiles, shards or checkpoints.
@@ -173,22 +175,44 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def read_adapter(source: str | Path, name: str | None = None) -> Adapter:
+# What keeps an adapter from a base, one line each.
+Misfits = Callable[[Adapter], Sequence[str]]
+
+
+def read_adapter(
+    source: str | Path, name: str | None = None, misfits: Misfits = lambda adapter: ()
+) -> Adapter:
     """Read a PEFT LoRA adapter from a folder or from the Hub (`owner/repo` or `owner/repo/folder`).
 
-    name: of the expert. None is the last part of the folder's or the repository's name.
+    name: of the expert. None is the last part of the folder's or the repository's name. misfits:
+    asked before the numbers are read, which are the most of it.
     Weights are read from safetensors alone. Raises AdapterError with all that is wrong with it.
     """
     source = str(source)
-    name = name or source.rstrip("/").rpartition("/")[2]
+    name = shown(name or source.rstrip("/").rpartition("/")[2])
+    with _said_of(name):
+        content, weights, adapter = _open(source, name)
+    if problems := misfits(adapter):
+        raise AdapterError(problems)
+    with _said_of(name):
+        digest = hashlib.sha256(content)
+        if problems := _infinite(weights, digest):
+            raise AdapterError(problems)
+    return replace(adapter, sha256=digest.hexdigest())
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
     try:
-        return _read_adapter(source, shown(name))
+        yield
     except AdapterError as error:
-        who = f"expert {shown(name)!r}: "
-        raise AdapterError([who + problem for problem in error.problems]) from None
+        problems = [f"expert {name!r}: {problem}" for problem in error.problems]
+        raise AdapterError(problems) from None
 
 
-def _read_adapter(source: str, name: str) -> Adapter:
+def _open(source: str, name: str) -> tuple[bytes, WeightsFile, Adapter]:
+    """The configuration, the weights, and the adapter, of whose weights only the header is read;
+    its digest is still to come."""
     folder = _resolve(source)
     content = _config(folder)
     values = _values(content, folder)
@@ -203,41 +227,37 @@ def _read_adapter(source: str, name: str) -> Adapter:
     except AdapterError as error:
         raise AdapterError(problems + error.problems) from None
     problems += _unsound(weights.tensors)
-    layers: dict[str, _Layer] = {}
-    notes: tuple[str, ...] = ()
-    # What else such files lead to is no fault of its own, and is not looked for.
-    if not problems and settings is not None:
-        layers, notes = _layers(weights.tensors, settings)
-    digest = hashlib.sha256(content)
+    if problems or settings is None:
+        # What else such files lead to is no fault of its own, and is not looked for.
+        if weights.num_bytes <= MOST_LOOKED_THROUGH:
+            problems += _infinite(weights, hashlib.sha256())
+        raise AdapterError(problems)
+    layers, notes = _layers(weights.tensors, settings)
+    keys = [key for layer in layers.values() for key in (layer.lora_A, layer.lora_B)]
+    return (
+        content,
+        weights,
+        Adapter(
+            name=name,
+            source=source,
+            base_model=settings.base_model,
+            sha256="",
+            num_bytes=sum(weights.tensors[key].num_bytes for key in keys),
+            shapes={sys.intern(path): layer.shape for path, layer in layers.items()},
+            read=partial(_read_factors, weights, layers, name),
+            notes=tuple(f"expert {name!r}: {note}" for note in notes),
+        ),
+    )
+
+
+def _infinite(weights: WeightsFile, digest: Any) -> list[str]:
+    """What is wrong with the numbers. digest: updated with the file."""
     try:
         infinite = weights.look_through(digest)
     except OSError as error:
-        raise AdapterError(
-            [
-                *problems,
-                f"{shown(weights.path)} cannot be read ({error.strerror}); download it again",
-            ]
-        ) from None
-    if infinite:
-        found = [f"{each} holds NaN or infinite values" for each in infinite]
-        problems.append(f"{first(found, 'tensors')}; train it again")
-    if problems or settings is None:
-        raise AdapterError(problems)
-    read = partial(_read_factors, weights, layers, name)
-    return Adapter(
-        name=name,
-        source=source,
-        base_model=settings.base_model,
-        sha256=digest.hexdigest(),
-        num_bytes=sum(
-            weights.tensors[key].stop - weights.tensors[key].start
-            for layer in layers.values()
-            for key in (layer.lora_A, layer.lora_B)
-        ),
-        shapes={sys.intern(path): layer.shape for path, layer in layers.items()},
-        read=read,
-        notes=tuple(f"expert {name!r}: {note}" for note in notes),
-    )
+        return [f"{shown(weights.path)} cannot be read ({error.strerror}); download it again"]
+    found = [f"{each} holds NaN or infinite values" for each in infinite]
+    return [f"{first(found, 'tensors')}; train it again"] if found else []
 
 
 def _read_factors(

@@ -295,10 +295,14 @@ def read_adapters(sources: Sources, config: PretrainedConfig) -> Fitted:
     listed = [sources] if isinstance(sources, str | Path) else sources
     adapters: list[Adapter] = []
     problems: list[str] = []
+
+    def misfits_of(adapter: Adapter) -> list[str]:
+        return fit_adapters([adapter], config).problems
+
     for source in (each for one in listed for each in adapters_in(one)):
         name, path = named_source(source)
         try:
-            adapters.append(read_adapter(path, name))
+            adapters.append(read_adapter(path, name, misfits_of))
         except AdapterError as error:
             problems += error.problems
     fitted, misfits = fit_adapters(adapters, config)

@@ -167,7 +167,8 @@ class Targets:
         if not self._layers or isinstance(self._targets, Expression) or name in self._targets:
             return True
         found = next(filter(None, (place.match(name) for place in self._places)), None)
-        return found is not None and int(found["idx"]) in self._layers
+        number = found["idx"] if found else None
+        return number is not None and int(number) in self._layers
 
 
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."

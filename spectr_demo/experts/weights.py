@@ -49,6 +49,10 @@ class TensorInfo(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsFile:
@@ -108,6 +112,11 @@ class WeightsFile:
             path=path,
             tensors=dict(sorted(tensors.items(), key=lambda item: item[1].start)),
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def look_through(self, digest: Any) -> list[str]:
         """The tensors that hold NaN or infinite values. Reads the file once, a few MB at a time.

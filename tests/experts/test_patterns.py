@@ -153,3 +153,11 @@ def test_thousands_of_honest_patterns_take_a_moment(escape: bool) -> None:
     values = Values(patterns, Clock())
     assert [values.of([name], -1) for name in names] == list(range(len(names)))
     assert time.perf_counter() - begin < 3
+
+
+def test_a_number_that_is_in_a_part_that_did_not_match_is_none() -> None:
+    config = LoraConfig(target_modules=["w1"], layers_to_transform=[1], layers_pattern=".*|x")
+    targets = Targets(["w1"], [], [1], [".*|x"], Clock())
+    assert [name for name in NAMES if targets.has(name)] == [
+        name for name in NAMES if check_target_module_exists(config, name)
+    ]
