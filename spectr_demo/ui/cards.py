@@ -18,6 +18,7 @@ from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.evaluation.tasks import TASKS
 from spectr_demo.experts import inspection
 from spectr_demo.experts.adapters import Adapter
+from spectr_demo.experts.messages import MOST_SAID, shown
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.trace import NOT_ROUTED, TIE_MARGIN, RoutingTrace
 from spectr_demo.ui.examples import Example, example_of
@@ -213,7 +214,7 @@ def settings_in_words(router: RouterConfig, num_experts: int, why: str = "") -> 
 
 def notice(message: str) -> str:
     """One message about what could not be done; nothing else on the page changes."""
-    return f'<div class="notice" role="alert">{escape(message)}</div>'
+    return f'<div class="notice" role="alert">{escape(shown(message, MOST_SAID))}</div>'
 
 
 def copies(python: str, command: str, query: str) -> str:

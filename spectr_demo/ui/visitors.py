@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from fastapi.exceptions import RequestValidationError
 from gradio.block_function import BlockFunction
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +21,7 @@ from spectr_demo.web import log_fault
 
 logger = logging.getLogger(__name__)
 
+MOST_WRONG = 8  # faults of one body that are told
 # What Gradio offers and this page does not use. An upload would say where it is stored.
 _CLOSED = ("/upload", "/process_recording", "/monitoring", "/monitoring/summary")
 _MCP_ENDS = ("/gradio_api/mcp", "/gradio_api/mcp/http")
@@ -94,6 +97,16 @@ def _short(message: object) -> gr.Error:
     return gr.Error(shown(message, MOST_SAID), print_exception=False)
 
 
+async def unreadable(request: Request, error: Exception) -> JSONResponse:
+    """What is wrong with a body, as FastAPI says it, but without the body."""
+    assert isinstance(error, RequestValidationError)
+    wrong = [
+        {"loc": [shown(name) for name in each["loc"]], "msg": shown(each["msg"])}
+        for each in error.errors()[:MOST_WRONG]
+    ]
+    return JSONResponse({"detail": wrong}, 422)
+
+
 class Door:
     """ASGI middleware in front of Gradio: what is closed, which MCP clients still wait, and no
     traceback with what came."""
@@ -125,8 +138,12 @@ class Door:
                 await self.app(scope, receive, begin)
         except Exception as error:
             log_fault(logger, "a request failed", error)
-            if not has_begun:
-                await answer(500, "the request cannot be read")
+            if has_begun:
+                return
+            if isinstance(error, ValueError | TypeError | LookupError):  # Gradio's, of what came
+                await answer(400, f"the request cannot be read ({shown(repr(error))})")
+            else:
+                await answer(500, f"the request failed ({type(error).__name__})")
 
     async def _mcp(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Gradio runs a tool to its end though nobody waits for it, unless it can be told."""
