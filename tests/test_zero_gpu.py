@@ -33,7 +33,8 @@ def test_the_app_keeps_the_rules(
     found = emulated(
         "app",
         SPECTR_BASE_MODEL=base_folder,
-        SPECTR_EXPERTS=",".join(expert_folders),
+        # One of them is asked as the expert for a domain of the page's evaluation.
+        SPECTR_EXPERTS=",".join([f"cron={expert_folders[0]}", *expert_folders[1:]]),
     )
     # Loaded and quantized for the GPU before the first call, without CUDA and without a forward.
     assert found["device"] == "cuda:0"
@@ -41,16 +42,21 @@ def test_the_app_keeps_the_rules(
     assert not found["cuda_at_start"]
     assert found["forwards_at_start"] == 0
     assert found["banks"] == 2 * 4  # two layers: q k v, o, gate up, down
-    # One function for the GPU, called once a run, for as long as the answer may take.
-    assert found["gpu_functions"] == 1
+    # A function for runs, called once a run, for as long as the answer may take; and one that looks
+    # inside.
+    assert found["gpu_functions"] == 2
     assert found["are_generators"]
     assert found["seconds_of_the_endpoint"] == [12]
     assert found["seconds_of_reading"] == [10]
     assert found["seconds_of_the_page"] == [15]
+    assert found["seconds_of_the_look"] == [15]
+    assert found["parts_of_the_look"] > 20
+    assert found["seconds_of_an_evaluated_prompt"] == [12]
+    assert "✓ finished" in found["evaluation"]
 
     assert [column["label"] for column in found["answer"]] == [
         "base",
-        "single:red",
+        "single:cron",
         "spectr-context",
     ]
     assert all(column["num_tokens"] for column in found["answer"])

@@ -148,9 +148,21 @@ def app() -> dict[str, Any]:
     found["requests"] = client.predict("hello", api_name="/route")
     found["seconds_of_reading"] = durations()
     try:
-        client.predict("x" * 50_000, columns, 20, api_name="/compare")
+        client.predict("x" * 15 * model.base.context, columns, 20, api_name="/compare")
     except Exception as error:
         found["error"] = str(error)
+
+    del REQUESTS[:]
+    look: Any = next(fn.fn for fn in page.fns.values() if fn.name == "read")
+    *_, shown = look("hello", 0, model.library.projections[0])
+    found["parts_of_the_look"] = len(shown)
+    found["seconds_of_the_look"] = durations()
+
+    del REQUESTS[:]
+    evaluate: Any = next(fn.fn for fn in page.fns.values() if fn.name == "evaluate")
+    *_, shown, _ = evaluate(["cron"], ["base", "spectr-context"], 1)
+    found["evaluation"] = next(iter(shown.values()))
+    found["seconds_of_an_evaluated_prompt"] = durations()
 
     del REQUESTS[:]
     choices = {

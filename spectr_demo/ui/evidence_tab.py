@@ -24,6 +24,7 @@ from spectr_demo.ui.trial import (
     domains_for,
     run_trial,
 )
+from spectr_demo.web import log_fault
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +162,8 @@ def _small_evaluation(model: SpectrModel, steps: Steps, queue: dict[str, Any]) -
         except gr.Error as error:
             message = error.message
         except Exception as error:
-            logger.exception("a small evaluation failed")
-            message = f"The evaluation broke off ({type(error).__name__}: {error}); run it again."
+            log_fault(logger, "a small evaluation failed", error)
+            message = f"The evaluation broke off ({type(error).__name__}); run it again."
         yield {
             run: gr.update(interactive=True),
             cancel: gr.update(interactive=False),
@@ -207,6 +208,8 @@ def trial_html(trial: Trial) -> str:
         "finished": "✓ finished",
         "stopped": f"■ stopped after {len(graded)} of {trial.num} prompts",
     }.get(trial.status, f"prompt {len(trial.rows)} of {trial.num} …")
+    if trial.in_line:
+        state += f" {cards.in_line(trial.in_line)}"
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in ("prompt", *names))
     body = "".join(_row(row, len(names)) for row in trial.rows)
     return (

@@ -2,7 +2,7 @@
 
 import html
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -14,8 +14,11 @@ from spectr_demo.charts.text import counted, visible
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.ui import cards
 from spectr_demo.ui.how import Floats, Look, look_inside, places
+from spectr_demo.ui.line import Line, in_line
 from spectr_demo.ui.pictures import Slot, Updates
 from spectr_demo.ui.records import training_record
+from spectr_demo.ui.run import Waiting
+from spectr_demo.web import log_fault
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +36,15 @@ STEPS = {
 
 
 def lay_out(
-    tab: gr.Tab, model: SpectrModel, gpu: Callable[..., Any] | None, queue: dict[str, Any]
+    tab: gr.Tab,
+    model: SpectrModel,
+    gpu: Callable[..., Any] | None,
+    line: Line,
+    queue: dict[str, Any],
 ) -> None:
     """Place the tab's content and wire it. The model reads nothing before the tab is opened.
 
-    gpu: see `page.build`. queue: of all that uses the model.
+    gpu: see `page.build`. line, queue: of all that uses the model.
     """
     gr.HTML(_introduction())
     by_layer = places(model.library)
@@ -50,6 +57,7 @@ def lay_out(
     look = look_inside(model)
     if gpu is not None:
         look = gpu(duration=GPU_SECONDS)(look)
+    looks = in_line(look, line)
     projections = list(dict.fromkeys(name for names in by_layer.values() for name in names))
     middle = list(by_layer)[len(by_layer) // 2]
     with gr.Row():
@@ -86,35 +94,42 @@ def lay_out(
                     slots[key] = Slot.place(f"how-{key}", STEPS[key])
     is_read = gr.State(False)
 
-    def show(prompt: str, token: int | None, layer: int, projection: str) -> Updates:
+    def inside(prompt: str, token: int | None, layer: int, projection: str) -> Iterator[Updates]:
         try:
-            with closing(look(prompt, token, layer, projection)) as found:
-                at = next(found)
+            with closing(looks(prompt, token, layer, projection)) as going:
+                for found in going:
+                    yield _waits(found) if isinstance(found, Waiting) else _shows(found)
         except gr.Error as error:
-            return _fail(error.message)
+            yield {notice: gr.update(value=cards.notice(error.message), visible=True)}
         except Exception as error:
-            logger.exception("a look inside failed")
-            return _fail(f"The look inside failed ({type(error).__name__}: {error}); try again.")
+            log_fault(logger, "a look inside failed", error)
+            message = f"The look inside failed ({type(error).__name__}); try again."
+            yield {notice: gr.update(value=cards.notice(message), visible=True)}
+
+    def _waits(waiting: Waiting) -> Updates:
+        words = cards.in_line(waiting) if waiting.place > 1 else "reading the prompt …"
+        return {notice: gr.update(value=f'<p class="caption">{words}</p>', visible=True)}
+
+    def _shows(at: Look) -> Updates:
         pictures = pictures_of(at)
+        shown = [slot.show(pictures[key]) for key, slot in slots.items()]
         return {
             is_read: True,
             notice: gr.update(visible=False),
             steps: gr.update(visible=True),
             first: first_step(at),
             token_shown: gr.update(choices=_choices(at.tokens), value=at.token),
-            **{
-                p: new for key, slot in slots.items() for p, new in slot.show(pictures[key]).items()
-            },
+            **{part: new for updates in shown for part, new in updates.items()},
         }
 
-    def _fail(message: str) -> Updates:
-        return {notice: gr.update(value=cards.notice(message), visible=True)}
+    def read(prompt: str, layer: int, projection: str) -> Iterator[Updates]:
+        yield from inside(prompt, None, layer, projection)
 
-    def read(prompt: str, layer: int, projection: str) -> Updates:
-        return show(prompt, None, layer, projection)
-
-    def open_(was_read: bool, prompt: str, layer: int, projection: str) -> Updates:
-        return {is_read: True} if was_read else read(prompt, layer, projection)
+    def open_how(was_read: bool, prompt: str, layer: int, projection: str) -> Iterator[Updates]:
+        if was_read:
+            yield {is_read: True}
+        else:
+            yield from read(prompt, layer, projection)
 
     outputs = [is_read, notice, steps, first, token_shown]
     outputs += [part for slot in slots.values() for part in slot.parts]
@@ -122,12 +137,12 @@ def lay_out(
     gr.on([button.click, prompt.submit], read, [prompt, layer, projection], outputs, **options)
     gr.on(
         [token_shown.input, layer.input, projection.input],
-        show,
+        inside,
         [prompt, token_shown, layer, projection],
         outputs,
         **options,
     )
-    tab.select(open_, [is_read, prompt, layer, projection], outputs, **options)
+    tab.select(open_how, [is_read, prompt, layer, projection], outputs, **options)
 
 
 def _introduction() -> str:

@@ -5,21 +5,22 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import gradio as gr
 
 from spectr_demo.charts.text import counted
-from spectr_demo.config import GenerationSettings, RouterConfig
-from spectr_demo.engine.run import Step
-from spectr_demo.ui.run import Choice, Steps, Waiting
+from spectr_demo.ui.run import Waiting
 from spectr_demo.ui.visitors import visitor
 
 PLACES = 64  # runs that wait
 PLACES_EACH = 3  # runs of one visitor, the one that goes on included
 TICK = 0.5  # seconds between two looks at whether someone who waits is still there
+P = ParamSpec("P")
+T = TypeVar("T")
 _REMEMBERED = 20  # runs, of which the mean says what the next ones will take
 
 
@@ -113,17 +114,18 @@ def _refused(message: str) -> gr.Error:
     return gr.Error(message, print_exception=False)
 
 
-def in_line(steps: Steps) -> Steps:
+def in_line(
+    run: Callable[P, Generator[T, None, None]], line: Line | None = None
+) -> Callable[P, Generator[Waiting | T, None, None]]:
     """The same runs, one at a time. One whose visitor is gone leaves the line, or ends within two
     tokens: the one that is being made, and the next.
 
-    It goes around what asks for a GPU, which so is not held by those who wait.
+    It goes around what asks for a GPU, which so is not held by those who wait. line: that others
+    stand in, too; None is one of its own.
     """
-    line = Line()
+    line = line or Line()
 
-    def one_at_a_time(
-        prompt: str, routers: Sequence[RouterConfig], settings: GenerationSettings
-    ) -> Generator[Waiting | Choice | Step, None, None]:
+    def one_at_a_time(*args: P.args, **kwargs: P.kwargs) -> Generator[Waiting | T, None, None]:
         who, seconds = visitor(), 0.0
         with line.ticket(who.name) as ticket:
             while not line.begins(ticket, seconds):
@@ -133,8 +135,8 @@ def in_line(steps: Steps) -> Steps:
                 seconds = TICK
             if seconds:
                 yield Waiting(place=1, seconds=0.0)
-            with closing(steps(prompt, routers, settings)) as run:
-                for item in run:
+            with closing(run(*args, **kwargs)) as going:
+                for item in going:
                     if who.is_gone():
                         return
                     yield item

@@ -12,6 +12,7 @@ from spectr_demo.ui import cards, endpoint, history, recorded, style, tabs, what
 from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.figures import Export, cached
 from spectr_demo.ui.layout import Layout, lay_out
+from spectr_demo.ui.line import Line
 from spectr_demo.ui.run import MAX_COLUMNS, gpu_seconds, model_steps
 from spectr_demo.ui.runner import Runner, Session, Updates
 
@@ -42,6 +43,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
     steps = model_steps(model)
     if gpu is not None:
         steps = gpu(duration=gpu_seconds)(steps)
+    line = Line()
     examples = examples_for(model.library.names)
     opening = recorded.find(examples[0], model)
     with gr.Blocks(
@@ -54,7 +56,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         with gr.Tabs():
             with gr.Tab("Compare"):
                 layout = lay_out(model, examples, opening)
-            tabs.lay_out(model, steps, gpu, MODEL_QUEUE)
+            tabs.lay_out(model, steps, gpu, line, MODEL_QUEUE)
         runner = Runner(model, steps, layout, session)
         _wire_runs(layout, session, runner)
         if opening is None:

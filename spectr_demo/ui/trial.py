@@ -17,7 +17,7 @@ from spectr_demo.engine.run import Step
 from spectr_demo.evaluation.tasks import TASKS
 from spectr_demo.ui.examples import Example, Request
 from spectr_demo.ui.grades import Verdict, grade, overall
-from spectr_demo.ui.run import FRAME_SECONDS, MAX_COLUMNS, Status, Steps
+from spectr_demo.ui.run import FRAME_SECONDS, MAX_COLUMNS, Status, Steps, Waiting
 
 HELD_OUT = ASSETS / "held_out.json"
 NUM_PROMPTS = 10  # of each domain
@@ -40,12 +40,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A small evaluation as it goes on. rows: those begun. num: of all prompts."""
+    """A small evaluation as it goes on. rows: those begun. num: of all prompts. in_line: until the
+    turn of a prompt comes."""
 
     routers: tuple[RouterConfig, ...]
     num: int
     rows: tuple[Row, ...] = field(default=())
     status: Status = "waiting"
+    in_line: Waiting | None = None
 
     @property
     def graded(self) -> list[Row]:
@@ -122,16 +124,18 @@ def run_trial(
                     answers, is_over = tuple(column.text for column in step.columns), step.is_last
                 if stop.is_set() or is_over:
                     break
-                if clock() - shown_at >= FRAME_SECONDS:
+                if isinstance(step, Waiting) or clock() - shown_at >= FRAME_SECONDS:
                     shown_at = clock()
-                    trial = replace(trial, rows=(*done, Row(example=example, answers=answers)))
+                    row = Row(example=example, answers=answers)
+                    in_line = step if isinstance(step, Waiting) and step.place > 1 else None
+                    trial = replace(trial, rows=(*done, row), in_line=in_line)
                     yield trial
         if not is_over:
             trial = replace(trial, rows=done)
             break
         verdicts = tuple(overall(grade(example, answer)) for answer in answers)
         row = Row(example=example, answers=answers, verdicts=verdicts)
-        trial = replace(trial, rows=(*done, row))
+        trial = replace(trial, rows=(*done, row), in_line=None)
         yield trial
     is_done = len(trial.rows) == trial.num
     yield replace(trial, status="finished" if is_done else "stopped")

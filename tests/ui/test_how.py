@@ -14,6 +14,7 @@ from spectr_demo.routing.spectr import delta, spectr_scores
 from spectr_demo.ui import how, how_tab
 from spectr_demo.ui.how import MAX_TOKENS, Look, look_at, look_inside, places
 from spectr_demo.ui.how_tab import pictures_of
+from spectr_demo.ui.line import Line
 from tests.conftest import BuildModel, SaveExpert
 
 PROMPT = "red or green?"
@@ -163,9 +164,9 @@ def test_of_many_experts_the_best_are_drawn() -> None:
     assert "25% of its length" in pictures["output"].title
 
 
-def handlers(model: SpectrModel) -> tuple[gr.Blocks, dict[str, Any]]:
+def handlers(model: SpectrModel, line: Line | None = None) -> tuple[gr.Blocks, dict[str, Any]]:
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("How it works") as tab:
-        how_tab.lay_out(tab, model, None, {})
+        how_tab.lay_out(tab, model, None, line or Line(), {})
     return page, {fn.name: fn.fn for fn in page.fns.values()}
 
 
@@ -173,7 +174,7 @@ def test_the_tab_reads_when_it_is_opened_and_only_then(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, found = handlers(routed_model)
-    opened = found["open_"](False, PROMPT, 0, "q_proj")
+    (opened,) = found["open_how"](False, PROMPT, 0, "q_proj")
     figures = [v for v in opened.values() if hasattr(v, "to_plotly_json")]
     assert len(figures) == len(how_tab.STEPS)
     token = next(v for k, v in opened.items() if k.elem_id == "how-token")
@@ -183,13 +184,26 @@ def test_the_tab_reads_when_it_is_opened_and_only_then(
         raise AssertionError("the model was asked")
 
     monkeypatch.setattr(routed_model, "encode", no_model)
-    assert len(found["open_"](True, PROMPT, 0, "q_proj")) == 1
+    assert [len(update) for update in found["open_how"](True, PROMPT, 0, "q_proj")] == [1]
 
 
 def test_an_error_leaves_what_was_shown(routed_model: SpectrModel) -> None:
     _, found = handlers(routed_model)
-    (told,) = found["read"]("", 0, "q_proj").values()
+    (update,) = found["read"]("", 0, "q_proj")
+    (told,) = update.values()
     assert "the prompt is empty" in told["value"]
+
+
+def test_who_looks_stands_in_line_with_the_runs(routed_model: SpectrModel) -> None:
+    line = Line()
+    _, found = handlers(routed_model, line)
+    with line.ticket("somebody") as other:
+        assert line.begins(other, 0)
+        going = found["read"](PROMPT, 0, "q_proj")
+        (told,) = next(going).values()
+        assert "number 2 in line" in told["value"]
+    *_, shown = going
+    assert any(hasattr(value, "to_plotly_json") for value in shown.values())
 
 
 def test_without_experts_the_tab_says_what_is_computed(build_model: BuildModel) -> None:

@@ -12,7 +12,7 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS
 from spectr_demo.ui import evidence_tab, trial
-from spectr_demo.ui.run import model_steps
+from spectr_demo.ui.run import Waiting, model_steps
 from spectr_demo.ui.trial import Trial, check_routers, chosen_prompts, held_out, run_trial
 
 BASE, SPECTR = RouterConfig(name="base"), RouterConfig(name="spectr")
@@ -87,6 +87,19 @@ def test_answers_are_graded_prompt_by_prompt() -> None:
         TASKS[name].max_new_tokens for name in ("cron", "sql")
     ]
     assert {each.temperature for each in steps.settings} == {0}
+
+
+def test_who_waits_is_told_where_in_line() -> None:
+    inner = Scripted(references())
+
+    def steps(*args: Any) -> Generator[Any, None, None]:
+        yield Waiting(place=2, seconds=12.0)
+        yield from inner(*args)
+
+    trials = list(run_trial(steps, chosen_prompts(["cron"], 1), [BASE, SPECTR], threading.Event()))
+    assert [bool(each.in_line) for each in trials] == [False, True, False, False]
+    assert "number 2 in line, about 12 s" in evidence_tab.trial_html(trials[1])
+    assert "in line" not in evidence_tab.trial_html(trials[2])
 
 
 def test_a_stopped_trial_keeps_what_was_graded_and_makes_no_more_tokens() -> None:
