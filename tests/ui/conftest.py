@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 import pytest
@@ -79,3 +80,42 @@ OPENING: dict[str, Any] = {
 def form_of(**changes: Any) -> Form:
     """A form with some changes."""
     return Form(**OPENING | changes)
+
+
+Open = Callable[..., Any]
+SECONDS = 1000.0
+PATIENCE = 90 * SECONDS  # two busy cores are slow, and a passing test does not wait
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Any]:
+    """A Chromium, driven by playwright."""
+    playwright_api = pytest.importorskip("playwright.sync_api")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """A function that opens an address; at the end, no other host may have been asked."""
+    requests: list[str] = []
+    errors: list[str] = []
+
+    def open_(url: str, **context: Any) -> Any:
+        page = browser.new_context(**context).new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        page.locator("#run").wait_for(state="visible")
+        return page
+
+    yield open_
+    for context in browser.contexts:
+        context.close()
+    assert requests
+    assert {urlsplit(url).hostname for url in requests if "//" in url} == {"127.0.0.1"}
+    assert errors == []

@@ -1,9 +1,8 @@
 """The page in a real browser. Every wait is for a condition."""
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
-from urllib.parse import urlsplit
 
 import gradio as gr
 import pytest
@@ -14,7 +13,7 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step
 from spectr_demo.ui.recorded import Recording
 from spectr_demo.ui.run import FRAME_SECONDS
-from tests.ui.conftest import FRANCE
+from tests.ui.conftest import FRANCE, PATIENCE, SECONDS, Open
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright_api.expect
@@ -22,42 +21,7 @@ expect = playwright_api.expect
 pytestmark = pytest.mark.browser
 
 Serve = Callable[[gr.Blocks], str]
-Open = Callable[..., Any]
-SECONDS = 1000.0
-PATIENCE = 90 * SECONDS  # two busy cores are slow, and a passing test does not wait
 expect.set_options(timeout=PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Any]:
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Open]:
-    """A function that opens an address; at the end, no other host may have been asked."""
-    requests: list[str] = []
-    errors: list[str] = []
-
-    def open_(url: str, **context: Any) -> Any:
-        page = browser.new_context(**context).new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(url)
-        expect(page.locator("#run")).to_be_visible()
-        return page
-
-    yield open_
-    for context in browser.contexts:
-        context.close()
-    assert requests
-    assert {urlsplit(url).hostname for url in requests if "//" in url} == {"127.0.0.1"}
-    assert errors == []
 
 
 def routing_is_drawn(page: Any) -> None:
