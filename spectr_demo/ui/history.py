@@ -20,7 +20,7 @@ from spectr_demo.ui import cards
 from spectr_demo.ui.address import form_of, query_of
 from spectr_demo.ui.diff import word_diff
 from spectr_demo.ui.run import Form, Frame
-from spectr_demo.ui.saved import SavedRun
+from spectr_demo.ui.saved import MAX_BYTES, SavedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +49,20 @@ def lay_out() -> History:
 
 
 def to_keep(form: Form, frame: Frame, opening: Mapping[str, Any]) -> str:
-    """What the browser keeps of a run that is over: its file, title and address. opening: the
-    form's values as the page opens."""
+    """What the browser keeps of a run that is over: its file, title and address; of a run that is
+    too large to hand back, the address alone. opening: the form's values as the page opens."""
     title = " ".join(form.prompt.split())
-    run = SavedRun(form=form, frame=frame)
+    data = SavedRun(form=form, frame=frame).to_bytes()
+    query = query_of(form, opening)
+    if len(data) > MAX_BYTES:
+        return json.dumps({"query": query})
     return json.dumps(
         {
             "id": uuid.uuid4().hex[:12],
             "title": title if len(title) <= 80 else title[:79] + "…",
             "columns": len(frame.columns),
-            "query": query_of(form, opening),
-            "file": base64.b64encode(run.to_bytes()).decode(),
+            "query": query,
+            "file": base64.b64encode(data).decode(),
         }
     )
 

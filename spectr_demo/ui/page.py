@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+from fastapi.exceptions import RequestValidationError
+from starlette.middleware import Middleware
 
 from spectr_demo import charts
 from spectr_demo.cpu.threads import release_threads
@@ -12,20 +14,27 @@ from spectr_demo.ui import cards, endpoint, history, recorded, style, tabs, what
 from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.figures import Export, cached
 from spectr_demo.ui.layout import Layout, lay_out
-from spectr_demo.ui.line import Line
-from spectr_demo.ui.run import MAX_COLUMNS, gpu_seconds, model_steps
+from spectr_demo.ui.line import PLACES, Line, in_line
+from spectr_demo.ui.run import MAX_COLUMNS, Form, gpu_seconds, model_steps
 from spectr_demo.ui.runner import Runner, Session, Updates
+from spectr_demo.ui.saved import MAX_BYTES
+from spectr_demo.ui.visitors import Door, Page, unreadable
+from spectr_demo.web import BodyLimit
 
 KEEP_SECONDS = 3600  # files to download, and the traces of visitors who stay
-# Everything that uses the model waits in one line; redrawing a chart does not.
-MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+MAX_BODY = 3 * MAX_BYTES  # two kept runs, in base64
+# Everything that uses the model waits in one line, `ui.line`; redrawing a chart does not. Gradio
+# lets in as many as have a place there, and some to be told that there is none.
+_NUM_HANDLERS = PLACES + 8
+MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": _NUM_HANDLERS}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 Seen = Callable[["Session | None"], "Session"]  # whose trace the page shows
 
 
 def launch_options() -> dict[str, Any]:
-    """What `Blocks.launch` needs for this page: its look, that no other host is asked, MCP."""
+    """What `Blocks.launch` needs for this page: its look, that no other host is asked, MCP, what it
+    takes from strangers."""
     return {
         "theme": style.theme(),
         "css_paths": [style.CSS, style.TABS_CSS, charts.CSS],
@@ -35,6 +44,12 @@ def launch_options() -> dict[str, Any]:
         "share": False,
         "ssr_mode": False,
         "state_session_capacity": 200,
+        "max_threads": _NUM_HANDLERS + 32,  # those who wait have one each, asleep
+        "enable_monitoring": False,
+        "app_kwargs": {
+            "middleware": [Middleware(Door), Middleware(BodyLimit, max_body=MAX_BODY)],
+            "exception_handlers": {RequestValidationError: unreadable},
+        },
     }
 
 
@@ -44,9 +59,10 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
     if gpu is not None:
         steps = gpu(duration=gpu_seconds)(steps)
     line = Line()
+    steps = in_line(steps, line)
     examples = examples_for(model.library.names)
     opening = recorded.find(examples[0], model)
-    with gr.Blocks(
+    with Page(
         title="SpectR: every request finds its expert",
         analytics_enabled=False,
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
@@ -58,6 +74,8 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
                 layout = lay_out(model, examples, opening)
             tabs.lay_out(model, steps, gpu, line, MODEL_QUEUE)
         runner = Runner(model, steps, layout, session)
+        if opening is not None:
+            layout.copies.value = runner.copies(Form(**layout.opening), opening.frame.routers)
         _wire_runs(layout, session, runner)
         if opening is None:
             _wire_examples(layout, session, runner, examples)
@@ -78,7 +96,8 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         page.load(None, None, None, js=style.SCRIPT, **PRIVATE)
         endpoint.register(page, model, steps, MODEL_QUEUE)
     release_threads()  # of loading and building: runs have threads of their own
-    return page.queue(max_size=20, default_concurrency_limit=4)
+    # "api_open" would let a program pass by the line.
+    return page.queue(max_size=PLACES, default_concurrency_limit=4, api_open=False)
 
 
 def _stop(now: Session | None) -> None:
@@ -185,7 +204,8 @@ def _wire_what_if(layout: Layout, runner: Runner, seen: Seen) -> None:
         trace = seen(now).trace
         assert trace is not None
         expert, token = what_if.picked(trace, label, asked)
-        filled = {panel.form["expert"]: expert, panel.form["from_token"]: token}
+        start = "" if token is None else str(token)
+        filled = {panel.form["expert"]: expert, panel.form["from_token"]: start}
         return {panel.fold: gr.update(open=True), **filled}
 
     panel.run.click(

@@ -6,20 +6,17 @@ base and the experts are those that it was made with. `scripts/record_examples.p
 
 import threading
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from spectr_demo.config import ASSETS, PAGE_COLUMNS, GenerationSettings, RouterConfig
+from spectr_demo.config import ASSETS, PAGE_COLUMNS, GenerationSettings
 from spectr_demo.engine.model import SpectrModel
-from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.routing.routers import parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui.examples import Example
 from spectr_demo.ui.run import FITTING, Frame, frames, model_steps
+from spectr_demo.ui.saved import compact, frame_from_json, frame_to_json
 
 FOLDER = ASSETS / "recorded"
 SETTINGS = GenerationSettings(max_new_tokens=64)  # with which the page opens
@@ -59,9 +56,7 @@ class Recording:
     def save(self, path: Path) -> None:
         """One .npz, which `load` reads."""
         header = {
-            "columns": [asdict(column) for column in self.frame.columns],
-            "routers": [router.to_json() for router in self.frame.routers],
-            "why": self.frame.why,
+            **frame_to_json(self.frame),
             "model": self.model,
             "device": self.device,
             "date": self.date,
@@ -77,13 +72,7 @@ def load(path: Path) -> Recording:
     header = trace.meta.get("recorded")
     if header is None:
         raise ValueError(f"{path}: the trace has no answers; scripts/record_examples.py makes it")
-    frame = Frame(
-        columns=tuple(ColumnOutput(**column) for column in header["columns"]),
-        routers=tuple(RouterConfig(**router) for router in header["routers"]),
-        status="finished",
-        trace=trace,
-        why=header["why"],
-    )
+    frame = frame_from_json(header, trace)
     facts = {name: header[name] for name in ("model", "device", "date", "commit")}
     return Recording(frame=frame, **facts)
 
@@ -109,24 +98,10 @@ def record(example: Example, model: SpectrModel, *, date: str, commit: str) -> R
         frame=replace(
             frame,
             columns=tuple(replace(column, tokens_per_second=0.0) for column in frame.columns),
-            trace=_compact(frame.trace),
+            trace=compact(frame.trace),
         ),
         model=f"{base.name}, {base.bits}-bit ({base.quantization})",
         device=f"{dtype} on {base.device.type.upper()}",
         date=date,
         commit=commit,
     )
-
-
-def _compact(trace: RoutingTrace) -> RoutingTrace:
-    """The trace with scores of two to three digits, as charts show them: a third of the file."""
-    columns = tuple(replace(c, scores=_rounded(c.scores)) for c in trace.columns)
-    return replace(trace, columns=columns)
-
-
-def _rounded(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    """To the 8 leading bits (bfloat16); a broadcast view stays one."""
-    if 0 in scores.strides:
-        return scores
-    bits = np.ascontiguousarray(scores).view(np.uint32)
-    return ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)

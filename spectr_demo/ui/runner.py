@@ -67,7 +67,7 @@ class Runner:
         at = self.layout
         controls = [self.session, at.about, at.answers, at.notice, at.run, at.stop]
         drawn = [at.charts, at.caption, at.column, at.routing]
-        return [*controls, *drawn, at.copies, at.announce, at.history.kept]
+        return [*controls, *drawn, at.copies, at.announce, at.history.kept, at.what_if.answer]
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Runner:
         try:
             form = Form(**choices)
             routers, settings = form.routers(self.model.library.names), form.settings()
-            self.model.encode(form.prompt)  # a wrong prompt is known before a GPU is asked for
+            self.model.check(form.prompt)  # before there is a line to stand in
             yield {self.session: now}  # from here on, Stop reaches this run
             due = 0.0
             for frame in frames(self.steps, form.prompt, routers, settings, now.stop):
@@ -143,6 +143,7 @@ class Runner:
                 at.charts: gr.update(visible=True),
                 at.caption: cards.charts_caption(prompt),
                 at.column: gr.update(choices=cards.titles(frame), value=shown),
+                at.what_if.answer: "",  # it was of another run
             }
         return updates
 
@@ -177,9 +178,7 @@ class Runner:
             found = history.wanted(asked, self.layout.opening)
         except ValueError as error:
             return self._fail(str(error))
-        if found.form is None:
-            return {self.session: gr.skip()}
-        form = self._possible(found.form)
+        form = self._possible(found.form or Form(**self.layout.opening))
         updates: Updates = {
             component: getattr(form, name) for name, component in self.layout.form.items()
         }
@@ -191,7 +190,9 @@ class Runner:
         example = example_of(form.prompt)
         is_opening = replace(form, prompt="") == replace(Form(**self.layout.opening), prompt="")
         if example and is_opening and recorded.find(example, self.model):
-            return updates | self.replay(example, found.column)
+            updates |= self.replay(example, found.column)
+            del updates[self.layout.history.kept]  # the address is the one that was asked for
+            return updates
         what = f"<p>The link asks: “{cards.escape(form.prompt)}” <b>Run</b> answers it.</p>"
         return updates | {self.layout.about: f'<div class="about">{what}</div>'}
 
@@ -220,7 +221,7 @@ class Runner:
         assert trace is not None
         now.stop = threading.Event()
         try:
-            changed = what_if.intervention(self.model.library.num_layers, **choices)
+            changed = what_if.intervention(**choices)
             router = parse_router(what_if.router_of(trace, label), names)
             routers = [router, parse_router(replace(router, intervention=changed), names)]
             settings = what_if.settings_of(trace)

@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from spectr_demo.config import RouterConfig
@@ -19,7 +21,7 @@ from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui.run import Form, Frame
 
-MAX_BYTES = 8_000_000  # a run of six columns with 512 tokens each has about 4
+MAX_BYTES = 3_000_000  # a run of six columns with 512 tokens each has about 2
 MAX_UNPACKED = 400_000_000
 MAX_CELLS = 2**28  # of the places (T, L, P, K) of a column, which a small file can claim
 
@@ -63,7 +65,8 @@ class SavedRun:
 
     def to_bytes(self) -> bytes:
         header = {"form": asdict(self.form), **frame_to_json(self.frame)}
-        trace = replace(self.trace, meta=self.trace.meta | {"saved": header})
+        trace = compact(self.trace)
+        trace = replace(trace, meta=trace.meta | {"saved": header})
         with TemporaryDirectory() as folder:
             path = Path(folder) / "run.npz"
             trace.save(path)
@@ -119,3 +122,17 @@ def _check_size(data: bytes) -> None:
             f"the run unpacks to {unpacked / 1e6:.0f} MB; the page reads up to "
             f"{MAX_UNPACKED / 1e6:.0f}"
         )
+
+
+def compact(trace: RoutingTrace) -> RoutingTrace:
+    """The trace with scores of two to three digits, as charts show them: a third of the file."""
+    columns = tuple(replace(c, scores=_rounded(c.scores)) for c in trace.columns)
+    return replace(trace, columns=columns)
+
+
+def _rounded(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """To the 8 leading bits (bfloat16); a broadcast view stays one."""
+    if 0 in scores.strides:
+        return scores
+    bits = np.ascontiguousarray(scores).view(np.uint32)
+    return ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)

@@ -77,7 +77,6 @@
   };
   const restore = async () => {
     const told = await asked();
-    if (!told.query) return;
     spectr.wanted = JSON.stringify(told);
     find('#restore').click();
   };
@@ -97,6 +96,7 @@
   const list = async () => {
     const host = find('#runs');
     if (!host) return;
+    host.dataset.isFilled = 'yes';
     const kept = await runs();
     if (!kept.length) {
       host.replaceChildren(element('p', 'No run is kept yet.', { class: 'caption' }));
@@ -193,6 +193,10 @@
   }).observe(document.body, { subtree: true, attributes: true, attributeFilter: ['disabled'] });
 
   find('#announce')?.setAttribute('aria-live', 'polite');
-  orNothing(list());
-  restore();
+  // A fold that is closed has nothing in it: the list is filled when it is there.
+  new MutationObserver(() => {
+    const host = find('#runs');
+    if (host && !host.dataset.isFilled) orNothing(list());
+  }).observe(document.body, { childList: true, subtree: true });
+  if (location.search) restore();
 })();

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,14 +61,17 @@ def lay_out(expert_names: tuple[str, ...]) -> WhatIf:
             )
             kind = gr.Radio(label="What if", choices=_KINDS, value="ban", elem_id="what-if-kind")
         with gr.Row():
-            from_token = gr.Number(
+            # Not numbers: an empty one would come as 0.
+            from_token = gr.Textbox(
                 label="From answer token",
-                info="of each request, from 0; empty: the whole run, prompt included",
-                value=None,
+                info="of each request, from 0; empty: the whole run",
                 elem_id="what-if-token",
             )
-            first = gr.Number(label="From layer", info="empty: the first", value=None)
-            last = gr.Number(label="To layer", info="empty: the last", value=None)
+            layers = gr.Textbox(
+                label="In layers",
+                info="such as 12 or 10-20; empty: all",
+                elem_id="what-if-layers",
+            )
             run = gr.Button("Run both", variant="primary", min_width=120, elem_id="what-if-run")
         answer = gr.HTML(elem_id="what-if-answer")
     with gr.Column(elem_classes="unseen"):
@@ -77,37 +81,29 @@ def lay_out(expert_names: tuple[str, ...]) -> WhatIf:
         "expert": expert,
         "kind": kind,
         "from_token": from_token,
-        "first_layer": first,
-        "last_layer": last,
+        "layers": layers,
     }
     return WhatIf(fold=fold, form=form, run=run, answer=answer, pick=pick, picked=picked)
 
 
-def intervention(
-    num_layers: int,
-    *,
-    expert: str | None,
-    kind: Any,
-    from_token: float | None,
-    first_layer: float | None,
-    last_layer: float | None,
-) -> Intervention:
-    """What a form asks for. Numbers are as the page sends them; None is empty.
-
-    Raises ValueError for what is missing or wrong.
-    """
+def intervention(*, expert: str | None, kind: Any, from_token: str, layers: str) -> Intervention:
+    """What a form asks for. Raises ValueError for what is missing or wrong."""
     if not expert:
         raise ValueError("no expert is chosen: name one under “What if”")
-    token, first, last = map(_whole, (from_token, first_layer, last_layer))
-    layers = None
-    if first is not None or last is not None:
-        layers = 0 if first is None else first, num_layers - 1 if last is None else last
-    return Intervention(kind=kind, expert=expert, from_token=token, layers=layers)
-
-
-def _whole(number: float | None) -> Any:
-    """A browser sends 3 as 3.0, too; 3.7 stays what it is, and is refused."""
-    return int(number) if number is not None and float(number).is_integer() else number
+    token, span = from_token.strip(), layers.strip()
+    if not re.fullmatch(r"\d{0,9}", token):
+        raise ValueError(f"from answer token {token!r:.40}: it must be a whole number, from 0")
+    found = re.fullmatch(r"(\d{1,9})(?:\s*[-–]\s*(\d{1,9}))?", span)
+    if span and not found:
+        raise ValueError(
+            f"in layers {span!r:.40}: write one, such as 12, or a range, such as 10-20"
+        )
+    return Intervention(
+        kind=kind,
+        expert=expert,
+        from_token=int(token) if token else None,
+        layers=(int(found[1]), int(found[2] or found[1])) if found else None,
+    )
 
 
 def router_of(trace: RoutingTrace, label: str) -> RouterConfig:

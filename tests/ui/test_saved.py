@@ -41,6 +41,9 @@ def test_a_run_comes_back(run: SavedRun) -> None:
     assert replace(again.frame, trace=None) == replace(run.frame, trace=None)
     assert again.trace.meta == run.trace.meta
     np.testing.assert_array_equal(again.trace.columns[1].experts, run.trace.columns[1].experts)
+    np.testing.assert_allclose(
+        again.trace.columns[1].scores, run.trace.columns[1].scores, rtol=2**-8
+    )
     assert again.trace.columns[1].candidates is not None
 
 
