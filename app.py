@@ -13,7 +13,6 @@ import gradio as gr
 
 import spectr_demo
 from spectr_demo import ui
-from spectr_demo.base.embedded import EmbeddedBaseError
 
 
 def build(arguments: list[str]) -> gr.Blocks:
@@ -29,7 +28,7 @@ def build(arguments: list[str]) -> gr.Blocks:
     chosen = parser.parse_args(arguments)
     try:
         model = spectr_demo.load(chosen.base, chosen.experts)
-    except (ValueError, EmbeddedBaseError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(str(error))
     return ui.build(model, gpu=spaces.GPU)
 

@@ -5,9 +5,10 @@ Results go to stdout, progress to stderr.
 
 import argparse
 import json
+import math
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(COMMANDS, description=__doc__).parse_args(argv)
     try:
         result = COMMANDS[arguments.command](arguments)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if arguments.json:
+            print(json.dumps(_finite(result), ensure_ascii=False, indent=2, allow_nan=False))
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         if arguments.debug:
             traceback.print_exc()
         print(f"spectr-demo {arguments.command}: {error}", file=sys.stderr)
@@ -49,9 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spectr-demo: stopped", file=sys.stderr)
         return 130
-    if arguments.json:
-        print(json.dumps(result, ensure_ascii=False, indent=2, allow_nan=False))
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """Plain values, with null in the place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +80,8 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     print()
     if step.trace is not None:
         step.trace.save(arguments.trace)
+    if column.error:
+        raise ValueError(column.error)
     return {}
 
 
@@ -76,7 +90,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     result = _run(arguments, arguments.columns)
     if not arguments.json:
         for column in result["columns"]:
-            share = ", ".join(
+            share = column.get("error") or ", ".join(
                 f"{name} {value:.0%}" for name, value in column["expert_share"].items() if value
             )
             speed = f"{column['num_tokens']} tokens, {column['tokens_per_second']:.1f} tokens/s"
@@ -118,6 +132,7 @@ def _run(arguments: argparse.Namespace, columns: Sequence[str]) -> dict[str, Any
                     )
                 },
                 "settings": trace.column(column.label).router,
+                **({"error": column.error} if column.error else {}),
             }
             for column in step.columns
         ],

@@ -135,7 +135,8 @@ class Recorder:
             score = np.where(weight > 0, score, np.nan)
             for p, (layer, projection) in enumerate(zip(*library.places(bank), strict=True)):
                 place = np.s_[:T, layer, projection, :K]
-                experts[place], weights[place] = chosen[:, p], weight[:, p]
+                experts[place] = chosen[:, p]
+                weights[place] = np.where(weight[:, p] > 0, weight[:, p], 0)  # NaN is none, too
                 scores[place] = score[:, p]
         return experts, weights, scores
 

@@ -14,13 +14,14 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import pad_left
 from spectr_demo.config import GenerationSettings, RouterConfig, library_versions
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.batches import check_rows
+from spectr_demo.engine.faults import FiniteLogits, fault_of
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Lane
@@ -44,7 +45,8 @@ class ColumnOutput:
     num_settled: its first characters that stay, while several answers grow side by side.
     num_tokens counts generated tokens, end tokens included; tokens_per_second is the rate of
     decoding, from the first token on (0 before the second). is_cut: whether an answer has all the
-    tokens that it may have, and no end."""
+    tokens that it may have, and no end. error: why an answer ends before; see `engine/faults.py`.
+    """
 
     label: str
     text: str
@@ -53,6 +55,7 @@ class ColumnOutput:
     is_finished: bool
     tokens_per_second: float
     is_cut: bool = False
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,7 @@ class Run:
         self.recorder = Recorder(settings.max_new_tokens) if record else None
         self.trace_every = trace_every if record else None
         self.end_ids = end_token_ids(base)
+        self.finite = FiniteLogits(sorted(self.end_ids))
         self.rows: list[Row] = []
         self.is_cancelled = threading.Event()
         self.queue: SimpleQueue[Step | BaseException | None] = SimpleQueue()
@@ -154,14 +158,19 @@ class Run:
                     eos_token_id=sorted(self.end_ids) or None,
                     pad_token_id=pad,
                 ),
-                logits_processor=logits_processors(self.settings),
+                logits_processor=LogitsProcessorList(
+                    [self.finite, *logits_processors(self.settings)]
+                ),
                 stopping_criteria=StoppingCriteriaList([Cancelled(self.is_cancelled)]),
                 streamer=TokenStreamer(self._add_tokens),
             )
 
     def _add_tokens(self, token_ids: list[int]) -> None:
         now = time.perf_counter()
-        for row, token_id in zip(self.rows, token_ids, strict=True):
+        is_broken = self.finite.is_broken.tolist()
+        for row, token_id, broken in zip(self.rows, token_ids, is_broken, strict=True):
+            if broken and not row.is_finished:
+                row.is_finished, row.fault = True, self._fault(row)
             if not row.is_finished:
                 row.answer.append(token_id)
                 row.clock = [*row.clock[:1], now]
@@ -187,11 +196,16 @@ class Run:
                     num_settled=len("\n".join(texts[: num_settled + 1])),
                     num_tokens=sum(len(row.answer) for row in rows),
                     is_finished=all(row.is_finished for row in rows),
-                    is_cut=any(row.is_finished and not row.has_end for row in rows),
+                    is_cut=any(row.is_finished and not (row.has_end or row.fault) for row in rows),
+                    error="; ".join(dict.fromkeys(row.fault for row in rows if row.fault)),
                     tokens_per_second=sum(_rate(len(row.answer), row.clock) for row in rows),
                 )
             )
         return Step(columns=tuple(columns))
+
+    def _fault(self, row: Row) -> str:
+        plan = self.make_plan([self.routers[row.column]], [row.lane], None)
+        return fault_of(self.base.model, self.library, plan, row.token_ids)
 
     def _text(self, answer: list[int]) -> str:
         text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))

@@ -38,13 +38,15 @@ Place = tuple[int, int]  # a row of the batch, and a token of it
 @dataclass(eq=False)
 class Row:
     """One row of a run's batch: a lane of a column, and what is generated in it. has_end: whether
-    its last token is an end token. clock: the times of its first and its last token."""
+    its last token is an end token. clock: the times of its first and its last token. fault: why it
+    had to end before its next token."""
 
     column: int
     lane: Lane
     answer: list[int] = field(default_factory=list)
     is_finished: bool = False
     has_end: bool = False
+    fault: str = ""
     clock: list[float] = field(default_factory=list)
 
     @property

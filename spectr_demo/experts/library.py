@@ -95,6 +95,7 @@ def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
     for path, shape in adapter.shapes.items():
         groups[shape].append(path)
     aligned, factors = {}, adapter.read()
+    too_large: list[str] = []
     for paths in groups.values():
         layers = [factors[path] for path in paths]
         try:
@@ -104,28 +105,23 @@ def align_in_groups(adapter: Adapter) -> dict[str, Aligned]:
                 torch.tensor([layer.scaling for layer in layers]),
             )
         except torch.linalg.LinAlgError:
-            raise _too_large(adapter, paths) from None
-        largest = stacked.singular_values.amax(-1)
-        is_sound = stacked.A.isfinite().all(-1).all(-1) & (largest <= MOST_SINGULAR_VALUE)
-        if not is_sound.all():  # NaN too
-            raise _too_large(
-                adapter, [path for path, sound in zip(paths, is_sound, strict=True) if not sound]
-            )
-        for path, A, B in zip(paths, stacked.A, stacked.B, strict=True):
+            too_large += paths
+            continue
+        is_sound = stacked.A.isfinite().all(-1).all(-1)
+        is_sound &= stacked.singular_values.amax(-1) <= MOST_SINGULAR_VALUE  # NaN is not
+        for path, A, B, sound in zip(paths, stacked.A, stacked.B, is_sound.tolist(), strict=True):
             aligned[path] = Aligned(A, B)
+            if not sound:
+                too_large.append(path)
+    if too_large:
+        found = [f"its update of {path} is too large to compute with" for path in too_large]
+        raise AdapterError(
+            [
+                f"expert {adapter.name!r}: {first(found, 'layers')}; singular values up to "
+                f"{MOST_SINGULAR_VALUE:,.0f} were needed: train it again, or lower its lora_alpha"
+            ]
+        )
     return aligned
-
-
-def _too_large(adapter: Adapter, paths: Sequence[str]) -> AdapterError:
-    found = first(
-        [f"its update of {path} is too large to compute with" for path in paths], "layers"
-    )
-    return AdapterError(
-        [
-            f"expert {adapter.name!r}: {found}; singular values up to {MOST_SINGULAR_VALUE:,.0f} "
-            "were needed: train it again, or lower its lora_alpha"
-        ]
-    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

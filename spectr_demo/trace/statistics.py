@@ -211,8 +211,10 @@ def _best_certainty(column: ColumnTrace) -> BestScores:
 
 
 def mean_logprob(column: ColumnTrace) -> float:
-    """Mean log-probability of a column's answer tokens under its own model, in nats."""
-    return float(np.mean(column.logprob[column.part_slice("answer")]))
+    """Mean log-probability of a column's answer tokens under its own model, in nats; NaN where it
+    has none."""
+    logprob = column.logprob[column.part_slice("answer")]
+    return float(logprob.mean()) if len(logprob) else float("nan")
 
 
 def _mean_score(
