@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.serving.errors import ApiError
 from spectr_demo.serving.request import Asked
 
 Ending = Literal["stop", "length"]  # by itself or at a stop text; at its length
@@ -26,6 +27,7 @@ def pieces(asked: Asked, model: SpectrModel) -> Generator[Piece, None, None]:
 
     A step does not say whether an answer that is full has ended, too. So the run may go one token
     further than is asked for, and is left there: what has not ended by then was cut.
+    Raises ApiError where the answer has to end before.
     """
     num_most = asked.settings.max_new_tokens
     settings = replace(asked.settings, max_new_tokens=num_most + 1)
@@ -33,6 +35,8 @@ def pieces(asked: Asked, model: SpectrModel) -> Generator[Piece, None, None]:
     with closing(model.stream(asked.messages, [asked.router], settings)) as run:  # type: ignore[type-var]
         for num, step in enumerate(run, start=1):
             column = step.columns[0]
+            if column.error:
+                raise ApiError(column.error, status=500)
             is_full = num == num_most
             ending: Ending | None = "stop" if column.is_finished else "length" if is_full else None
             # Of several answers that grow side by side, the first is settled first.

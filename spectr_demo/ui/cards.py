@@ -264,6 +264,8 @@ def _answer(
     }[state]
     if is_done and column.is_cut:
         word = "■ cut at its length"
+    if column.error:
+        word = f"■ {escape(column.error)}"
     facts = [f'<span class="state{" is-cut" if "cut" in word else ""}">{word}</span>']
     if column.num_tokens:
         facts.append(f"<span>{counted(column.num_tokens, 'token')}</span>")

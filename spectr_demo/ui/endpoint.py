@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial, wraps
-from typing import Any, TypedDict, get_args
+from typing import Any, NotRequired, TypedDict, get_args
 
 import gradio as gr
 from gradio.components.api_component import Api
@@ -40,12 +40,13 @@ _READS_ONLY = GenerationSettings(max_new_tokens=1)  # nothing is generated: no t
 
 class Answer(TypedDict):
     """One column of a comparison. num_tokens: end tokens included. expert_share: by name, mean
-    weight over the answer."""
+    weight over the answer. error: why it had to end early, where it had to."""
 
     label: str
     text: str
     num_tokens: int
     expert_share: dict[str, float]
+    error: NotRequired[str]
 
 
 class ExpertExample(TypedDict):
@@ -205,6 +206,7 @@ def _answers(frame: Frame) -> list[Answer]:
             )
             if trace
             else {},
+            **({"error": column.error} if column.error else {}),  # type: ignore[typeddict-item]
         )
         for column in frame.columns
     ]

@@ -7,6 +7,7 @@ import pytest
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step
 from spectr_demo.serving.answer import Piece, first_of, num_held_back, pieces
+from spectr_demo.serving.errors import ApiError
 from spectr_demo.serving.request import Asked, ChatRequest, understood
 
 
@@ -94,3 +95,23 @@ def test_an_answer_may_fill_the_context(routed_model: SpectrModel) -> None:
     full = asked(routed_model, max_tokens=511 - num_prompt)
     first = next(pieces(full, routed_model))
     assert first.num_tokens == 1
+
+
+def test_an_answer_that_has_to_end_is_an_error(routed_model: SpectrModel) -> None:
+    class Broken:
+        def stream(self, *_: Any) -> Any:
+            column = ColumnOutput(
+                label="base",
+                text="",
+                num_settled=0,
+                num_tokens=0,
+                is_finished=True,
+                tokens_per_second=0.0,
+                error="expert 'sql' makes numbers too large",
+            )
+            yield Step(columns=(column,))
+
+    made: Any = Broken()
+    with pytest.raises(ApiError, match="expert 'sql' makes numbers too large") as caught:
+        list(pieces(asked(routed_model), made))
+    assert caught.value.status == 500

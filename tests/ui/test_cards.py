@@ -120,6 +120,7 @@ def test_an_answer_without_an_end_says_that_it_was_cut() -> None:
     assert "cut" not in html("finished")
     assert "cut" not in html("running", is_cut=True), "another lane may go on"
     assert "■ cut at its length" in html("running", is_cut=True, is_finished=True)
+    assert "■ expert &lt;b&gt; makes" in html("running", error="expert <b> makes", is_finished=True)
 
 
 @pytest.mark.parametrize(
