@@ -27,6 +27,7 @@ from spectr_demo.ui.examples import Example, example_of
 from spectr_demo.ui.layout import Layout
 from spectr_demo.ui.recorded import Recording
 from spectr_demo.ui.run import FITTING, Form, Frame, Steps, frames
+from spectr_demo.web import log_fault
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ def message_of(error: Exception) -> str:
         return error.message
     if isinstance(error, ValueError):
         return str(error)
-    logger.exception("a run failed", exc_info=error)
+    log_fault(logger, "a run failed", error)
     return (
         f"The run broke off ({type(error).__name__}: {error}). Nothing else was lost: run it "
         "again, with fewer columns or tokens if memory ran out."

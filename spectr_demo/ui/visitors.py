@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from fastapi.exceptions import RequestValidationError
 from gradio.block_function import BlockFunction
+from gradio.route_utils import FnIndexInferError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 MOST_WRONG = 8  # faults of one body that are told
 # What Gradio offers and this page does not use. An upload would say where it is stored.
 _CLOSED = ("/upload", "/process_recording", "/monitoring", "/monitoring/summary")
+# What Gradio raises for a call of a shape that it does not know.
+_UNREADABLE = (ValueError, TypeError, LookupError, FnIndexInferError)
 _MCP_ENDS = ("/gradio_api/mcp", "/gradio_api/mcp/http")
 _MCP_CALL = "x-spectr-mcp-call"  # Gradio hands a call's headers on to the endpoint
 _mcp_calls: dict[str, str] = {}  # address of each client that waits for an answer, by call
@@ -140,7 +143,7 @@ class Door:
             log_fault(logger, "a request failed", error)
             if has_begun:
                 return
-            if isinstance(error, ValueError | TypeError | LookupError):  # Gradio's, of what came
+            if isinstance(error, _UNREADABLE):
                 await answer(400, f"the request cannot be read ({shown(repr(error))})")
             else:
                 await answer(500, f"the request failed ({type(error).__name__})")

@@ -16,6 +16,8 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import recorded, run
 from spectr_demo.ui import runner as running
+from spectr_demo.ui.line import PLACES
+from spectr_demo.ui.page import MODEL_QUEUE
 from spectr_demo.ui.recorded import Recording
 from spectr_demo.ui.runner import Runner, Session
 from tests.ui.conftest import FRANCE
@@ -27,8 +29,11 @@ def test_everything_that_uses_the_model_shares_one_place(routed_model: SpectrMod
     page = ui.build(routed_model)
     using = [fn for fn in page.fns.values() if fn.name in ("run", "compare", "route")]
     assert len(using) == 4  # Run and Enter; an example; two endpoints
-    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in using} == {("model", 1)}
-    assert page._queue.max_size == 20
+    queued = {(fn.concurrency_id, fn.concurrency_limit) for fn in using}
+    assert queued == {(MODEL_QUEUE["concurrency_id"], MODEL_QUEUE["concurrency_limit"])}
+    # So those who find no place in the line are told so, and others are not in their way.
+    assert PLACES < MODEL_QUEUE["concurrency_limit"] < ui.launch_options()["max_threads"]
+    assert not page.api_open  # a call there would not wait
     assert not page.analytics_enabled
 
 
@@ -47,7 +52,7 @@ def test_the_gpu_is_asked_for_once_a_run(routed_model: SpectrModel) -> None:
 
     client_page = ui.build(routed_model, gpu=gpu)
     compare = next(fn for fn in client_page.fns.values() if fn.name == "compare").fn
-    compare("hello", ["base", "spectr"], max_new_tokens=20)
+    list(compare("hello", ["base", "spectr"], max_new_tokens=20))
     assert asked == [12.0]
 
 
