@@ -109,7 +109,7 @@ def write_parquet(frame: Frame, prompt: str, path: Path) -> None:
         tables.append(
             pa.table(
                 {
-                    "column": pa.array([column.label] * len(t)).dictionary_encode(),
+                    "column": pa.array([column.label] * len(t), pa.string()).dictionary_encode(),
                     "token": pa.array(t.astype(np.int32)),
                     "text": pa.array(texts, pa.string()).take(pa.array(t)),
                     "part": pa.DictionaryArray.from_arrays(
