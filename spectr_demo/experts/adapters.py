@@ -376,7 +376,7 @@ def _unsound(tensors: Mapping[str, TensorInfo]) -> list[str]:
         if not (".lora_A" in name or ".lora_B" in name) or name.endswith(".bias"):
             continue
         rank, width = min(tensor.shape, default=0), max(tensor.shape, default=0)
-        if tensor.kind.startswith("F4") or tensor.kind.startswith("F6"):
+        if tensor.kind.startswith(("F4", "F6_")):  # several numbers share a byte
             strange.append(f"of {name} ({tensor.kind})")
         elif len(tensor.shape) < 2 or not rank:
             shards.append(f"{name} has shape {shown(tensor.shape)}")
