@@ -21,9 +21,12 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.serving.answer import Piece, pieces
 from spectr_demo.serving.errors import ApiError
 from spectr_demo.serving.request import Asked, ChatRequest, model_names, understood
+from spectr_demo.web import BodyLimit, log_fault
 
 logger = logging.getLogger(__name__)
 
+MAX_WAITING = 64  # requests in line
+RETRY_SECONDS = 5  # after which one that found no place may find one
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -35,6 +38,7 @@ def build(model: SpectrModel) -> FastAPI:
     """OpenAI's API for a model; its routers are the models there."""
     # Pages of documentation would load their code from another host.
     app = FastAPI(title="SpectR", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit)
     line = anyio.Lock()
     created = int(time.time())
     models = {
@@ -71,8 +75,10 @@ def build(model: SpectrModel) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def nothing_there(request: Request, error: HTTPException) -> Response:
-        what = f"{request.method} {request.url.path}: {error.detail}; there is POST "
-        what += "/v1/chat/completions and GET /v1/models"
+        what = str(error.detail)
+        if error.status_code in (404, 405):
+            what = f"{request.method} {request.url.path}: {what}; there is POST "
+            what += "/v1/chat/completions and GET /v1/models"
         return ApiError(what, status=error.status_code).response
 
     if model.library.names:
@@ -127,6 +133,13 @@ class _Answering(Response):
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[tuple[Asked, AsyncIterator[Piece]]]:
         """The model for this request alone. The tokenizer, too, serves one at a time."""
+        if self.line.statistics().tasks_waiting >= MAX_WAITING:
+            raise ApiError(
+                f"{MAX_WAITING} requests wait for the model; try again in {RETRY_SECONDS} s",
+                status=429,
+                code="rate_limit_exceeded",
+                retry_after=RETRY_SECONDS,
+            )
         async with self.line:
             asked = await run_in_threadpool(understood, self.request, self.model)
             answer = pieces(asked, self.model)
@@ -177,7 +190,7 @@ class _Answering(Response):
 
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(error, ApiError):
-            logger.exception("a run failed", exc_info=error)
+            log_fault(logger, "a run failed", error)
             is_wrong = isinstance(error, ValueError)  # what only a run finds out of a request
             message = str(error) if is_wrong else f"the run broke off ({error!r}); run it again"
             error = ApiError(message, status=400 if is_wrong else 500)

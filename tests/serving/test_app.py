@@ -3,15 +3,18 @@
 import json
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from spectr_demo import serving
 from spectr_demo.engine import run as engine_run
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
+from spectr_demo.web import MAX_BODY
 from tests.serving.conftest import ServeModel
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -211,6 +214,12 @@ def body(more: bytes = b'"max_tokens": 2', content: bytes = b"hello") -> bytes:
         ("GET", "chat/completions", b"", 405, "Method Not Allowed; there is POST"),
         ("POST", "embeddings", b"{}", 404, "/v1/embeddings: Not Found; there is POST"),
         ("GET", "models/%ED%A0%80", b"", 404, "unknown model"),
+        ("POST", "chat/completions", b"x" * (MAX_BODY + 1), 413, "more than 2,097,152 bytes; send"),
+        ("POST", "chat/completions", b"[" * 100_000, 400, ""),
+        ("POST", "chat/completions", body(b'"seed": 18446744073709551616'), 400, "seed is 184467"),
+        ("POST", "chat/completions", body(b'"temperature": 1e-40'), 400, "temperature is 1e-40"),
+        ("POST", "chat/completions", body(b'"' + b"z" * 1_000_000 + b'": 1'), 400, "unknown param"),
+        ("POST", "chat/completions", body(content=b"z" * 1_000_000), 400, "1,000,000 characters"),
     ],
 )
 def test_what_is_no_request_is_an_error_in_the_same_form(
@@ -220,6 +229,7 @@ def test_what_is_no_request_is_an_error_in_the_same_form(
     response = httpx.request(method, f"{client.base_url}{path}", content=content, headers=headers)
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
+    assert len(response.text) < 3000
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -345,3 +355,35 @@ def test_one_that_leaves_the_line_never_runs(
     assert [chunk.choices[0].finish_reason for chunk in first][-1] == "length"
     answer(client, max_tokens=1)
     assert [run.routers[0].name for run in slow.num_tokens] == ["single", "single"]
+
+
+def ask_until_refused(client: openai.OpenAI) -> None:
+    while True:
+        with suppress(openai.APITimeoutError):
+            answer(client.with_options(timeout=0.5), max_tokens=1)
+
+
+def test_a_line_that_is_full_says_when_to_come_again(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving.app, "MAX_WAITING", 2)
+    slow = Slow(monkeypatch, 0.1)
+    texts: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(sampled(client.with_options(timeout=60), 0)))
+        for _ in range(3)
+    ]
+    first = iter(answer(client, stream=True, max_tokens=60))
+    next(first)
+    for thread in threads[:2]:
+        thread.start()
+    with pytest.raises(openai.RateLimitError, match="2 requests wait for the model") as caught:
+        ask_until_refused(client)
+    assert caught.value.response.headers["retry-after"] == "5"
+    assert caught.value.type == "rate_limit_error"
+    assert caught.value.code == "rate_limit_exceeded"
+    first.close()
+    for thread in threads[:2]:
+        thread.join()
+    assert len(texts) == 2
+    assert slow.most_running == 1
