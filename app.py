@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+from contextlib import suppress
 
 import spaces  # before torch: on a Space it replaces CUDA, elsewhere it does nothing
 
@@ -34,4 +36,9 @@ def build(arguments: list[str]) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build(sys.argv[1:]).launch(**ui.launch_options())
+    # The first process of a container is ended by no signal that it does not handle.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):  # while it loads; later Gradio closes its server
+        build(sys.argv[1:]).launch(**ui.launch_options())
+    sys.stdout.flush()
+    os._exit(0)  # answers that are being written are not waited for

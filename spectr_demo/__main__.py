@@ -6,7 +6,9 @@ Results go to stdout, progress to stderr.
 import argparse
 import json
 import math
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     the traceback before that message. Returns 130 where a person stopped the command.
     """
     arguments = parser(COMMANDS, description=__doc__).parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        # The first process of a container is ended by no signal that it does not handle.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = COMMANDS[arguments.command](arguments)
         if arguments.json:

