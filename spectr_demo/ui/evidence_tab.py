@@ -77,7 +77,14 @@ def _measured(tab: gr.Tab, results: dict[str, Any]) -> None:
 
     outputs = [part for slot in slots.values() for part in slot.parts]
     for event in (domain.input, tab.select):
-        event(show, domain, outputs, show_progress="hidden", **PRIVATE)
+        event(
+            show,
+            domain,
+            outputs,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            **PRIVATE,
+        )
 
 
 def _plain(text: str) -> str:

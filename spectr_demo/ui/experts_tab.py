@@ -1,6 +1,7 @@
 """The tab of experts: one at a time, from its files and weights, computed when it is looked at."""
 
 import html
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.ui.pictures import Slot, Updates
 from spectr_demo.ui.records import licence_of, training_record
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# "always_last": a choice is not lost while the one before is drawn.
+QUIET: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+}
 Near = list[tuple[str, float]]
 NUM_NEAREST = 5
 MAX_LISTED = 200
 
 
 def lay_out(tab: gr.Tab, model: SpectrModel) -> None:
-    """Place the tab's content and wire it. Nothing is computed before the tab is opened."""
+    """Place the tab's content and wire it. No weight is read before the tab is opened."""
     library = model.library
     if not library.names:
         gr.HTML(
@@ -40,30 +46,27 @@ def lay_out(tab: gr.Tab, model: SpectrModel) -> None:
         filterable=True,
         elem_id="expert-shown",
     )
-    facts = gr.HTML(elem_id="expert-facts")
-    slots = {}
-    with gr.Row(elem_classes="pictures"):
-        slots["scores"] = Slot.place("expert-scores")
-        slots["nearest"] = Slot.place("expert-nearest")
-    with gr.Row(elem_classes="pictures"):
-        slots["layers"] = Slot.place("expert-layers")
-        slots["spectrum"] = Slot.place("expert-spectrum")
-    listed = gr.HTML(elem_id="expert-list")
+    # Hidden until it is filled, so that nothing on the page moves.
+    with gr.Column(visible=False) as content:
+        facts = gr.HTML(elem_id="expert-facts")
+        slots = {}
+        for pair in (("scores", "nearest"), ("layers", "spectrum")):
+            with gr.Row(elem_classes="pictures"):
+                for key in pair:
+                    slots[key] = Slot.place(f"expert-{key}")
+        gr.HTML(_list(library), elem_id="expert-list")
 
-    def show(name: str) -> Updates:
+    def show(name: str) -> Iterator[Updates]:
         number = library.index(name)
-        near = by_overlap(library, number)
-        shown: Updates = {facts: facts_of(library, number, near)}
-        for key, picture in pictures(library, number, near).items():
+        shown: Updates = {facts: facts_of(library.adapters[number])}
+        for key, picture in pictures(library, number).items():
             shown |= slots[key].show(picture)
-        return shown
+        yield {content: gr.update(visible=True), **shown}
+        yield slots["nearest"].show(nearest(library, number))  # of many it takes seconds
 
-    def open_(name: str) -> Updates:
-        return {**show(name), listed: _list(library)}
-
-    outputs = [facts, *(part for slot in slots.values() for part in slot.parts)]
-    chosen.input(show, chosen, outputs, **PRIVATE)
-    tab.select(open_, chosen, [*outputs, listed], **PRIVATE)
+    outputs = [content, facts, *(part for slot in slots.values() for part in slot.parts)]
+    for event in (chosen.input, tab.select):
+        event(show, chosen, outputs, **QUIET)
 
 
 def by_overlap(library: ExpertLibrary, expert: int) -> Near:
@@ -77,15 +80,41 @@ def by_overlap(library: ExpertLibrary, expert: int) -> Near:
     ]
 
 
-def pictures(library: ExpertLibrary, expert: int, near: Near) -> dict[str, Picture | None]:
-    """What can be drawn of one expert, by where it stands. near: see `by_overlap`."""
+def pictures(library: ExpertLibrary, expert: int) -> dict[str, Picture | None]:
+    """What can be drawn of one expert at once, by where it stands."""
     adapter = library.adapters[expert]
     return {
         "scores": _scores(adapter),
-        "nearest": _nearest(near),
         "layers": _layers(library, expert),
         "spectrum": _spectrum(ExpertSummary.from_adapter(adapter, library.aligned[expert])),
     }
+
+
+def nearest(library: ExpertLibrary, expert: int) -> Picture | None:
+    """The experts that respond to what this one responds to, and whether routers can tell them
+    from it."""
+    near = by_overlap(library, expert)
+    if not near:
+        return None
+    own, (name, most) = library.names[expert], near[0]
+    rows = [
+        Bar(name=other, value=overlap, is_marked=overlap >= ALIKE)
+        for other, overlap in near[:NUM_NEAREST]
+    ]
+    title = f"Nearest to {own} is {name}, {most:.0%} the same: they can be told apart"
+    note = "Mean overlap of the input subspaces: 0 is nothing in common, 1 the same"
+    if alike := [other for other, overlap in near if overlap >= ALIKE]:
+        title = f"⚠ {own} and {', '.join(alike)} cannot be told apart"
+        note = f"They respond to the same inputs: keep one, or merge them. {note}"
+    figure = bars(rows, axis="overlap of what they respond to", line=(ALIKE, "alike"))
+    figure.update_xaxes(range=[0, 1])
+    return Picture(
+        title=title,
+        note=note,
+        figure=figure,
+        header=("expert", "overlap"),
+        rows=[(bar.name, bar.words(".3f")) for bar in rows],
+    )
 
 
 def _title(adapter: Adapter) -> str:
@@ -98,9 +127,8 @@ def _task(record: dict[str, Any]) -> str:
     return TASKS[name].title if name in TASKS else name
 
 
-def facts_of(library: ExpertLibrary, expert: int, near: Near) -> str:
-    """What the files say, and what to know before routing to it. near: see `by_overlap`."""
-    adapter = library.adapters[expert]
+def facts_of(adapter: Adapter) -> str:
+    """What the files say."""
     low, high = adapter.ranks
     layers = len(adapter.shapes)
     record = training_record(adapter)
@@ -115,8 +143,7 @@ def facts_of(library: ExpertLibrary, expert: int, near: Near) -> str:
         "Files": f"{source}, {adapter.num_bytes / 1e6:.1f} MB, SHA-256 {adapter.sha256[:12]}…",
     }
     rows = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
-    notes = [*adapter.notes, *_alike(adapter.name, near)]
-    warned = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    warned = "".join(f"<li>{html.escape(note)}</li>" for note in adapter.notes)
     warned = f'<ul class="warnings" role="note">{warned}</ul>' if warned else ""
     return f'<section class="expert">{warned}<dl>{rows}</dl>{_example(record)}</section>'
 
@@ -129,16 +156,6 @@ def _example(record: dict[str, Any] | None) -> str:
         f'<div class="pair"><p><b>In</b><span dir="auto">{asked}</span></p>'
         f'<p><b>Out</b><span dir="auto">{answer}</span></p></div>'
     )
-
-
-def _alike(name: str, near: Near) -> list[str]:
-    """A warning for each expert that routers cannot tell from this one."""
-    return [
-        f"{name} and {other} respond to the same inputs (overlap {overlap:.2f}): no router here "
-        "can tell them apart. Keep one, or merge them."
-        for other, overlap in near
-        if overlap >= ALIKE
-    ]
 
 
 def _scores(adapter: Adapter) -> Picture | None:
@@ -179,26 +196,6 @@ def _is_sound(score: Any) -> bool:
     every = score.get("all") if isinstance(score, dict) else None
     ends = [every.get(key) for key in ("mean", "low", "high")] if isinstance(every, dict) else []
     return bool(ends) and all(isinstance(end, int | float) for end in ends)
-
-
-def _nearest(near: Near) -> Picture | None:
-    if not near:
-        return None
-    name, most = near[0]
-    told = "they cannot be told apart" if most >= ALIKE else "they can be told apart"
-    rows = [
-        Bar(name=other, value=overlap, is_marked=overlap >= ALIKE)
-        for other, overlap in near[:NUM_NEAREST]
-    ]
-    figure = bars(rows, axis="overlap of what they respond to", line=(ALIKE, "alike"))
-    figure.update_xaxes(range=[0, 1])
-    return Picture(
-        title=f"Its nearest is {name}, {most:.0%} the same: {told}",
-        note="Mean overlap of the input subspaces: 0 is nothing in common, 1 the same",
-        figure=figure,
-        header=("expert", "overlap"),
-        rows=[(bar.name, bar.words(".3f")) for bar in rows],
-    )
 
 
 def _layers(library: ExpertLibrary, expert: int) -> Picture:

@@ -140,6 +140,7 @@ def lay_out(
         inside,
         [prompt, token_shown, layer, projection],
         outputs,
+        trigger_mode="always_last",
         **options,
     )
     tab.select(open_how, [is_read, prompt, layer, projection], outputs, **options)

@@ -12,13 +12,9 @@ from spectr_demo.config import ASSETS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.ui import experts_tab
-from spectr_demo.ui.experts_tab import by_overlap, facts_of, pictures
+from spectr_demo.ui.experts_tab import facts_of, nearest, pictures
 from spectr_demo.ui.records import licence_of
 from tests.conftest import BuildModel, SaveExpert
-
-
-def drawn(library: ExpertLibrary, expert: int) -> dict[str, Any]:
-    return pictures(library, expert, by_overlap(library, expert))
 
 
 def with_record(library: ExpertLibrary, folder: Path, **changes: Any) -> ExpertLibrary:
@@ -35,12 +31,12 @@ def test_an_expert_of_this_project_shows_its_record(
     routed_model: SpectrModel, tmp_path: Path
 ) -> None:
     library = with_record(routed_model.library, tmp_path)
-    facts = facts_of(library, 0, by_overlap(library, 0))
+    facts = facts_of(library.adapters[0])
     assert "Question to SQL" in facts
     assert "apache-2.0" in facts
     assert "FROM flights WHERE airline = &#x27;Swiss&#x27;" in facts
     assert str(tmp_path.parent) not in facts, "where files lie is nobody's business"
-    scores = drawn(library, 0)["scores"]
+    scores = pictures(library, 0)["scores"]
     assert scores.title == "It beats the base: 1.00 against 0.00"
     assert scores.rows == [
         ("this expert", "1.000 (0.981-1.000)"),
@@ -54,17 +50,17 @@ def test_a_baseline_that_is_better_is_said(routed_model: SpectrModel, tmp_path: 
     broken = {"x": 1, "y": {"all": {"mean": "much"}}, "z": {}}
     scores = {"expert": every, "base": every, "by rule": better, **broken}
     library = with_record(routed_model.library, tmp_path, scores=scores)
-    picture = drawn(library, 0)["scores"]
+    picture = pictures(library, 0)["scores"]
     assert picture.title == "It does not beat “by rule”: 0.50 against 0.70"
     assert [name for name, _ in picture.rows] == ["by rule", "this expert", "base model"]
 
 
 def test_a_strangers_expert_shows_what_its_files_say(routed_model: SpectrModel) -> None:
     library = routed_model.library
-    facts = facts_of(library, 0, by_overlap(library, 0))
+    facts = facts_of(library.adapters[0])
     assert facts.count("its files do not say") >= 2
     assert "q_proj" in facts and "14 linear layers" in facts
-    found = drawn(library, 0)
+    found = pictures(library, 0)
     assert found["scores"] is None
     assert found["layers"].title.startswith("It changes all 14 linear layers")
     assert len(found["spectrum"].rows) == 4
@@ -78,7 +74,7 @@ def test_what_an_expert_leaves_alone_is_empty(
 ) -> None:
     small = save_expert("small", seed=7, r=2, target_modules=["q_proj"])
     library = build_model([*expert_folders, small]).library
-    found = drawn(library, 3)
+    found = pictures(library, 3)
     assert found["layers"].title.startswith("It changes 2 of 14 linear layers, q_proj of layer")
     header, (first, _) = found["layers"].header, found["layers"].rows
     sizes = dict(zip(header, first, strict=True))
@@ -95,18 +91,35 @@ def test_two_that_cannot_be_told_apart_are_warned_of(
 ) -> None:
     twin = save_expert("twin", seed=0)  # the seed of red
     library = build_model([*expert_folders, twin]).library
-    near = by_overlap(library, 3)
-    assert near[0][0] == "red"
-    assert "twin and red respond to the same inputs" in facts_of(library, 3, near)
-    nearest = drawn(library, 3)["nearest"]
-    assert nearest.title == "Its nearest is red, 100% the same: they cannot be told apart"
-    assert "respond to the same" not in facts_of(library, 1, by_overlap(library, 1))
-    assert "they can be told apart" in drawn(library, 1)["nearest"].title
+    warned = nearest(library, 3)
+    assert warned is not None
+    assert warned.title == "⚠ twin and red cannot be told apart"
+    assert warned.note.startswith("They respond to the same inputs: keep one, or merge them.")
+    assert warned.rows[0] == ("red", "1.000")
+    fine = nearest(library, 1)
+    assert fine is not None
+    assert fine.title.startswith("Nearest to green is ")
+    assert fine.title.endswith("they can be told apart")
+
+
+def test_an_expert_is_shown_before_all_are_compared(
+    routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gr.Blocks() as page, gr.Tabs(), gr.Tab("Experts") as tab:
+        experts_tab.lay_out(tab, routed_model)
+    show = {fn.name: fn.fn for fn in page.fns.values()}["show"]
+    monkeypatch.setattr(experts_tab, "overlap_of", None)
+    going = show("green")  # type: ignore[misc]
+    first = next(going)
+    assert sum(hasattr(value, "to_plotly_json") for value in first.values()) == 2
+    monkeypatch.undo()
+    (last,) = going
+    assert any("Nearest to green" in str(value) for value in last.values())
 
 
 def test_one_expert_alone_has_none_near(build_model: BuildModel, expert_folders: list[str]) -> None:
     library = build_model(expert_folders[:1]).library
-    assert drawn(library, 0)["nearest"] is None
+    assert nearest(library, 0) is None
 
 
 def test_without_experts_the_tab_says_so(build_model: BuildModel) -> None:
