@@ -12,7 +12,7 @@ from spectr_demo.evaluation.findings import SUBJECT, judged_claims
 from spectr_demo.evaluation.report import load_results, to_markdown
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PAGES += [ROOT / "notebooks" / "README.md"]
 PAGES += [ROOT / "benchmarks" / name / "README.md" for name in ("second_edition", "distractors")]

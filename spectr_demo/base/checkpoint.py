@@ -45,24 +45,29 @@ def embedded_checkpoint(cache: Path, dtype: torch.dtype) -> Path:
     return cache / "base" / "_".join(parts)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the folder holds what `make_embedded_checkpoint` wrote, to the last bit."""
+def is_whole(checkpoint: Path, only: str | None = None) -> bool:
+    """Whether the folder holds what `make_embedded_checkpoint` wrote, to the last bit.
+
+    only: the one of its files that is looked at.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if only is not None:
+            return bool(manifest[only] == file_sha256(checkpoint / only))
         return bool(manifest == digests(checkpoint))
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
 def whole_embedded_checkpoint(
-    dtype: torch.dtype, make_checkpoint: MakeCheckpoint | None = None
+    dtype: torch.dtype, make_checkpoint: MakeCheckpoint | None = None, only: str | None = None
 ) -> Path:
     """Folder of the default's NF4 checkpoint in the cache, which is made if need be.
 
-    Raises what `make_embedded_checkpoint` raises.
+    only: the one file of it that is read. Raises what `make_embedded_checkpoint` raises.
     """
     checkpoint = embedded_checkpoint(cache_dir(), dtype)
-    if not is_whole(checkpoint):
+    if not is_whole(checkpoint, only):
         if checkpoint.exists():
             logger.warning("%s is damaged and is made again", checkpoint)
         (make_checkpoint or make_embedded_checkpoint)(checkpoint, dtype)

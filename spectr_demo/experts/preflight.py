@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from spectr_demo.base.checkpoint import whole_embedded_checkpoint
 from spectr_demo.base.decoder import decoder_of
@@ -115,7 +116,9 @@ def config_of(base: str | None) -> PretrainedConfig:
     be loaded.
     """
     base = base or base_from_environment()
-    base = base or str(whole_embedded_checkpoint(choose_compute_dtype(_device())))
+    if not base:
+        dtype = choose_compute_dtype(_device())
+        base = str(whole_embedded_checkpoint(dtype, only=CONFIG_NAME))
     return read_base_config(base)
 
 

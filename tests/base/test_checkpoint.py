@@ -58,12 +58,14 @@ def test_a_damaged_checkpoint_of_the_default_is_made_again(
     made = embedded_checkpoint(tmp_path, torch.float32)
     converter(made, torch.float32)
     assert is_whole(made)
+    assert is_whole(made, only="config.json")
     path = made / name
     if keep is None:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:keep])
     assert not is_whole(made)
+    assert is_whole(made, only="config.json") == (name not in ("config.json", MANIFEST))
 
 
 @pytest.mark.parametrize("place", [0.3, 0.5, 0.9, 1])
