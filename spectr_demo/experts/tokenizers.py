@@ -19,6 +19,7 @@ from spectr_demo.base.checkpoint import digest
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.templates import settle_template_, template_of
 from spectr_demo.experts.adapters import Adapter, local_folder
+from spectr_demo.experts.messages import shown
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ _FILES = (
     *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 _MOST_NAMED = 4
+MOST_BYTES = 200_000_000  # of a tokenizer's files; the largest ones today have 33 MB
+_MOST_SAID = 1000  # characters of a notice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ def with_template_of(base: LoadedBase, adapters: Sequence[Adapter]) -> LoadedBas
         tokenizer.chat_template = template
         settle_template_(tokenizer, notices[0])
     notices += [line for each in brought for line in _differences(each, base)]
+    notices = [shown(notice, _MOST_SAID) for notice in notices]
     for notice in notices:
         logger.warning(notice)
     return replace(base, tokenizer=tokenizer, notices=(*base.notices, *notices))
@@ -69,6 +73,11 @@ def _brought(adapters: Sequence[Adapter]) -> list[_Brought]:
     found = []
     for some in folders.values():
         names, (_, folder) = [name for name, _ in some], some[0]
+        size = sum((folder / file).stat().st_size for file in _FILES if (folder / file).is_file())
+        if size > MOST_BYTES:
+            reason = f"they have {size} bytes, at most {MOST_BYTES} are read"
+            found.append(_Brought(names=names, tokenizer=None, reason=reason))
+            continue
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             found.append(_Brought(names=names, tokenizer=tokenizer))

@@ -1,6 +1,7 @@
 """The tokenizers that experts bring: a template for a base without one, and what differs."""
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,3 +198,21 @@ def test_load_takes_the_template_and_the_page_can_say_so(
     step = model.compare("Hi", ["spectr"], max_new_tokens=2)
     assert step.trace is not None
     assert step.trace.columns[0].num_prompt == len(encode(tokenizer, "Hi"))
+
+
+def test_a_tokenizer_that_is_large_or_odd_is_named_in_one_line(
+    base: LoadedBase, folders: list[Path], bring: Bring
+) -> None:
+    for folder in folders:
+        bring(folder)
+    (folders[0] / "tokenizer.json").write_bytes(b"{")
+    os.truncate(folders[0] / "tokenizer.json", 5_000_000_000)
+    (folders[1] / "tokenizer_config.json").write_text("[" * 100_000)
+    bring(folders[2], eos_token="\x1b[2J\n" + "x" * 63_000)
+    notices = with_template_of(base, adapters(folders)).notices
+    assert "expert 'red': the tokenizer files cannot be read (they have 50000" in notices[0]
+    assert notices[1].startswith("expert 'green': the tokenizer files cannot be read (")
+    assert any(notice.startswith("expert 'blue': ") for notice in notices)
+    for notice in notices:
+        assert notice.isprintable()
+        assert len(notice) < 1100
