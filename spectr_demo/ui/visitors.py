@@ -12,6 +12,7 @@ import gradio as gr
 from fastapi.exceptions import RequestValidationError
 from gradio.block_function import BlockFunction
 from gradio.route_utils import FnIndexInferError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,7 +86,7 @@ class Page(gr.Blocks):
         headers, client = getattr(request, "headers", {}), getattr(request, "client", None)
         call = headers.get(_MCP_CALL)
         has_session = session_hash is not None and session_hash != event_id
-        address = _mcp_calls.get(call) if call else getattr(client, "host", None)
+        address = _mcp_calls.get(call) if call else _address(headers, client)
 
         def is_gone() -> bool:
             is_cancelled = task is not None and task.cancelling() > 0
@@ -94,6 +95,12 @@ class Page(gr.Blocks):
 
         name = session_hash if has_session and not call else address
         return Visitor(name=name or "", is_gone=is_gone)
+
+
+def _address(headers: Any, client: Any) -> str:
+    """A client's address, also where a proxy hands its requests on."""
+    first, _, _ = headers.get("x-forwarded-for", "").partition(",")
+    return first.strip() or (client[0] if client else "")
 
 
 def _short(message: object) -> gr.Error:
@@ -151,7 +158,7 @@ class Door:
     async def _mcp(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Gradio runs a tool to its end though nobody waits for it, unless it can be told."""
         call = uuid.uuid4().hex
-        _mcp_calls[call] = (scope.get("client") or ("",))[0]
+        _mcp_calls[call] = _address(Headers(scope=scope), scope.get("client"))
         scope["headers"] = [*scope["headers"], (_MCP_CALL.encode(), call.encode())]
         try:
             await self.app(scope, receive, send)
