@@ -32,8 +32,8 @@ class FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # Some tokens may be ruled out by -inf, but not all. All are alike where only the sum of
         # squares in a norm is infinite: it divides by that.
-        least, most = scores.aminmax(dim=-1)
-        self.is_broken = ~most.isfinite() | (least == most)
+        most = scores.amax(-1)  # with `amin` it takes a tenth of the time of `aminmax` on a CPU
+        self.is_broken = ~most.isfinite() | (scores.amin(-1) == most)
         if scores.is_cpu and not self.is_broken.any():  # a GPU is not waited for
             return scores
         ending = torch.full_like(scores[0], -torch.inf if self._end_ids else 0)
