@@ -32,9 +32,9 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root {{ color-scheme: light dark; --ink: #1f2328; --muted: #667080; --line: #e3e6eb;
+:root {{ color-scheme: light dark; --ink: #1f2328; --muted: #5a6372; --line: #e3e6eb;
   --card: #fff; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e8eb; --muted: #9ba3af; --line: #262c37;
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e8eb; --muted: #a3acba; --line: #262c37;
   --card: #161a22; }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--card);
   max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }}

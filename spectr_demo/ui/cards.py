@@ -83,8 +83,10 @@ def header(model: SpectrModel) -> str:
         "<p>One language model, several LoRA experts, and no trained router: the experts’ own "
         "weights say what they are for. SpectR asks them at every token and layer, SpectR in "
         f"context once for each request of a message. {links}</p>"
+        f"<details><summary>{counted(len(library.adapters), 'expert')} loaded</summary>"
         f'<dl class="loaded"><dt>Base</dt><dd>{escape(" · ".join(facts))}</dd>'
-        f'<dt>Experts</dt><dd class="chips">{experts}</dd>{_warnings(model)}</dl></header>'
+        f'<dt>Experts</dt><dd class="chips">{experts}</dd>{_warnings(model)}</dl></details>'
+        "</header>"
     )
 
 
@@ -139,7 +141,10 @@ def about(prompt: str, num_columns: int, recording: Recording | None = None) -> 
         f"{what}, answered {ways} ways{graded}: each token stands on the colour of the expert "
         "that served it."
     )
-    return f'<p class="about">{sentence}{_mark(recording) if recording else ""}</p>'
+    return (
+        f'<h2 class="heard">Answers</h2><p class="about">{sentence}'
+        f"{_mark(recording) if recording else ''}</p>"
+    )
 
 
 def _mark(recording: Recording) -> str:

@@ -37,6 +37,7 @@ def launch_options() -> dict[str, Any]:
     takes from strangers."""
     return {
         "theme": style.theme(),
+        "head": style.HEAD,
         "css_paths": [style.CSS, style.TABS_CSS, charts.CSS],
         "footer_links": ["api", "settings"],
         "run_history": False,

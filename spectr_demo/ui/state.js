@@ -199,4 +199,12 @@
     if (host && !host.dataset.isFilled) orNothing(list());
   }).observe(document.body, { childList: true, subtree: true });
   if (location.search) restore();
+
+  // The page is shown once its height has been the same for some frames.
+  const settle = (height, frames) => {
+    const now = document.documentElement.scrollHeight;
+    if (frames === 0) document.documentElement.classList.add('is-ready');
+    else requestAnimationFrame(() => settle(now, now === height ? frames - 1 : 12));
+  };
+  settle(0, 12);
 })();

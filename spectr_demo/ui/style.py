@@ -21,6 +21,14 @@ SHOW_RESULTS = """() => {
 }"""
 
 
+# Gradio builds the page bit by bit. It is shown once it stands, so that nothing moves under the
+# reader; without a script, after some seconds.
+HEAD = """<style>
+html:not(.is-ready) .gradio-container { visibility: hidden; animation: appear 0s 4s forwards; }
+@keyframes appear { to { visibility: visible; } }
+</style>"""
+
+
 def theme() -> gr.themes.Base:
     """Fonts are the visitor's own: a font from elsewhere would be a request to another host."""
     return gr.themes.Base(
@@ -47,6 +55,17 @@ def theme() -> gr.themes.Base:
         block_label_background_fill_dark="transparent",
         block_label_border_width="0px",
         block_title_text_weight="600",
+        # Gradio's own greys have too little contrast for small text.
+        body_text_color_subdued="#576071",
+        body_text_color_subdued_dark="#a3acba",
+        block_info_text_color="#576071",
+        block_info_text_color_dark="#a3acba",
+        block_label_text_color="#576071",
+        block_label_text_color_dark="#a3acba",
+        block_title_text_color="#3c4555",
+        block_title_text_color_dark="#c4cad4",
+        input_placeholder_color="#6b7482",
+        input_placeholder_color_dark="#98a1af",
         input_border_width="1px",
         input_border_color="#8b93a1",
         input_border_color_dark="#6b7482",
