@@ -27,6 +27,7 @@ class FiniteLogits(LogitsProcessor):
 
     def __init__(self, end_ids: Sequence[int]) -> None:
         self._end_ids = list(end_ids)
+        self._ending: Tensor | None = None  # (V,) the logits of a row that ends
         self.is_broken = torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -36,9 +37,10 @@ class FiniteLogits(LogitsProcessor):
         self.is_broken = ~most.isfinite() | (scores.amin(-1) == most)
         if scores.is_cpu and not self.is_broken.any():  # a GPU is not waited for
             return scores
-        ending = torch.full_like(scores[0], -torch.inf if self._end_ids else 0)
-        ending[self._end_ids] = 0
-        return torch.where(self.is_broken[:, None], ending, scores)
+        if self._ending is None:
+            self._ending = torch.full_like(scores[0], -torch.inf if self._end_ids else 0)
+            self._ending[self._end_ids] = 0
+        return torch.where(self.is_broken[:, None], self._ending, scores)
 
 
 class _Watching(Plan):
