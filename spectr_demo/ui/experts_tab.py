@@ -1,7 +1,6 @@
 """The tab of experts: one at a time, from its files and weights, computed when it is looked at."""
 
 import html
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ QUIET: dict[str, Any] = {
     "trigger_mode": "always_last",
 }
 Near = list[tuple[str, float]]
+FIRST = ("scores", "layers", "spectrum")  # what needs no other expert
 NUM_NEAREST = 5
 MAX_LISTED = 200
 
@@ -56,17 +56,21 @@ def lay_out(tab: gr.Tab, model: SpectrModel) -> None:
                     slots[key] = Slot.place(f"expert-{key}")
         gr.HTML(_list(library), elem_id="expert-list")
 
-    def show(name: str) -> Iterator[Updates]:
+    def show(name: str) -> Updates:
         number = library.index(name)
         shown: Updates = {facts: facts_of(library.adapters[number])}
         for key, picture in pictures(library, number).items():
             shown |= slots[key].show(picture)
-        yield {content: gr.update(visible=True), **shown}
-        yield slots["nearest"].show(nearest(library, number))  # of many it takes seconds
+        return {content: gr.update(visible=True), **shown}
 
-    outputs = [content, facts, *(part for slot in slots.values() for part in slot.parts)]
+    def compare(name: str) -> Updates:
+        return slots["nearest"].show(nearest(library, library.index(name)))
+
+    drawn = [facts, *(part for key in FIRST for part in slots[key].parts)]
     for event in (chosen.input, tab.select):
-        event(show, chosen, outputs, **QUIET)
+        first = event(show, chosen, [content, *drawn], **QUIET)
+        # By itself: with many experts it takes seconds.
+        first.then(compare, chosen, slots["nearest"].parts, **QUIET)
 
 
 def by_overlap(library: ExpertLibrary, expert: int) -> Near:

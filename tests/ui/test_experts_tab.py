@@ -107,14 +107,13 @@ def test_an_expert_is_shown_before_all_are_compared(
 ) -> None:
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("Experts") as tab:
         experts_tab.lay_out(tab, routed_model)
-    show = {fn.name: fn.fn for fn in page.fns.values()}["show"]
-    monkeypatch.setattr(experts_tab, "overlap_of", None)
-    going = show("green")  # type: ignore[misc]
-    first = next(going)
-    assert sum(hasattr(value, "to_plotly_json") for value in first.values()) == 2
-    monkeypatch.undo()
-    (last,) = going
-    assert any("Nearest to green" in str(value) for value in last.values())
+    handlers: dict[str, Any] = {fn.name: fn.fn for fn in page.fns.values()}
+    with monkeypatch.context() as alone:
+        alone.setattr(experts_tab, "overlap_of", None)
+        shown = handlers["show"]("green")
+    assert sum(hasattr(value, "to_plotly_json") for value in shown.values()) == 2
+    compared = handlers["compare"]("green")
+    assert any("Nearest to green" in str(value) for value in compared.values())
 
 
 def test_one_expert_alone_has_none_near(build_model: BuildModel, expert_folders: list[str]) -> None:
