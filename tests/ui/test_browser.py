@@ -361,3 +361,26 @@ def test_an_error_is_told_and_nothing_is_lost(
     page.locator("#run").click()
     expect(page.locator(".caption")).to_contain_text("hello again")
     expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_who_waits_sees_the_place_in_line_and_stop_leaves_it(
+    routed_model: SpectrModel, serve: Serve, open_page: Open
+) -> None:
+    endless = Endless()
+    url = serve(ui.build(routed_model, gpu=endless.gpu))
+    first, second = open_page(url), open_page(url)
+    for page in (first, second):
+        page.locator("#prompt textarea").fill("hello")
+    first.locator("#run").click()
+    expect(first.locator(".answer.is-running")).to_have_count(len(PAGE_COLUMNS))
+    second.locator("#run").click()
+    expect(second.locator(".answer .state").first).to_have_text("number 2 in line")
+    second.locator("#stop").click()
+    expect(second.locator(".answer.is-stopped")).to_have_count(len(PAGE_COLUMNS))
+    expect(second.locator("#run")).to_be_enabled()
+
+    second.locator("#run").click()
+    expect(second.locator(".answer .state").first).to_have_text("number 2 in line")
+    first.close()
+    assert endless.was_closed.wait(PATIENCE / SECONDS)
+    expect(second.locator(".answer.is-running")).to_have_count(len(PAGE_COLUMNS))
