@@ -220,7 +220,8 @@ def _open(source: str, name: str) -> tuple[bytes, WeightsFile, Adapter]:
         f"it uses {what}, which is not supported; train a plain LoRA adapter on linear layers"
         for what in refusals(values)
     ]
-    settings, wrong = _settings(values)
+    clock = Clock()
+    settings, wrong = _settings(values, clock)
     problems += wrong
     try:
         weights = _open_weights(folder)
@@ -232,7 +233,7 @@ def _open(source: str, name: str) -> tuple[bytes, WeightsFile, Adapter]:
         if weights.num_bytes <= MOST_LOOKED_THROUGH:
             problems += _infinite(weights, hashlib.sha256())
         raise AdapterError(problems)
-    layers, notes = _layers(weights.tensors, settings)
+    layers, notes = _layers(weights.tensors, settings, clock)
     keys = [key for layer in layers.values() for key in (layer.lora_A, layer.lora_B)]
     return (
         content,
@@ -343,10 +344,10 @@ def _values(content: bytes, folder: Path) -> dict[str, Any]:
     return values
 
 
-def _settings(values: Mapping[str, Any]) -> tuple[LoraSettings | None, list[str]]:
+def _settings(values: Mapping[str, Any], clock: Clock) -> tuple[LoraSettings | None, list[str]]:
     """The fields that decide what the weights mean; or what is wrong with them."""
     try:
-        return LoraSettings.model_validate(values), []
+        return LoraSettings.of(values, clock), []
     except ValidationError as error:
         wrong = faults(values, error)
         return None, [f"PEFT refuses its {CONFIG_FILE} ({wrong}); save it again with PEFT"]
@@ -404,7 +405,7 @@ def _type_name(kind: str) -> str:
 
 
 def _layers(
-    tensors: Mapping[str, TensorInfo], settings: LoraSettings
+    tensors: Mapping[str, TensorInfo], settings: LoraSettings, clock: Clock
 ) -> tuple[dict[str, _Layer], tuple[str, ...]]:
     """The tensors paired by layer, with the scaling that PEFT gives; and notes on their names.
 
@@ -452,7 +453,7 @@ def _layers(
     elif not pairs:
         problems.append(f"its {WEIGHTS_FILE} holds no LoRA factors; save it again")
     try:
-        layers, misfits = _paired(pairs, names, tensors, settings)
+        layers, misfits = _paired(pairs, names, tensors, settings, clock)
     except PatternError as error:
         layers, misfits = {}, [f"{CONFIG_FILE}: {error}"]
     if problems := problems + misfits:
@@ -468,13 +469,13 @@ def _paired(
     names: Mapping[str, Sequence[str]],
     tensors: Mapping[str, TensorInfo],
     settings: LoraSettings,
+    clock: Clock,
 ) -> tuple[dict[str, _Layer], list[str]]:
     """The layers with the scaling that PEFT gives; and what is wrong with the others.
 
     names: of each layer, by which the configuration may call it.
     """
     layers = {}
-    clock = Clock()
     targets = settings.targets(clock)
     of_rank = Values(settings.rank_pattern or {}, clock)
     of_alpha = Values(settings.alpha_pattern or {}, clock)

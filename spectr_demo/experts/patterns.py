@@ -17,8 +17,9 @@ import regex
 
 MOST_PATTERNS = 10_000  # in one field; large models have a name for each of their layers
 MOST_EXPRESSIONS = 2000  # of these
-MOST_CHARACTERS = 2000  # of one pattern
-MOST_REPEATS = 100  # product of all counts in braces: the engine makes copies of what is repeated
+MOST_CHARACTERS = 20_000  # of one pattern
+# Characters times the product of all counts in braces: the engine makes copies of what is repeated.
+MOST_COPIES = 200_000
 SECONDS = 4.0  # for all patterns of an adapter
 
 _PLAIN = re.compile(r"[\w.-]+")
@@ -36,14 +37,15 @@ class PatternError(ValueError):
 
 
 class Clock:
-    """The time that the expressions of one adapter have together."""
+    """The time that the expressions of one adapter have together: of this thread, so that a busy
+    machine refuses no more than an idle one."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
-        self._end = time.monotonic() + seconds
+        self._end = time.thread_time() + seconds
 
     def left(self) -> float:
         """Seconds. Raises PatternError where there are none."""
-        left = self._end - time.monotonic()
+        left = self._end - time.thread_time()
         if left <= 0:
             raise PatternError("its patterns take too long; name the layers instead")
         return left
@@ -64,9 +66,10 @@ def of_layers(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
-def check_expression(expression: str, pattern: str) -> None:
+def check_expression(expression: str, pattern: str, clock: Clock) -> None:
     """Raises PatternError where Python's `re` takes no such expression, or it is too long or too
     much to compile. pattern: what the file has of it."""
+    clock.left()
     if len(pattern) > MOST_CHARACTERS:
         raise PatternError(f"a pattern has {len(pattern)} characters, {MOST_CHARACTERS} are read")
     if _FOREIGN.search(pattern):
@@ -77,8 +80,8 @@ def check_expression(expression: str, pattern: str) -> None:
         reason = str(error) or type(error).__name__
         raise PatternError(f"{pattern[:60]!r} is no regular expression ({reason})") from None
     counts = (int(upper or lower or 1) for lower, _, upper in _COUNT.findall(pattern))
-    if prod(filter(None, counts)) > MOST_REPEATS:
-        raise PatternError(f"{pattern[:60]!r} repeats its parts more than {MOST_REPEATS} times")
+    if len(pattern) * prod(filter(None, counts)) > MOST_COPIES:
+        raise PatternError(f"{pattern[:60]!r} repeats its parts too often")
     if _OTHERWISE.search(pattern.replace(r"\{", "")):
         raise PatternError(f"{pattern[:60]!r} has a brace that is no count, or a class in a class")
 

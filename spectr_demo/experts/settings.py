@@ -17,6 +17,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
@@ -45,25 +46,30 @@ Alpha = Annotated[
 Number = Annotated[StrictInt, Field(ge=-(10**6), le=10**6)]
 
 
-def _check_keys(patterns: dict[str, Any] | None) -> dict[str, Any]:
+def _clock(info: ValidationInfo) -> Clock:
+    assert isinstance(info.context, Clock)
+    return info.context
+
+
+def _check_keys(patterns: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any]:
     patterns = patterns or {}
     expressions = [pattern for pattern in patterns if not is_plain(pattern)]
     if len(expressions) > MOST_EXPRESSIONS:
         raise ValueError(f"{len(expressions)} of its patterns are expressions")
     for pattern in expressions:
-        check_expression(of_value(pattern), pattern)
+        check_expression(of_value(pattern), pattern, _clock(info))
     return patterns
 
 
-def _check_expression(names: Any) -> Any:
+def _check_expression(names: Any, info: ValidationInfo) -> Any:
     if isinstance(names, str):
-        check_expression(names, names)
+        check_expression(names, names, _clock(info))
     return names
 
 
-def _check_layers(patterns: Any) -> Any:
+def _check_layers(patterns: Any, info: ValidationInfo) -> Any:
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-        check_expression(of_layers(pattern), pattern)
+        check_expression(of_layers(pattern), pattern, _clock(info))
     return patterns
 
 
@@ -110,6 +116,11 @@ class LoraSettings(BaseModel):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
         return self
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], clock: Clock) -> "LoraSettings":
+        """Those in a configuration. Raises ValidationError, of which `faults` tells."""
+        return cls.model_validate(values, context=clock)
 
     @property
     def base_model(self) -> str:

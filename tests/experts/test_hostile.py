@@ -6,6 +6,7 @@ Each was found by hand or by `tests/fuzz`; each stands for its kind.
 import json
 import math
 import os
+import re
 import resource
 import struct
 import time
@@ -80,7 +81,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a rank pattern that is a list": ({"rank_pattern": [1]}, r"rank_pattern is \[1\], needed: "),
     "half an expression": ({"alpha_pattern": {"(": 4}}, r"'\(' is no regular expression \(miss"),
     "a large count": ({"alpha_pattern": {"a{99999999999}": 4}}, "the repetition number is too"),
-    "counts of counts": ({"alpha_pattern": {"((a{99}){99}){99}": 4}}, "repeats its parts more"),
+    "counts of counts": ({"alpha_pattern": {"((a{99}){99}){99}": 4}}, "repeats its parts too of"),
     "alpha as a text": ({"lora_alpha": "16"}, "lora_alpha is '16', needed: a number from"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha is None, needed: a number"),
     "a list of alphas": ({"lora_alpha": []}, r"lora_alpha is \[\], needed: a number"),
@@ -103,6 +104,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "names that are no texts": ({"target_modules": ["q_proj", 3]}, "target_modules is .*needed"),
     "layers that are no numbers": ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
     "a field of another place": ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_tr"),
+    "2,000 expressions that compile slowly": (
+        {"rank_pattern": {f"(?i:{'[!-~]' * 300}){i}": 4 for i in range(2000)}},
+        "its patterns take too long; name the layers instead",
+    ),
     "all at once": (
         {"r": "4", "lora_alpha": None, "use_rslora": 7},
         "r is '4'.*; lora_alpha is None.*; use_rslora is 7",
@@ -119,9 +124,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_bad_value_is_named(case: str, folder: Path) -> None:
     values, message = CONFIGS[case]
     write_config(folder, **values)
-    with pytest.raises(AdapterError, match=message):
-        read_adapter(folder)
-    refused(folder)
+    assert re.search(message, refused(folder))
 
 
 DEEP = 100_000
@@ -145,9 +148,7 @@ def test_a_bad_configuration_is_named(case: str, folder: Path) -> None:
     change, message = TEXTS[case]
     file = folder / CONFIG_FILE
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(AdapterError, match=message):
-        read_adapter(folder)
-    refused(folder)
+    assert re.search(message, refused(folder))
 
 
 def test_numbers_as_peft_writes_them_are_taken(folder: Path) -> None:
@@ -323,9 +324,7 @@ def test_bad_weights_are_named(
 ) -> None:
     spoil(folder)
     load_experts([], llama)  # what the first call loads is not the file's
-    with pytest.raises(AdapterError, match=WEIGHTS[spoil]):
-        load_experts(str(folder), llama)
-    refused(folder, llama)
+    assert re.search(WEIGHTS[spoil], refused(folder, llama))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])

@@ -86,19 +86,19 @@ def test_the_layers_are_those_of_peft(settings: dict[str, object]) -> None:
         "a{99999999999}",
         "(" * 900 + ")" * 900,
         "(?:(?:(?:a{1000}){1000}){1000}){1000}",
-        "(?:a{11}){10}",
+        "(?:a{110}){1000}",
         "(?i)" + "[a-\uffff]" * 300,
         r"(?i)[a-\uffff]",
         "(?:q_prjo){e<=1}",
         "[[:alpha:]]",
-        "x" * 2001 + "+",
+        "x" * 20_001 + "+",
     ],
 )
 def test_what_is_no_expression_or_a_large_one_is_refused_at_once(pattern: str) -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(PatternError):
-        check_expression(of_value(pattern), pattern)
-    assert time.perf_counter() - begin < 0.5
+        check_expression(of_value(pattern), pattern, Clock())
+    assert time.thread_time() - begin < 0.5
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,11 @@ def test_what_is_no_expression_or_a_large_one_is_refused_at_once(pattern: str) -
         r"layers\.\d{1,2}\.",
         r"(?i:Q_PROJ)",
         r"q_proj\{",
+        "|".join(rf"model\.layers\.{i}\.mlp\.up_proj" for i in range(500)),
     ],
 )
 def test_expressions_that_people_write_are_taken(pattern: str) -> None:
-    check_expression(of_value(pattern), pattern)
+    check_expression(of_value(pattern), pattern, Clock())
 
 
 SLOW = [
@@ -126,11 +127,11 @@ SLOW = [
 
 @pytest.mark.parametrize("pattern", SLOW)
 def test_an_expression_that_takes_for_ever_ends(pattern: str) -> None:
-    names, begin = [name * 8 for name in NAMES], time.perf_counter()
+    names, begin = [name * 8 for name in NAMES], time.thread_time()
     values = Values({pattern: 1}, Clock(seconds=0.3))
     with suppress(PatternError):
         assert {values.of([name], 0) for name in names} == {0}
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1
 
 
 def test_the_time_is_that_of_all_expressions_together() -> None:
@@ -149,10 +150,10 @@ def test_thousands_of_honest_patterns_take_a_moment(escape: bool) -> None:
         "^" + name.replace(".", r"\.") if escape else name: i for i, name in enumerate(names)
     }
     assert is_plain(next(iter(patterns))) != escape
-    begin = time.perf_counter()
+    begin = time.thread_time()
     values = Values(patterns, Clock())
     assert [values.of([name], -1) for name in names] == list(range(len(names)))
-    assert time.perf_counter() - begin < 3
+    assert time.thread_time() - begin < 3
 
 
 def test_a_number_that_is_in_a_part_that_did_not_match_is_none() -> None:
