@@ -68,6 +68,8 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         analytics_enabled=False,
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
     ) as page:
+        # First, so that no handler of the page takes their names.
+        endpoint.register(page, model, steps, MODEL_QUEUE)
         session = gr.State(None, time_to_live=KEEP_SECONDS)
         gr.HTML(cards.header(model))
         with gr.Tabs():
@@ -95,7 +97,6 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         _wire_history(layout, runner)
         _wire_files(layout, session, seen, page.GRADIO_CACHE)
         page.load(None, None, None, js=style.SCRIPT, **PRIVATE)
-        endpoint.register(page, model, steps, MODEL_QUEUE)
     release_threads()  # of loading and building: runs have threads of their own
     # "api_open" would let a program pass by the line.
     return page.queue(max_size=PLACES, default_concurrency_limit=4, api_open=False)

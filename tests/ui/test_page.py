@@ -27,8 +27,9 @@ Serve = Callable[[gr.Blocks], str]
 
 def test_everything_that_uses_the_model_shares_one_place(routed_model: SpectrModel) -> None:
     page = ui.build(routed_model)
-    using = [fn for fn in page.fns.values() if fn.name in ("run", "compare", "route")]
-    assert len(using) == 4  # Run and Enter; an example; two endpoints
+    names = ("run", "run_1", "again", "compare", "route")  # Run and Enter; an example; what if
+    using = [fn for fn in page.fns.values() if fn.api_name in names]
+    assert len(using) == len(names)
     queued = {(fn.concurrency_id, fn.concurrency_limit) for fn in using}
     assert queued == {(MODEL_QUEUE["concurrency_id"], MODEL_QUEUE["concurrency_limit"])}
     # So those who find no place in the line are told so, and others are not in their way.
