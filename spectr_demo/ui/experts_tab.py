@@ -63,14 +63,14 @@ def lay_out(tab: gr.Tab, model: SpectrModel) -> None:
             shown |= slots[key].show(picture)
         return {content: gr.update(visible=True), **shown}
 
-    def compare(name: str) -> Updates:
+    def look_around(name: str) -> Updates:
         return slots["nearest"].show(nearest(library, library.index(name)))
 
     drawn = [facts, *(part for key in FIRST for part in slots[key].parts)]
     for event in (chosen.input, tab.select):
         first = event(show, chosen, [content, *drawn], **QUIET)
         # By itself: with many experts it takes seconds.
-        first.then(compare, chosen, slots["nearest"].parts, **QUIET)
+        first.then(look_around, chosen, slots["nearest"].parts, **QUIET)
 
 
 def by_overlap(library: ExpertLibrary, expert: int) -> Near:

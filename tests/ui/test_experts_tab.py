@@ -112,7 +112,7 @@ def test_an_expert_is_shown_before_all_are_compared(
         alone.setattr(experts_tab, "overlap_of", None)
         shown = handlers["show"]("green")
     assert sum(hasattr(value, "to_plotly_json") for value in shown.values()) == 2
-    compared = handlers["compare"]("green")
+    compared = handlers["look_around"]("green")
     assert any("Nearest to green" in str(value) for value in compared.values())
 
 
