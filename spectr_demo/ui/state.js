@@ -46,7 +46,10 @@
   // The address
   const query = () => new URLSearchParams(location.search);
   const goTo = (text) => {
-    const next = `?${text}`;
+    const told = new URLSearchParams(text);
+    // Gradio's own, such as the theme, stay.
+    query().forEach((value, name) => { if (name.startsWith('__')) told.set(name, value); });
+    const next = `?${told}`;
     if (next !== location.search) history.pushState(null, '', next);
     tellSpace();
   };
@@ -66,7 +69,7 @@
   };
   const shared = (text) => {
     const told = new URLSearchParams(text);
-    told.delete('run');
+    for (const name of [...told.keys()]) if (name === 'run' || name.startsWith('__')) told.delete(name);
     return told.toString();
   };
   const asked = async () => {
@@ -197,8 +200,11 @@
   new MutationObserver(() => {
     const host = find('#runs');
     if (host && !host.dataset.isFilled) orNothing(list());
+    // Gradio names a plot that is still empty, which only an element with a role may be.
+    document.querySelectorAll('.empty[aria-label]:not([role])')
+      .forEach((empty) => empty.setAttribute('role', 'img'));
   }).observe(document.body, { childList: true, subtree: true });
-  if (location.search) restore();
+  if ([...query().keys()].some((name) => !name.startsWith('__') && name !== 'view')) restore();
 
   // The page is shown once its height has been the same for some frames.
   const settle = (height, frames) => {

@@ -73,6 +73,18 @@ def test_axe_finds_nothing_serious_in_any_state(
     assert serious(page) == []
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_the_tabs(
+    routed_model: SpectrModel, serve: Serve, open_page: Open, scheme: Any
+) -> None:
+    page = open_page(serve(ui.build(routed_model)), color_scheme=scheme)
+    for tab in ("Experts", "Evidence", "How it works"):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(".main-svg:visible").first).to_be_visible()
+        expect(page.locator(".generating:visible, .pending:visible")).to_have_count(0)
+        assert serious(page) == []
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_jumps_while_the_page_opens(
     routed_model: SpectrModel, recording: Recording, serve: Serve, open_page: Open, width: int
