@@ -208,6 +208,9 @@ def _said_of(name: str) -> Iterator[None]:
     except AdapterError as error:
         problems = [f"expert {name!r}: {problem}" for problem in error.problems]
         raise AdapterError(problems) from None
+    except OSError as error:
+        what = f"{shown(error.filename)} cannot be read ({error.strerror})"
+        raise AdapterError([f"expert {name!r}: {what}; check whose it is, and the disk"]) from None
 
 
 def _open(source: str, name: str) -> tuple[bytes, WeightsFile, Adapter]:
@@ -253,11 +256,7 @@ def _open(source: str, name: str) -> tuple[bytes, WeightsFile, Adapter]:
 
 def _infinite(weights: WeightsFile, digest: Any) -> list[str]:
     """What is wrong with the numbers. digest: updated with the file."""
-    try:
-        infinite = weights.look_through(digest)
-    except OSError as error:
-        return [f"{shown(weights.path)} cannot be read ({error.strerror}); download it again"]
-    found = [f"{each} holds NaN or infinite values" for each in infinite]
+    found = [f"{name} holds NaN or infinite values" for name in weights.look_through(digest)]
     return [f"{first(found, 'tensors')}; train it again"] if found else []
 
 
@@ -313,20 +312,15 @@ def _config(folder: Path) -> bytes:
         raise AdapterError(
             [f"{shown(folder)} has no {CONFIG_FILE}; it must be a PEFT adapter's folder"]
         )
-    try:
-        size = file.stat().st_size
-        if size <= MOST_CONFIG_BYTES:
-            return file.read_bytes()
-    except OSError as error:
+    size = file.stat().st_size
+    if size > MOST_CONFIG_BYTES:
         raise AdapterError(
-            [f"{shown(file)} cannot be read ({error.strerror}); check whose it is"]
-        ) from None
-    raise AdapterError(
-        [
-            f"{shown(file)} has {size} bytes, at most {MOST_CONFIG_BYTES} are read; save it again "
-            "with PEFT"
-        ]
-    )
+            [
+                f"{shown(file)} has {size} bytes, at most {MOST_CONFIG_BYTES} are read; save it "
+                "again with PEFT"
+            ]
+        )
+    return file.read_bytes()
 
 
 def _values(content: bytes, folder: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class WeightsFile:
                 pass
         except WeightsError:
             raise
-        except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        except (SafetensorError, ValueError, AttributeError) as error:
             raise WeightsError(
                 f"{shown(path)} is corrupt or truncated ({shown(error)})", "download it again"
             ) from None

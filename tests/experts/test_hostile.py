@@ -3,6 +3,7 @@
 Each was found by hand or by `tests/fuzz`; each stands for its kind.
 """
 
+import errno
 import json
 import math
 import os
@@ -364,6 +365,23 @@ def test_a_file_that_changes_after_it_was_checked_is_an_error(folder: Path) -> N
     (folder / WEIGHTS_FILE).unlink()
     with pytest.raises(AdapterError, match=r"^expert 'sound': .*cannot be read"):
         adapter.read()
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_file_that_cannot_be_read_is_named(
+    file: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses it, or the disk fails; root may read all files, so it is played here."""
+
+    def opened(path: Path, *options: Any) -> Any:
+        if path.name == file:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really_opened(path, *options)
+
+    really_opened = Path.open
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened(path, "rb").read())
+    assert f"{folder / file} cannot be read (Permission denied); check whose" in refused(folder)
 
 
 @pytest.mark.parametrize("case", ["alpha as a text", "half an expression"])
