@@ -87,6 +87,7 @@ def test_wheel_and_sdist_hold_code_experts_and_results(built: Path) -> None:
     assert code | {"spectr_demo/ui/style.css", "spectr_demo/assets/generic_text.json"} <= in_wheel
     assert "spectr_demo/evaluation/ordinary.json" in in_wheel
     assert "spectr_demo/assets/results/evaluation.json" in in_wheel
+    assert "spectr_demo/assets/held_out.json" in in_wheel
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     assert code <= in_sdist

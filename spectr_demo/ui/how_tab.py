@@ -152,8 +152,8 @@ def _introduction() -> str:
         '<p class="caption">A linear layer of the base turns x into W x. Each expert was written '
         "once as two factors, B*ₑ A*ₑ: the rows of A*ₑ are the directions it responds to, the "
         "largest first. SpectR lets these directions choose. Here it does so with the experts that "
-        "are loaded, with the paper’s K = 4 where there are so many. The bare base reads the prompt, so "
-        "nothing is added in the layers below.</p>"
+        "are loaded, with the paper’s K = 4 where there are so many. The bare base reads the "
+        "prompt, so nothing is added in the layers below.</p>"
     )
 
 
