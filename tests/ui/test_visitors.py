@@ -201,6 +201,26 @@ def test_one_visitor_cannot_hold_all_places(url: str, endless: Endless) -> None:
     until(lambda: endless.running == 0)
 
 
+def test_without_a_session_a_visitor_is_an_address(url: str, endless: Endless) -> None:
+    """The proxy's of a Space is that of all; it says whose request it hands on."""
+
+    def call(address: str) -> str:
+        headers = {"x-forwarded-for": f"{address}, 10.0.0.1"}
+        body = {"data": ["hello", ["base"], 500, 0, 0]}
+        posted = httpx.post(f"{url}call/compare", json=body, headers=headers)
+        return f"{url}call/compare/{posted.json()['event_id']}"
+
+    held = [events(call("1.2.3.4")) for _ in range(PLACES_EACH)]
+    for sent in held:
+        next(sent)
+    assert "3 runs of yours" in next(events(call("1.2.3.4")))["error"]
+    other = events(call("5.6.7.8"))
+    assert isinstance(next(other), list)
+    for sent in (*held, other):
+        sent.close()  # type: ignore[attr-defined]
+    until(lambda: endless.running == 0)
+
+
 # Requests that are wrong
 
 
