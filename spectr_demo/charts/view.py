@@ -193,13 +193,14 @@ def _finding_of_lanes(seen: _Seen) -> str:
     column = seen.column
     assert column.reading is not None
     lanes = column.reading.lanes[column.num_prompt :]
-    share = seen.share[column.num_prompt :]
+    share, is_read = seen.share[column.num_prompt :], seen.is_read[column.num_prompt :]
     names = np.array(seen.trace.expert_names)
     who = []
     for lane in range(int(lanes.max()) + 1):
-        of_lane = share[lanes == lane]
-        used = names[of_lane[0] > 0] if len(of_lane) else []
-        who.append(" and ".join(f"<b>{html.escape(name)}</b>" for name in used))
+        # One set of experts, but where an intervention begins in the middle.
+        sets = dict.fromkeys(tuple(names[row > 0]) for row in share[(lanes == lane) & is_read])
+        told = [" and ".join(f"<b>{html.escape(name)}</b>" for name in used) for used in sets]
+        who.append(", then ".join(used or "the base" for used in told) if any(told) else "")
     if not any(who):
         return "This router left the answer to the base: no expert stands out"
     if len(who) == 1:

@@ -302,6 +302,18 @@ def test_a_token_is_told_with_what_might_have_stood_there() -> None:
     assert "lag" not in last
 
 
+def test_a_router_that_is_made_to_change_in_the_middle_of_a_lane() -> None:
+    trace = lanes([1, 1])
+    column = trace.column("spectr")
+    experts = column.experts.copy()
+    experts[-2:] = 2
+    changed = replace(trace, columns=(replace(column, experts=experts),))
+    assert (
+        finding(drawn(changed))
+        == "This router used expert-1 for line 1 and expert-1, then expert-2 for line 2"
+    )
+
+
 def test_a_run_in_progress_has_no_candidates() -> None:
     view = charts.routing_view(sample_trace(60, num_layers=2), "spectr").html
     assert "rv-next" not in view
