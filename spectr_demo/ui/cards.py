@@ -83,7 +83,7 @@ def header(model: SpectrModel) -> str:
         "<p>One language model, several LoRA experts, and no trained router: the experts’ own "
         "weights say what they are for. SpectR asks them at every token and layer, SpectR in "
         f"context once for each request of a message. {links}</p>"
-        f"<details><summary>{counted(len(library.adapters), 'expert')} loaded</summary>"
+        f"<details open><summary>{counted(len(library.adapters), 'expert')} loaded</summary>"
         f'<dl class="loaded"><dt>Base</dt><dd>{escape(" · ".join(facts))}</dd>'
         f'<dt>Experts</dt><dd class="chips">{experts}</dd>{_warnings(model)}</dl></details>'
         "</header>"

@@ -206,6 +206,7 @@
   }).observe(document.body, { childList: true, subtree: true });
   if ([...query().keys()].some((name) => !name.startsWith('__') && name !== 'view')) restore();
 
+  if (innerWidth <= 620) find('.masthead details').open = false;
   // The page is shown once its height has been the same for some frames.
   const settle = (height, frames) => {
     const now = document.documentElement.scrollHeight;
