@@ -71,6 +71,11 @@ def paper_data_from_environment() -> str | None:
     return os.environ.get("SPECTR_PAPER_DATA") or None
 
 
+def has_metrics() -> bool:
+    """`SPECTR_METRICS=1`: the servers tell Prometheus what they do."""
+    return os.environ.get("SPECTR_METRICS") == "1"
+
+
 def shipped_experts() -> list[str]:
     """Folders of the experts under `assets/experts/`, by name."""
     return [str(path.parent) for path in sorted(ASSETS.glob("experts/*/adapter_config.json"))]

@@ -8,7 +8,8 @@ finds several requests in the prompt has a row for each of them; its answer is t
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
@@ -61,9 +62,15 @@ class ColumnOutput:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One token later in every column. The last step of a recorded run carries its full trace; a
-    partial trace comes every `trace_every` tokens before, where asked for."""
+    partial trace comes every `trace_every` tokens before, where asked for.
+
+    expert_shares: of each column, the weights of experts over the answer so far, in the mean over
+    its tokens; what is missing to 1 was left to the base. None where only a trace knows, since the
+    router looks at tokens.
+    """
 
     columns: tuple[ColumnOutput, ...]
+    expert_shares: tuple[Mapping[str, float] | None, ...] = ()
     is_last: bool = False
     trace: RoutingTrace | None = None
 
@@ -137,6 +144,9 @@ class Run:
             [row.lane for row in self.rows],
             self.recorder,
         )
+        names, weights = self.library.names, self.plan.constant.unchanged.tolist()
+        for number in set(range(len(self.rows))) - self.plan.num_chosen.keys():
+            self.rows[number].weights = dict(zip(names, weights[number], strict=True))
 
     def _generate(self) -> None:
         model: Any = self.base.model
@@ -184,9 +194,10 @@ class Run:
         self.queue.put(replace(self._step(), trace=trace))
 
     def _step(self) -> Step:
-        columns = []
+        columns, shares = [], []
         for column, label in enumerate(self.labels):
             rows = [row for row in self.rows if row.column == column]
+            shares.append(_expert_share(rows))
             texts = [self._text(row.answer) for row in rows]
             num_settled = next((i for i, row in enumerate(rows) if not row.is_finished), len(rows))
             columns.append(
@@ -201,7 +212,7 @@ class Run:
                     tokens_per_second=sum(_rate(len(row.answer), row.clock) for row in rows),
                 )
             )
-        return Step(columns=tuple(columns))
+        return Step(columns=tuple(columns), expert_shares=tuple(shares))
 
     def _fault(self, row: Row) -> str:
         plan = self.make_plan([self.routers[row.column]], [row.lane], None)
@@ -243,6 +254,18 @@ def unique_labels(routers: Sequence[RouterConfig]) -> list[str]:
         same = sum(known == label or known.startswith(f"{label} (") for known in labels)
         labels.append(f"{label} ({same + 1})" if same else label)
     return labels
+
+
+def _expert_share(rows: Sequence[Row]) -> dict[str, float] | None:
+    share: dict[str, float] = defaultdict(float)
+    num_tokens = sum(len(row.answer) for row in rows)
+    for row in rows:
+        if row.weights is None:
+            return None
+        for name, weight in row.weights.items():
+            if weight:
+                share[name] += weight * len(row.answer) / max(1, num_tokens)
+    return dict(share)
 
 
 def _rate(num_tokens: int, clock: list[float]) -> float:

@@ -39,7 +39,8 @@ Place = tuple[int, int]  # a row of the batch, and a token of it
 class Row:
     """One row of a run's batch: a lane of a column, and what is generated in it. has_end: whether
     its last token is an end token. clock: the times of its first and its last token. fault: why it
-    had to end before its next token."""
+    had to end before its next token. weights: of all experts, by name; None where they change with
+    its tokens."""
 
     column: int
     lane: Lane
@@ -48,6 +49,7 @@ class Row:
     has_end: bool = False
     fault: str = ""
     clock: list[float] = field(default_factory=list)
+    weights: dict[str, float] | None = None
 
     @property
     def token_ids(self) -> list[int]:

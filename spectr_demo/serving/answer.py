@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.run import Step
 from spectr_demo.serving.errors import ApiError
 from spectr_demo.serving.request import Asked
 
@@ -14,11 +15,11 @@ Ending = Literal["stop", "length"]  # by itself or at a stop text; at its length
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one more token adds. text: may be empty. num_tokens: of the answer so far. ending: of
-    the last piece."""
+    """What one more token adds. text: may be empty. step: the run's own. ending: of the last
+    piece."""
 
     text: str
-    num_tokens: int
+    step: Step
     ending: Ending | None
 
 
@@ -46,7 +47,7 @@ def pieces(asked: Asked, model: SpectrModel) -> Generator[Piece, None, None]:
                 text, ending = text[:stop], "stop"
             elif ending is None:
                 text = text[: len(text) - num_held_back(asked.stop, text)]
-            yield Piece(text=text[written:], num_tokens=column.num_tokens, ending=ending)
+            yield Piece(text=text[written:], step=step, ending=ending)
             written = max(written, len(text))
             if ending:
                 return

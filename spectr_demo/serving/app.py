@@ -16,8 +16,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from spectr_demo.config import has_metrics
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.metrics import PATH, Metrics
 from spectr_demo.serving.answer import Piece, pieces
 from spectr_demo.serving.errors import ApiError
 from spectr_demo.serving.request import Asked, ChatRequest, model_names, understood
@@ -40,6 +42,7 @@ def build(model: SpectrModel) -> FastAPI:
     app = FastAPI(title="SpectR", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit)
     line = anyio.Lock()
+    metrics = Metrics(model.library.names)
     created = int(time.time())
     models = {
         name: {"id": name, "object": "model", "created": created, "owned_by": "spectr-demo"}
@@ -63,7 +66,10 @@ def build(model: SpectrModel) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest) -> Response:
-        return _Answering(request, model, line)
+        return _Answering(request, model, line, metrics)
+
+    if has_metrics():
+        app.add_route(PATH, metrics.response)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
@@ -101,9 +107,11 @@ def _unreadable(error: RequestValidationError) -> ApiError:
 class _Answering(Response):
     """One request from its place in the line to its last token, whole or as a stream of events."""
 
-    def __init__(self, request: ChatRequest, model: SpectrModel, line: anyio.Lock) -> None:
+    def __init__(
+        self, request: ChatRequest, model: SpectrModel, line: anyio.Lock, metrics: Metrics
+    ) -> None:
         super().__init__()
-        self.request, self.model, self.line = request, model, line
+        self.request, self.model, self.line, self.metrics = request, model, line, metrics
         self.is_begun = False  # from then on an error is an event of the stream
         self.facts = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -133,26 +141,29 @@ class _Answering(Response):
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[tuple[Asked, AsyncIterator[Piece]]]:
         """The model for this request alone. The tokenizer, too, serves one at a time."""
-        if self.line.statistics().tasks_waiting >= MAX_WAITING:
-            raise ApiError(
-                f"{MAX_WAITING} requests wait for the model; try again in {RETRY_SECONDS} s",
-                status=429,
-                code="rate_limit_exceeded",
-                retry_after=RETRY_SECONDS,
-            )
-        async with self.line:
-            asked = await run_in_threadpool(understood, self.request, self.model)
-            answer = pieces(asked, self.model)
+        with self.metrics.run(_is_refusal) as counted:
+            if self.line.statistics().tasks_waiting >= MAX_WAITING:
+                raise ApiError(
+                    f"{MAX_WAITING} requests wait for the model; try again in {RETRY_SECONDS} s",
+                    status=429,
+                    code="rate_limit_exceeded",
+                    retry_after=RETRY_SECONDS,
+                )
+            async with self.line:
+                counted.begin()
+                asked = await run_in_threadpool(understood, self.request, self.model)
+                answer = pieces(asked, self.model)
 
-            async def each() -> AsyncIterator[Piece]:
-                while (piece := await run_in_threadpool(next, answer, None)) is not None:
-                    yield piece
+                async def each() -> AsyncIterator[Piece]:
+                    while (piece := await run_in_threadpool(next, answer, None)) is not None:
+                        counted.add(piece.step)
+                        yield piece
 
-            try:
-                yield asked, each()
-            finally:
-                with anyio.CancelScope(shield=True):  # the next one waits for the end of this run
-                    await run_in_threadpool(answer.close)
+                try:
+                    yield asked, each()
+                finally:
+                    with anyio.CancelScope(shield=True):  # the next one waits for this run's end
+                        await run_in_threadpool(answer.close)
 
     async def _stream(self, asked: Asked, answer: AsyncIterator[Piece], send: Send) -> None:
         has_usage = self.request.stream_options and self.request.stream_options.include_usage
@@ -191,7 +202,7 @@ class _Answering(Response):
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(error, ApiError):
             log_fault(logger, "a run failed", error)
-            is_wrong = isinstance(error, ValueError)  # what only a run finds out of a request
+            is_wrong = _is_refusal(error)  # what only a run finds out of a request
             message = str(error) if is_wrong else f"the run broke off ({error!r}); run it again"
             error = ApiError(message, status=400 if is_wrong else 500)
         if self.is_begun:
@@ -199,6 +210,11 @@ class _Answering(Response):
             await _send_event(send, None)
         else:
             await error.response(scope, receive, send)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the request is at fault, or there is no place for it. Else the server is."""
+    return error.status < 500 if isinstance(error, ApiError) else isinstance(error, ValueError)
 
 
 async def _cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
@@ -216,8 +232,9 @@ async def _send_event(send: Send, document: dict[str, Any] | None) -> None:
 
 
 def _usage(asked: Asked, last: Piece) -> dict[str, int]:
+    num_tokens = last.step.columns[0].num_tokens
     return {
         "prompt_tokens": asked.num_prompt,
-        "completion_tokens": last.num_tokens,
-        "total_tokens": asked.num_prompt + last.num_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": asked.num_prompt + num_tokens,
     }

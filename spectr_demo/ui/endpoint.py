@@ -22,7 +22,7 @@ from spectr_demo.experts.messages import short
 from spectr_demo.routing.routers import parse_router
 from spectr_demo.ui.records import training_record
 from spectr_demo.ui.requests import RoutedRequest
-from spectr_demo.ui.run import FITTING, MAX_COLUMNS, MAX_NEW_TOKENS, Choice, Frame, Steps, frames
+from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, Choice, Frame, Steps, frames
 from spectr_demo.web import log_fault
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _answers(frame: Frame) -> list[Answer]:
 
 
 def route_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
-    """The endpoint `route`. It takes the first step of a run, which reads the prompt."""
+    """The endpoint `route`: a run that reads the prompt, and has no columns."""
 
     @for_programs
     def route(prompt: str) -> Iterator[list[RoutedRequest]]:
@@ -226,12 +226,9 @@ def route_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
             For each request its text, expert (null: none stands out, the base answers), standing (how sure: how far the nearest expert stands out, in standard deviations over ordinary prompts), threshold (what standing must exceed), and nearest (why: the five nearest experts with their standing).
         """  # noqa: E501
         model.check(prompt)
-        with closing(steps(prompt, [FITTING], _READS_ONLY)) as run:
-            for item in run:
-                if isinstance(item, Choice):
-                    yield list(item.requests)
-                    return
-                yield []  # while it is in line
+        with closing(steps(prompt, [], _READS_ONLY)) as run:
+            for item in run:  # empty while it is in line
+                yield list(item.requests) if isinstance(item, Choice) else []
 
     return route
 

@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 import gradio as gr
 
 from spectr_demo.charts.text import counted
+from spectr_demo.engine.run import Step
+from spectr_demo.metrics import Metrics
 from spectr_demo.ui.run import Waiting
 from spectr_demo.ui.visitors import visitor
 
@@ -35,8 +37,12 @@ class Ticket:
 class Line:
     """The order of runs: the first of each visitor, then the second of each."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, metrics: Metrics | None = None
+    ) -> None:
+        """metrics: those of the server, where its runs are counted."""
         self._clock = clock
+        self.metrics = metrics or Metrics()
         self._changed = threading.Condition()
         self._waiting: dict[str, deque[Ticket]] = {}  # by visitor; whose turn it is stands first
         self._running: Ticket | None = None
@@ -114,6 +120,10 @@ def _refused(message: str) -> gr.Error:
     return gr.Error(message, print_exception=False)
 
 
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, gr.Error)
+
+
 def in_line(
     run: Callable[P, Generator[T, None, None]], line: Line | None = None
 ) -> Callable[P, Generator[Waiting | T, None, None]]:
@@ -127,16 +137,19 @@ def in_line(
 
     def one_at_a_time(*args: P.args, **kwargs: P.kwargs) -> Generator[Waiting | T, None, None]:
         who, seconds = visitor(), 0.0
-        with line.ticket(who.name) as ticket:
+        with line.metrics.run(_is_refusal, who.is_gone) as counted, line.ticket(who.name) as ticket:
             while not line.begins(ticket, seconds):
                 if who.is_gone():
                     return
                 yield line.waiting(ticket)
                 seconds = TICK
+            counted.begin()
             if seconds:
                 yield Waiting(place=1, seconds=0.0)
             with closing(run(*args, **kwargs)) as going:
                 for item in going:
+                    if isinstance(item, Step):
+                        counted.add(item)
                     if who.is_gone():
                         return
                     yield item

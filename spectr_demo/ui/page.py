@@ -6,10 +6,13 @@ from typing import Any
 import gradio as gr
 from fastapi.exceptions import RequestValidationError
 from starlette.middleware import Middleware
+from starlette.routing import Route
 
 from spectr_demo import charts
+from spectr_demo.config import has_metrics
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.metrics import PATH, Metrics
 from spectr_demo.ui import cards, endpoint, history, recorded, style, tabs, what_if
 from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.figures import Export, cached
@@ -18,7 +21,7 @@ from spectr_demo.ui.line import PLACES, Line, in_line
 from spectr_demo.ui.run import MAX_COLUMNS, Form, gpu_seconds, model_steps
 from spectr_demo.ui.runner import Runner, Session, Updates
 from spectr_demo.ui.saved import MAX_BYTES
-from spectr_demo.ui.visitors import Door, Page, unreadable
+from spectr_demo.ui.visitors import Door, Page, tell_metrics, unreadable
 from spectr_demo.web import BodyLimit
 
 KEEP_SECONDS = 3600  # files to download, and the traces of visitors who stay
@@ -50,6 +53,7 @@ def launch_options() -> dict[str, Any]:
         "app_kwargs": {
             "middleware": [Middleware(Door), Middleware(BodyLimit, max_body=MAX_BODY)],
             "exception_handlers": {RequestValidationError: unreadable},
+            "routes": [Route(PATH, tell_metrics)] if has_metrics() else [],
         },
     }
 
@@ -59,7 +63,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
     steps = model_steps(model)
     if gpu is not None:
         steps = gpu(duration=gpu_seconds)(steps)
-    line = Line()
+    line = Line(metrics=Metrics(model.library.names))
     steps = in_line(steps, line)
     examples = examples_for(model.library.names)
     opening = recorded.find(examples[0], model)
@@ -68,6 +72,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         analytics_enabled=False,
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
     ) as page:
+        page.metrics = line.metrics
         # First, so that no handler of the page takes their names.
         endpoint.register(page, model, steps, MODEL_QUEUE)
         session = gr.State(None, time_to_live=KEEP_SECONDS)

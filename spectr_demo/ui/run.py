@@ -47,7 +47,7 @@ class Waiting:
 
 
 # A run of the model, and before it its time in line. Where `FITTING` is among its routers, the
-# choice comes before the steps.
+# choice comes before the steps; where there is no router, it is all that is asked for.
 Steps = Callable[
     [str, Sequence[RouterConfig], GenerationSettings],
     Generator[Waiting | Choice | Step, None, None],
@@ -209,10 +209,12 @@ def model_steps(model: SpectrModel) -> Steps:
         prompt: str, routers: Sequence[RouterConfig], settings: GenerationSettings
     ) -> Generator[Choice | Step, None, None]:
         try:
-            if FITTING in routers:
+            if not routers or FITTING in routers:
                 choice = fitting_expert(model, prompt)
                 routers = chosen(routers, choice)
                 yield choice
+            if not routers:
+                return
             run = model.stream(prompt, routers, settings, record=True, trace_every=TRACE_EVERY)
         except ValueError as error:
             # Of the errors that leave a ZeroGPU worker, only Gradio's own keep their text.

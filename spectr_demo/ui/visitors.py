@@ -14,11 +14,12 @@ from gradio.block_function import BlockFunction
 from gradio.route_utils import FnIndexInferError
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from spectr_demo.charts.text import counted
 from spectr_demo.experts.messages import MOST_SAID, shown
+from spectr_demo.metrics import Metrics
 from spectr_demo.web import log_fault
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ def visitor() -> Visitor:
 
 class Page(gr.Blocks):
     """Blocks that know who calls. What is wrong with a call is one short message, and the log does
-    not repeat the call."""
+    not repeat the call. metrics: of its runs."""
+
+    metrics: Metrics
 
     def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
         needed, got = len(block_fn.inputs), len(inputs)
@@ -105,6 +108,12 @@ def _address(headers: Any, client: Any) -> str:
 
 def _short(message: object) -> gr.Error:
     return gr.Error(shown(message, MOST_SAID), print_exception=False)
+
+
+def tell_metrics(request: Request) -> Response:
+    """The metrics of the page that is served."""
+    page: Page = request.app.get_blocks()
+    return page.metrics.response(request)
 
 
 async def unreadable(request: Request, error: Exception) -> JSONResponse:

@@ -94,7 +94,7 @@ def test_an_answer_may_fill_the_context(routed_model: SpectrModel) -> None:
     assert asked(routed_model).settings.max_new_tokens == 511 - num_prompt
     full = asked(routed_model, max_tokens=511 - num_prompt)
     first = next(pieces(full, routed_model))
-    assert first.num_tokens == 1
+    assert first.step.columns[0].num_tokens == 1
 
 
 def test_an_answer_that_has_to_end_is_an_error(routed_model: SpectrModel) -> None:

@@ -201,6 +201,57 @@ def test_the_words_of_a_place(seconds: float | None, words: str) -> None:
     assert cards.in_line(Waiting(place=2, seconds=seconds)) == words
 
 
+def test_every_run_is_counted_by_how_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "TICK", 0.01)
+    names = ["finished", "stopped", "gone", "gone in line", "failed"]
+    left = as_visitor(monkeypatch, *names)
+    queue = Line()
+    steps = in_line(FakeSteps(5), queue)
+    routers = [parse_router("spectr", NAMES)]
+    assert list(frames(steps, "hello", routers, SETTINGS, threading.Event()))  # closed at its end
+
+    stopped = asked(steps)
+    next(stopped)
+    stopped.close()
+
+    gone, waits = asked(steps), asked(steps)
+    next(gone), next(waits)
+    assert gauges(queue) == (1, 1)
+    for name, run in (("gone in line", waits), ("gone", gone)):
+        left[name].set()
+        assert list(run) == []
+
+    with pytest.raises(RuntimeError):
+        list(asked(in_line(broken, queue)))
+    monkeypatch.setattr(line, "visitor", lambda: Visitor(name="greedy", is_gone=lambda: False))
+    held = [asked(steps) for _ in range(PLACES_EACH)]
+    for run in held:
+        next(run)
+    with pytest.raises(gr.Error):
+        next(asked(steps))
+    for run in reversed(held):
+        run.close()
+
+    outcomes = {
+        outcome: queue.metrics.registry.get_sample_value("spectr_runs_total", {"outcome": outcome})
+        for outcome in ("finished", "stopped", "left", "failed", "refused")
+    }
+    stopped_too = {"stopped": 1 + PLACES_EACH}
+    assert outcomes == {"finished": 1, "left": 2, "failed": 1, "refused": 1} | stopped_too
+    assert gauges(queue) == (0, 0)
+
+
+def gauges(queue: Line) -> tuple[float, float]:
+    """Runs that wait, and runs that go on."""
+    of = queue.metrics.registry.get_sample_value
+    return of("spectr_runs_waiting") or 0, of("spectr_runs_running") or 0
+
+
+def broken(*args: Any) -> Generator[Any, None, None]:
+    raise RuntimeError("out of memory")
+    yield
+
+
 def test_threads_that_wait_are_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [str(n) for n in range(20)]
     monkeypatch.setattr(line, "TICK", 60.0)  # only a turn that comes ends the wait
