@@ -51,6 +51,16 @@ def test_an_empty_variable_is_none_at_all(
     assert read() is None
 
 
+@pytest.mark.parametrize(("value", "is_on"), [("1", True), ("0", False), ("", False)])
+def test_metrics_are_told_where_they_are_asked_for(
+    value: str, is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPECTR_METRICS", raising=False)
+    assert not config.has_metrics()
+    monkeypatch.setenv("SPECTR_METRICS", value)
+    assert config.has_metrics() is is_on
+
+
 def test_every_variable_of_this_project_is_read_in_one_place() -> None:
     package = Path(config.__file__).parent
     readers = {

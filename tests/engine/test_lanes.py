@@ -346,6 +346,26 @@ def test_lanes_of_several_experts(
     assert step.columns[0].text == "\n".join(lines)
 
 
+@pytest.mark.parametrize("experts", [[0, 2, 1], [2, None, 0], [None, None, None]])
+def test_a_step_says_the_share_of_each_expert_without_a_trace(
+    routed_model: SpectrModel, choose: Choose, experts: list[int | None]
+) -> None:
+    choose(experts)
+    columns = ["base", IN_CONTEXT, "single:red", "uniform", "spectr"]
+    *written, last = routed_model.stream(MESSAGE, columns, GenerationSettings(max_new_tokens=12))
+    tokens = [alone(routed_model, i, name(e)).columns[0].num_tokens for i, e in enumerate(experts)]
+    share: dict[str, float] = {}
+    for expert, num in zip(experts, tokens, strict=True):
+        if expert is not None:
+            share[NAMES[expert]] = share.get(NAMES[expert], 0) + num / sum(tokens)
+    base, in_context, single, uniform, looks = last.expert_shares
+    assert in_context == pytest.approx(share)
+    assert (base, single, looks) == ({}, {"red": 1}, None)
+    assert uniform == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+    assert written[0].expert_shares[0] == {}
+    assert last.trace is None
+
+
 def test_two_columns_that_read_the_request(routed_model: SpectrModel) -> None:
     """Each has lanes of its own."""
     sure = replace(IN_CONTEXT, confidence=1.0)
