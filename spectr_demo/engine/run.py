@@ -146,7 +146,8 @@ class Run:
         )
         names, weights = self.library.names, self.plan.constant.unchanged.tolist()
         for number in set(range(len(self.rows))) - self.plan.num_chosen.keys():
-            self.rows[number].weights = dict(zip(names, weights[number], strict=True))
+            used = zip(names, weights[number], strict=True)
+            self.rows[number].weights = {name: weight for name, weight in used if weight}
 
     def _generate(self) -> None:
         model: Any = self.base.model
@@ -263,8 +264,7 @@ def _expert_share(rows: Sequence[Row]) -> dict[str, float] | None:
         if row.weights is None:
             return None
         for name, weight in row.weights.items():
-            if weight:
-                share[name] += weight * len(row.answer) / max(1, num_tokens)
+            share[name] += weight * len(row.answer) / max(1, num_tokens)
     return dict(share)
 
 

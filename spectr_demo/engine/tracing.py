@@ -39,8 +39,8 @@ Place = tuple[int, int]  # a row of the batch, and a token of it
 class Row:
     """One row of a run's batch: a lane of a column, and what is generated in it. has_end: whether
     its last token is an end token. clock: the times of its first and its last token. fault: why it
-    had to end before its next token. weights: of all experts, by name; None where they change with
-    its tokens."""
+    had to end before its next token. weights: of the experts that it uses, by name; None where they
+    change with its tokens."""
 
     column: int
     lane: Lane
