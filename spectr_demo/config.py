@@ -101,7 +101,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return ValueError(f"unknown {kind} {name!r}; there is {', '.join(map(repr, known))}.{hint}")
+    return ValueError(
+        f"unknown {kind} {name!r}; there is {', '.join(map(repr, known)) or 'none'}.{hint}"
+    )
 
 
 def _require(is_valid: bool, what: str, value: object, needed: str) -> None:

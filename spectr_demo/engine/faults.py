@@ -54,6 +54,7 @@ class _Watching(Plan):
 
     def __init__(self, plan: RoutingPlan) -> None:
         self._plan = plan
+        self.places = plan.places
         self._is_over = False
         self._largest = 0.0
         self.most: tuple[ExpertBank, int, Tensor] | None = None

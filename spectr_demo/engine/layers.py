@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,8 @@ from transformers.cache_utils import Cache
 from spectr_demo.base.decoder import decoder_of
 from spectr_demo.cpu.kv_cache import grow_in_place_
 from spectr_demo.cpu.linear import forward_of
-from spectr_demo.engine.plan import BaseLayer, Plan
+from spectr_demo.engine.plan import BaseLayer, Place, Places, Plan
 from spectr_demo.experts.library import ExpertLibrary
-from spectr_demo.routing.bank import ExpertBank
-
-
-class Place(NamedTuple):
-    """Of a layer among those that share a bank. bases: what the base computes at each of them."""
-
-    bank: ExpertBank
-    number: int
-    bases: tuple[BaseLayer, ...]
 
 
 class _Running:
@@ -32,6 +23,7 @@ class _Running:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.places = plan.places
         self.num_runs: Counter[nn.Module] = Counter()
 
 
@@ -50,21 +42,26 @@ def routed(plan: Plan | None) -> Iterator[None]:
 
 
 class RoutedLinear(nn.Module):
-    """`y = W x + delta(x)`; exactly `W x` where no plan is active or all its rows are base."""
+    """`y = W x + delta(x)`; exactly `W x` where no plan is active, all its rows are base, or its
+    library does not touch the layer."""
 
     run_base: BaseLayer
 
-    def __init__(self, base_layer: nn.Module, path: str, places: Sequence[Place]) -> None:
-        """places: one for each time that the layer runs in a pass."""
+    def __init__(self, base_layer: nn.Module, path: str, places: Sequence[Place] = ()) -> None:
+        """places: one for each time that the layer runs in a pass, under plans that have none of
+        their own."""
         super().__init__()
         self.base_layer = base_layer
         self.path = path
         self.places = places  # plain tensors, shared with the library: nothing to train or to save
-        self.__dict__["run_base"] = places[0].bases[places[0].number]
+        self.__dict__["run_base"] = forward_of(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         running = _running.get()
         if running is None or running.plan.is_base_only:
+            return self.run_base(x)
+        places = self.places if running.places is None else running.places.get(self.path)
+        if not places:
             return self.run_base(x)
         if x.dim() != 3:
             raise ValueError(
@@ -72,7 +69,7 @@ class RoutedLinear(nn.Module):
                 f"{x.shape[-1]}); layers that flatten the batch cannot be routed: leave them out "
                 "of the adapters' target modules"
             )
-        bank, number, bases = self.places[0] if len(self.places) == 1 else self._place_now(running)
+        bank, number, bases = places[0] if len(places) == 1 else self._place_now(running, places)
         if x.shape[1] == 1 and running.plan.is_static(x.device):
             return running.plan.read_token(bank, number, bases, x)
         return running.plan.add(self.run_base(x), bank, number, x)
@@ -84,20 +81,20 @@ class RoutedLinear(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
 
-    def _place_now(self, running: "_Running") -> Place:
+    def _place_now(self, running: "_Running", places: Sequence[Place]) -> Place:
         """Of the run that this is in its pass."""
         run = running.num_runs[self]
         running.num_runs[self] += 1
-        if run == len(self.places):
+        if run == len(places):
             raise ValueError(
                 f"{self.path} runs more than {run} times in a pass, and {run} were known; such a "
                 "layer cannot be routed: leave it out of the adapters' target modules"
             )
-        return self.places[run]
+        return places[run]
 
 
 def attach_(model: nn.Module, library: ExpertLibrary) -> None:
-    """Wrap every layer that some expert touches, once. No weight is changed or copied.
+    """Put a library's experts on a model that has none. No weight is changed or copied.
 
     Raises ValueError, and wraps nothing, where experts are attached already.
     """
@@ -108,22 +105,45 @@ def attach_(model: nn.Module, library: ExpertLibrary) -> None:
             "...); a base without any was needed: call `detach()` of the model that has them, or "
             "load the base again"
         )
-    layers = {path: model.get_submodule(path) for bank in library.banks for path in bank.paths}
-    bases = {path: forward_of(layer) for path, layer in layers.items()}
+    use_(model, wrap_(model, library))
+
+
+def wrap_(model: nn.Module, library: ExpertLibrary) -> Places:
+    """Wrap every layer that some expert touches, once, and tell the places of these experts.
+
+    Runs of other libraries may go on meanwhile: a layer that theirs does not touch stays the base
+    alone for them. So it does for all plans that have no places of their own, until `use_`.
+    """
+    paths = dict.fromkeys(path for bank in library.banks for path in bank.paths)
+    layers = {path: model.get_submodule(path) for path in paths}
+    wrapped = {
+        path: layer if isinstance(layer, RoutedLinear) else RoutedLinear(layer, path)
+        for path, layer in layers.items()
+    }
+    _replace_(
+        model, {layer: wrapped[path] for path, layer in layers.items() if layer != wrapped[path]}
+    )
     places: dict[str, list[Place]] = defaultdict(list)
     for bank in library.banks:
-        of_bank = tuple(bases[path] for path in bank.paths)
+        bases = tuple(wrapped[path].run_base for path in bank.paths)
         for number, path in enumerate(bank.paths):
-            places[path].append(Place(bank, number, of_bank))
-    _replace_(
-        model, {layers[path]: RoutedLinear(layers[path], path, places[path]) for path in places}
-    )
+            places[path].append(Place(bank, number, bases))
+    return dict(places)
+
+
+def use_(model: nn.Module, places: Places) -> None:
+    """Have plans that have no places of their own use these."""
+    for layer in _routed_layers(model):
+        layer.places = places.get(layer.path, ())
 
 
 def detach_(model: nn.Module) -> None:
     """Put the base layers back: the model is then the one that was loaded."""
-    routed_layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
-    _replace_(model, {layer: layer.base_layer for layer in routed_layers})
+    _replace_(model, {layer: layer.base_layer for layer in _routed_layers(model)})
+
+
+def _routed_layers(model: nn.Module) -> list[RoutedLinear]:
+    return [module for module in model.modules() if isinstance(module, RoutedLinear)]
 
 
 def _replace_(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

@@ -1,29 +1,34 @@
 """`SpectrModel`: a base with experts attached, and what every front end calls on it."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from spectr_demo.base.loading import DeviceMap, LoadedBase, load_base
-from spectr_demo.base.prompts import Message, check_prompt, encode
+from spectr_demo.base.prompts import Message, Template, check_prompt, encode
 from spectr_demo.config import (
     DEFAULT_ROUTER,
     GenerationSettings,
     RouterConfig,
     experts_from_environment,
+    unknown_name,
 )
-from spectr_demo.engine.layers import attach_, detach_, follow
+from spectr_demo.engine.layers import attach_, detach_, follow, use_, wrap_
+from spectr_demo.engine.ordinary import OrdinaryText
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Lane, Reader
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.run import Run, Step
+from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.engine.static import StepHook
-from spectr_demo.experts.adapters import AdapterError
+from spectr_demo.experts.adapters import Adapter, AdapterError
 from spectr_demo.experts.library import ExpertLibrary, Sources, read_adapters
 from spectr_demo.experts.preflight import config_of
 from spectr_demo.experts.tokenizers import with_template_of
 from spectr_demo.routing.calibration import Calibration
-from spectr_demo.routing.routers import ROUTERS, parse_router
+from spectr_demo.routing.routers import parse_router
 
 
 def load(
@@ -49,17 +54,121 @@ def load(
 
 
 class SpectrModel:
-    """A base model with a library of experts attached, none of them merged into its weights."""
+    """A base model with a library of experts attached, none of them merged into its weights.
+
+    Experts come and go while it runs (`add`, `replace`, `disable`, `enable`, `remove`): a run keeps
+    to the experts that it began with, and the next one has the new ones.
+    """
 
     def __init__(self, base: LoadedBase, library: ExpertLibrary) -> None:
         self.base = base
-        self.library = library
         self.model = base.model
         self.tokenizer = base.tokenizer
-        self.reader = Reader(base, library)
-        self.template = self.reader.template
+        self.template = Template.of(base.tokenizer)
+        self._ordinary_text = OrdinaryText()
+        self._adapters = library.adapters  # of all experts, those that are disabled too
+        self._changing = threading.Lock()
         attach_(self.model, library)
+        self.snapshot = self._snapshot_of(library)
         self._hooks = [*follow(self.model), StepHook(self.model)]
+
+    def _snapshot_of(self, library: ExpertLibrary) -> Snapshot:
+        places = wrap_(self.model, library)
+        reader = Reader(self.base, library, self.template, places, self._ordinary_text)
+        return Snapshot(library=library, places=places, reader=reader)
+
+    @property
+    def library(self) -> ExpertLibrary:
+        """The experts that the next run has."""
+        return self.snapshot.library
+
+    @property
+    def reader(self) -> Reader:
+        return self.snapshot.reader
+
+    @property
+    def calibration(self) -> Calibration:
+        """Of every expert, measured when it is first needed."""
+        return self.reader.ordinary.calibration
+
+    @property
+    def disabled(self) -> tuple[str, ...]:
+        """Names of the experts that are kept, and that no run has."""
+        return tuple(a.name for a in self._adapters if a.name not in self.library.names)
+
+    def add(self, source: Sources) -> tuple[str, ...]:
+        """Add one expert, or several, as `load` takes them. Gives their names.
+
+        Only they are measured over ordinary text, and at once where the others were.
+        Raises AdapterError, and changes nothing, for adapters that do not fit, and for a name that
+        an expert has already, a disabled one too.
+        """
+        with self._changing:
+            new = self._read(source)
+            known = {adapter.name: adapter.source for adapter in self._adapters}
+            if taken := [adapter for adapter in new if adapter.name in known]:
+                raise AdapterError(
+                    [
+                        f"expert {a.name!r}: there is one of this name already "
+                        f"({known[a.name]}); give the new one another, as NAME=SOURCE, or replace "
+                        "the old one"
+                        for a in taken
+                    ]
+                )
+            self._change([*self._adapters, *new], self.disabled)
+        return tuple(adapter.name for adapter in new)
+
+    def replace(self, name: str, source: str | Path) -> None:
+        """Put another adapter in an expert's place, under its name: one change, not two.
+
+        source: a folder or a Hub id. An expert that is disabled stays so.
+        Raises as `add` does, and ValueError for a name that no expert has.
+        """
+        with self._changing:
+            self._require(name)
+            (new,) = self._read(f"{name}={source}")
+            self._change([new if a.name == name else a for a in self._adapters], self.disabled)
+
+    def disable(self, name: str) -> None:
+        """Leave an expert out of all further runs. What is known of it is kept, so `enable` takes
+        no reading. Raises ValueError for a name that no expert has."""
+        with self._changing:
+            self._require(name)
+            self._change(self._adapters, [*self.disabled, name])
+
+    def enable(self, name: str) -> None:
+        """Take an expert in again that was disabled, in its old place."""
+        with self._changing:
+            self._require(name)
+            self._change(self._adapters, [other for other in self.disabled if other != name])
+
+    def remove(self, name: str) -> None:
+        """Forget an expert. Without the last one the base alone answers."""
+        with self._changing:
+            self._require(name)
+            self._change([a for a in self._adapters if a.name != name], self.disabled)
+
+    def _require(self, name: str) -> None:
+        names = [adapter.name for adapter in self._adapters]
+        if name not in names:
+            raise unknown_name("expert", name, names)
+
+    def _read(self, source: Sources) -> Sequence[Adapter]:
+        adapters, problems = read_adapters(source, self.model.config)
+        if problems:
+            raise AdapterError(problems)
+        return adapters
+
+    def _change(self, adapters: Sequence[Adapter], disabled: Sequence[str]) -> None:
+        """Have all further runs use those of the adapters that are not disabled. All that can fail
+        comes before the first line that changes something."""
+        enabled = [adapter for adapter in adapters if adapter.name not in disabled]
+        snapshot = self._snapshot_of(ExpertLibrary.from_adapters(enabled, self.model))
+        if self.reader.is_measured:  # then the next run need not wait for it
+            _ = snapshot.reader.ordinary
+        self._adapters, self.snapshot = tuple(adapters), snapshot
+        self._ordinary_text.keep(adapters)
+        use_(self.model, snapshot.places)
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""
@@ -110,8 +219,9 @@ class SpectrModel:
             raise ValueError(
                 "there is no column to run; name at least one router, such as 'spectr'"
             )
-        routers = [parse_router(column, self.library.names) for column in columns]
-        self._check_interventions(routers)
+        snapshot = self.snapshot
+        routers = [parse_router(column, snapshot.library.names) for column in columns]
+        self._check_interventions(routers, snapshot.library.num_layers)
         prompt_ids = self.encode(prompt)
         context = self.base.context
         if len(prompt_ids) + settings.max_new_tokens > context:
@@ -121,19 +231,16 @@ class SpectrModel:
             )
         run = Run(
             self.base,
-            self.library,
+            snapshot,
             routers,
             prompt_ids,
             settings,
-            lambda: self.lanes_of(routers, prompt_ids),
-            self.plan_lanes,
             record=record,
             trace_every=trace_every,
         )
         return run.steps()
 
-    def _check_interventions(self, routers: Sequence[RouterConfig]) -> None:
-        num_layers = self.library.num_layers
+    def _check_interventions(self, routers: Sequence[RouterConfig], num_layers: int) -> None:
         for router in routers:
             layers = router.intervention and router.intervention.layers
             if layers and layers[1] >= num_layers:
@@ -157,16 +264,8 @@ class SpectrModel:
         return self.lanes_of([router], ids)[0]
 
     def lanes_of(self, routers: Sequence[RouterConfig], ids: Sequence[int]) -> list[list[Lane]]:
-        """What each router answers one by one of a prompt's token ids: its requests, for a router
-        that reads them, else all of it at once. The prompt is read once for all of them."""
-        reads = [ROUTERS[router.name].reads_request for router in routers]
-        read = self.reader.prompt(ids) if any(reads) else None
-        return [
-            read.lanes(router, self.reader.least_standing(router))
-            if read and is_reader
-            else [Lane.whole(ids)]
-            for router, is_reader in zip(routers, reads, strict=True)
-        ]
+        """See `Snapshot.lanes_of`, here of the experts that there are now."""
+        return self.snapshot.lanes_of(routers, ids)
 
     def plan(
         self,
@@ -174,18 +273,8 @@ class SpectrModel:
         prompts: Sequence[Sequence[int]],
         recorder: Recorder | None = None,
     ) -> RoutingPlan:
-        """A plan for one batch, with a router and the token ids of a prompt for each row.
-
-        A router that reads the request takes each prompt for one request here. It is cut into lanes
-        by `lanes`, each of which is a row of `plan_lanes`.
-        """
-        lanes = [
-            self.reader.whole(router, ids)
-            if ROUTERS[router.name].reads_request
-            else Lane.whole(ids)
-            for router, ids in zip(routers, prompts, strict=True)
-        ]
-        return self.plan_lanes(routers, lanes, recorder)
+        """See `Snapshot.plan`, here of the experts that there are now."""
+        return self.snapshot.plan(routers, prompts, recorder)
 
     def plan_lanes(
         self,
@@ -193,24 +282,5 @@ class SpectrModel:
         lanes: Sequence[Lane],
         recorder: Recorder | None = None,
     ) -> RoutingPlan:
-        """A plan for one batch, with a router and a lane for each row."""
-        width = max(len(lane.ids) for lane in lanes)
-        return RoutingPlan(
-            routers,
-            self.library.names,
-            recorder,
-            calibration=self.calibration if any(r.calibrated for r in routers) else None,
-            weights={r: lane.weights for r, lane in enumerate(lanes) if lane.weights is not None},
-            changed={
-                r: self.reader.changed(router, lane.standing)
-                for r, (router, lane) in enumerate(zip(routers, lanes, strict=True))
-                if router.intervention is not None and lane.standing is not None
-            },
-            num_prompt=width,
-            num_padding=[width - len(lane.ids) for lane in lanes],
-        )
-
-    @property
-    def calibration(self) -> Calibration:
-        """Of every expert, measured when it is first needed."""
-        return self.reader.ordinary.calibration
+        """See `Snapshot.plan_lanes`, here of the experts that there are now."""
+        return self.snapshot.plan_lanes(routers, lanes, recorder)

@@ -8,7 +8,7 @@ selected, r rank.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,25 @@ from spectr_demo.routing.calibration import Calibration
 from spectr_demo.routing.spectr import compose
 
 
+class Place(NamedTuple):
+    """Of a layer among those that share a bank. bases: what the base computes at each of them."""
+
+    bank: ExpertBank
+    number: int
+    bases: tuple[BaseLayer, ...]
+
+
+# Of each layer that a library's experts touch, by its path: one for each time that it runs in a
+# pass.
+Places = Mapping[str, Sequence[Place]]
+
+
 class Plan(Protocol):
     """What layers see of a plan. One that says no more is not static."""
 
+    # Of the library that it was made for; a layer without one is the base alone. None is the
+    # library that the model has now.
+    places: Places | None = None
     is_base_only: bool  # layers need not ask: they add nothing
     needs_all_tokens: bool  # those too that no answer depends on
 
@@ -71,11 +87,13 @@ class RoutingPlan:
         changed: Mapping[int, Tensor] | None = None,
         num_prompt: int = 0,
         num_padding: Sequence[int] | None = None,
+        places: Places | None = None,
     ) -> None:
         """calibration: needed where a router is calibrated. weights: (E,) of each row whose router
         has read the request, see `engine/reading.py`; changed: the same under its intervention.
         num_prompt: tokens before the answers, padding included. num_padding: tokens before each
-        row's own; None is none."""
+        row's own; None is none. places: see `Plan`."""
+        self.places = places
         self.routers = tuple(routers)
         self.recorder = recorder
         self.num_padding = list(num_padding or [0] * len(routers))

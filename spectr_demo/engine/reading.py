@@ -7,7 +7,6 @@ run: which requests it holds, and which expert each of them is for (`Reader.prom
 Axes: R rows, T tokens, N tokens of all rows that count, M linear layers, E experts.
 """
 
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,11 +20,11 @@ from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.batches import read_after
 from spectr_demo.engine.intervention import changed_weights
-from spectr_demo.engine.plan import Plan
+from spectr_demo.engine.ordinary import Heard, Ordinary, OrdinaryText, expert_layers
+from spectr_demo.engine.plan import Places, Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.calibration import Calibration, Measurement
-from spectr_demo.routing.detection import Detector, Evidence, detector, standing
+from spectr_demo.routing.detection import Detector, Evidence, Metric
 from spectr_demo.routing.lanes import Span, best_cut, cost_of_cut, joined, spans
 from spectr_demo.routing.spectr import select
 
@@ -99,10 +98,7 @@ class Requests:
 
     def evidence(self, library: ExpertLibrary) -> Evidence:
         """Room for what they tell about the experts of a library."""
-        expert_layers = torch.zeros(len(library.names))
-        for bank in library.banks:
-            expert_layers[bank.expert_ids] += len(bank.paths)
-        return Evidence(self.owners, self.late, self.whole, expert_layers)
+        return Evidence(self.owners, self.late, self.whole, expert_layers(library))
 
 
 class _Listener(Listening):
@@ -112,44 +108,35 @@ class _Listener(Listening):
         self,
         requests: Requests,
         library: ExpertLibrary,
-        detectors: dict[ExpertBank, Detector] | None = None,
+        detectors: Mapping[ExpertBank, Detector],
     ) -> None:
         self.requests = requests
-        self.detectors = detectors or {}
+        self.detectors = detectors
         self.evidence = requests.evidence(library)
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
         inputs = self.requests.counted(x)
-        self.evidence.add(bank, self.detector(bank, inputs).scores(inputs))
-
-    def detector(self, bank: ExpertBank, inputs: Tensor) -> Detector:
-        return self.detectors[bank]
+        self.evidence.add(bank, self.detectors[bank].scores(inputs))
 
 
-class _Measuring(_Listener):
-    """Makes the detectors, and measures what else ordinary text tells."""
+class _Measuring(Listening):
+    """Measures, over ordinary text, the experts of a library that are unknown."""
 
-    def __init__(self, requests: Requests, library: ExpertLibrary) -> None:
-        super().__init__(requests, library)
-        self.measurement = Measurement()
+    def __init__(self, requests: Requests, library: ExpertLibrary, known: OrdinaryText) -> None:
+        self._requests = requests
+        self._evidence = requests.evidence(library)
+        self._known = known
+        self._is_unknown = known.is_unknown(library)
+        self.heard: list[Heard] = []
 
-    def detector(self, bank: ExpertBank, inputs: Tensor) -> Detector:
-        self.measurement.add(bank, bank.project(inputs))
-        self.detectors[bank] = detector(bank, inputs)
-        return self.detectors[bank]
-
-
-@dataclass(frozen=True)
-class Ordinary:
-    """What ordinary text is like for a library. certainty: (R, E) of its prompts."""
-
-    calibration: Calibration
-    detectors: dict[ExpertBank, Detector]
-    certainty: Tensor
-
-    def standing(self, certainty: Tensor) -> Tensor:
-        """Of requests' certainty (..., E), see `routing.detection.standing`."""
-        return standing(certainty, self.certainty)
+    def listen(self, bank: ExpertBank, x: Tensor) -> None:
+        is_unknown = self._is_unknown[bank.expert_ids]
+        new = bank if is_unknown.all() else bank.folded(is_unknown, is_merged=False)
+        if new is None:
+            return
+        inputs = self._requests.counted(x)
+        metric = self._known.metric(bank) or Metric.of(inputs)
+        self.heard.append(Heard.of(new, metric, inputs, self._evidence.late_means))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,28 +202,43 @@ class ReadPrompt:
 class Reader:
     """Reads with one base, for one library of experts; what it finds out is kept."""
 
-    def __init__(self, base: LoadedBase, library: ExpertLibrary) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        library: ExpertLibrary,
+        template: Template,
+        places: Places,
+        known: OrdinaryText,
+    ) -> None:
+        """places: of the library's experts, see `wrap_`. known: about the base and its experts."""
         self._base = base
         self._library = library
-        self.template = Template.of(base.tokenizer)
+        self.template = template
+        self._places = places
+        self._known = known
         self._ordinary: Ordinary | None = None
-        self._lock = threading.RLock()
+
+    @property
+    def is_measured(self) -> bool:
+        return self._ordinary is not None
 
     @property
     def ordinary(self) -> Ordinary:
         """Measured when it is first needed (on a ZeroGPU, where there is one)."""
-        with self._lock:
-            if self._ordinary is None:
-                self._ordinary = self._measure()
-            return self._ordinary
+        if self._ordinary is None:
+            with self._known.lock:
+                if self._ordinary is None:
+                    self._ordinary = self._measure()
+        return self._ordinary
 
     def _measure(self) -> Ordinary:
-        prompts = generic_prompts(self._base)
-        requests = self.requests([encode(self._base.tokenizer, prompt) for prompt in prompts])
-        measuring = _Measuring(requests, self._library)
-        self.read(self.template.opening, [(requests, measuring)])
-        certainty = measuring.evidence.certainty
-        return Ordinary(measuring.measurement.calibration(), measuring.detectors, certainty)
+        if self._known.is_unknown(self._library).any():
+            prompts = generic_prompts(self._base)
+            requests = self.requests([encode(self._base.tokenizer, prompt) for prompt in prompts])
+            measuring = _Measuring(requests, self._library, self._known)
+            self.read(self.template.opening, [(requests, measuring)])
+            self._known.add(self._library, measuring.heard)
+        return self._known.of(self._library)
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> Requests:
         """Those of prompts' token ids, each taken for one request after the template's opening."""
@@ -244,7 +246,10 @@ class Reader:
         return Requests.of(own, self.template.closing)
 
     def read(self, beginning: Sequence[int], some: Sequence[tuple[Requests, Listening]]) -> None:
-        """The bare base reads requests, each after the same beginning."""
+        """The bare base reads requests, each after the same beginning. Those who listen hear the
+        layers of this library."""
+        for _, listener in some:
+            listener.places = self._places
         batches = [(requests.ids, listener) for requests, listener in some]
         deque(read_after(self._base.model, beginning, batches), maxlen=0)
 

@@ -9,7 +9,7 @@ import contextvars
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
@@ -24,8 +24,6 @@ from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.batches import check_rows
 from spectr_demo.engine.faults import FiniteLogits, fault_of
 from spectr_demo.engine.layers import routed
-from spectr_demo.engine.plan import RoutingPlan
-from spectr_demo.engine.reading import Lane
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.sampling import (
     Cancelled,
@@ -34,9 +32,9 @@ from spectr_demo.engine.sampling import (
     logits_processors,
     pad_token_id,
 )
+from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.engine.static import token_step
 from spectr_demo.engine.tracing import Row, build_trace
-from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.trace import RoutingTrace
 
 
@@ -81,26 +79,21 @@ class Run:
     def __init__(
         self,
         base: LoadedBase,
-        library: ExpertLibrary,
+        snapshot: Snapshot,
         routers: Sequence[RouterConfig],
         prompt_ids: list[int],
         settings: GenerationSettings,
-        find_lanes: Callable[[], Sequence[Sequence[Lane]]],
-        make_plan: Callable[[Sequence[RouterConfig], Sequence[Lane], Recorder | None], RoutingPlan],
         *,
         record: bool,
         trace_every: int | None,
     ) -> None:
-        """find_lanes: the lanes of each router; called in the run's own thread, since it may read
-        the prompt. make_plan: from the router and the lane of each row."""
         self.base = base
-        self.library = library
+        self.snapshot = snapshot
+        self.library = snapshot.library
         self.routers = routers
         self.labels = unique_labels(routers)
         self.prompt_ids = prompt_ids
         self.settings = settings
-        self.find_lanes = find_lanes
-        self.make_plan = make_plan
         self.recorder = Recorder(settings.max_new_tokens) if record else None
         self.trace_every = trace_every if record else None
         self.end_ids = end_token_ids(base)
@@ -137,9 +130,11 @@ class Run:
             self.queue.put(None)
 
     def _prepare(self) -> None:
-        for column, lanes in enumerate(self.find_lanes()):
+        """In the worker thread too, since a router may read the prompt."""
+        found = self.snapshot.lanes_of(self.routers, self.prompt_ids)
+        for column, lanes in enumerate(found):
             self.rows += [Row(column=column, lane=lane) for lane in lanes]
-        self.plan = self.make_plan(
+        self.plan = self.snapshot.plan_lanes(
             [self.routers[row.column] for row in self.rows],
             [row.lane for row in self.rows],
             self.recorder,
@@ -216,7 +211,7 @@ class Run:
         return Step(columns=tuple(columns), expert_shares=tuple(shares))
 
     def _fault(self, row: Row) -> str:
-        plan = self.make_plan([self.routers[row.column]], [row.lane], None)
+        plan = self.snapshot.plan_lanes([self.routers[row.column]], [row.lane], None)
         return fault_of(self.base.model, self.library, plan, row.token_ids)
 
     def _text(self, answer: list[int]) -> str:

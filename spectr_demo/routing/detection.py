@@ -19,6 +19,7 @@ of ordinary prompts (`standing`).
 Axes: N tokens, R requests, P projections of a bank, E experts, r rank, k directions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,13 +109,18 @@ class Detector:
     std: Tensor
 
     @classmethod
-    def standardised(cls, bank: ExpertBank, metric: Metric, inputs: Tensor) -> "Detector":
-        """One whose scores have mean 0 and deviation 1 over inputs (N, D_in)."""
+    def of(cls, bank: ExpertBank, metric: Metric, mean: Tensor, std: Tensor) -> "Detector":
+        """One of whose scores mean and deviation (P, E) over ordinary text are known."""
         P, E, r = bank.singular_values.shape
         A = bank.A.float()
         gram = metric(A).view(P, E, r, -1) @ A.view(P, E, r, -1).mT
-        zeros = torch.zeros(P, E, device=A.device)
-        plain = cls(bank=bank, metric=metric, whitening=_whitening(gram), mean=zeros, std=zeros + 1)
+        return cls(bank=bank, metric=metric, whitening=_whitening(gram), mean=mean, std=std)
+
+    @classmethod
+    def standardised(cls, bank: ExpertBank, metric: Metric, inputs: Tensor) -> "Detector":
+        """One whose scores have mean 0 and deviation 1 over inputs (N, D_in)."""
+        zeros = torch.zeros(bank.singular_values.shape[:2], device=bank.A.device)
+        plain = cls.of(bank, metric, zeros, zeros + 1)
         std, mean = torch.std_mean(plain.scores(inputs), dim=0, correction=0)
         # An expert that never responds has no deviation, and its scores stay 0.
         return replace(plain, mean=mean, std=torch.where(std <= 1e-6 * mean + 1e-12, 1.0, std))
@@ -168,6 +174,19 @@ def standing(certainty: Tensor, ordinary: Tensor) -> Tensor:
     return (certainty - mean) / torch.where(std > 1e-6, std, 1.0)
 
 
+def mean_certainty(
+    by_layer: Mapping[ExpertBank, Tensor], num_requests: int, expert_layers: Tensor
+) -> Tensor:
+    """(R, E), the mean over each expert's layers, from the certainty (R, P, E) at each bank.
+
+    expert_layers: (E,) number of linear layers that each expert has.
+    """
+    total = torch.zeros(num_requests, len(expert_layers))
+    for bank, of_layers in by_layer.items():
+        total[:, bank.expert_ids] += of_layers.sum(1)
+    return total / expert_layers
+
+
 class Evidence:
     """What R requests tell, collected while a base reads them with a library of E experts."""
 
@@ -185,9 +204,13 @@ class Evidence:
 
     def add(self, bank: ExpertBank, scores: Tensor) -> None:
         """scores: (N, P, E) of the bank's detector."""
-        self.by_layer[bank] = certainty(self._mean(scores, self._late)).cpu()
+        self.by_layer[bank] = certainty(self.late_means(scores)).cpu()
         explained = self._mean(certainty(scores).sum(1), self._whole)
         self._explained[:, bank.expert_ids] += explained.cpu()
+
+    def late_means(self, scores: Tensor) -> Tensor:
+        """(R, P, E) of each request's tokens, late ones first, from scores (N, P, E)."""
+        return self._mean(scores, self._late)
 
     def _mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """(R, ...) from values (N, ...) of the tokens."""
@@ -199,10 +222,7 @@ class Evidence:
     def certainty(self) -> Tensor:
         """(R, E): how sure the layers are, in the mean, that a request is for each expert. Of the
         mean scores of the tokens, late ones first: at its end a request is known best."""
-        total = torch.zeros_like(self._explained)
-        for bank, of_layers in self.by_layer.items():
-            total[:, bank.expert_ids] += of_layers.sum(1)
-        return total / self._expert_layers
+        return mean_certainty(self.by_layer, self._num_requests, self._expert_layers)
 
     @property
     def explained(self) -> Tensor:

@@ -83,7 +83,8 @@ def look_at(
     model: SpectrModel, prompt: str, token: int | None, layer: int, projection: str
 ) -> Look:
     """Raises ValueError for a prompt that is empty or too long, and for a layer without experts."""
-    library = model.library
+    snapshot = model.snapshot
+    library = snapshot.library
     bank, place = _place(library, layer, projection)
     ids = model.encode(prompt)
     if len(ids) > MAX_TOKENS:
@@ -93,6 +94,7 @@ def look_at(
     if token is None or not 0 <= token < len(ids):
         token = model.template.request(ids)[1] - 1
     watch = _Watch(bank, place, token)
+    watch.places = snapshot.places
     deque(read_after(model.model, [], [(torch.tensor([ids]), watch)]), maxlen=0)
     config = parse_router(ROUTER, library.names)
     z = bank.project(watch.x)  # (1, P, E, r)

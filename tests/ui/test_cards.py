@@ -336,7 +336,8 @@ def test_an_expert_says_what_it_does(routed_model: SpectrModel, tmp_path: Path) 
     }
     first, *others = routed_model.library.adapters
     adapters = (replace(first, source=str(tmp_path)), *others)
-    routed_model.library = replace(routed_model.library, adapters=adapters)
+    library = replace(routed_model.library, adapters=adapters)
+    routed_model.snapshot = replace(routed_model.snapshot, library=library)
     tip = re.compile(r'<span role="tooltip" class="tip" id="tip-0">(.*?)</span></span></span>')
     for content, shown in (
         (

@@ -29,7 +29,8 @@ def described_model(routed_model: SpectrModel) -> SpectrModel:
     """Its first expert has the files of a shipped one."""
     first, *others = routed_model.library.adapters
     adapters = (replace(first, source=str(ASSETS / "experts" / "sql")), *others)
-    routed_model.library = replace(routed_model.library, adapters=adapters)
+    library = replace(routed_model.library, adapters=adapters)
+    routed_model.snapshot = replace(routed_model.snapshot, library=library)
     return routed_model
 
 

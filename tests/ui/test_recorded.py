@@ -98,7 +98,8 @@ def test_a_recording_is_of_one_base_and_its_experts(
         library.adapters[1:],
         (replace(library.adapters[0], sha256="another"), *library.adapters[1:]),
     ):
-        routed_model.library = replace(library, adapters=adapters)
+        other = replace(library, adapters=adapters)
+        routed_model.snapshot = replace(routed_model.snapshot, library=other)
         assert recorded.find(FRANCE, routed_model) is None
 
 
