@@ -121,7 +121,8 @@ def wrap_(model: nn.Module, library: ExpertLibrary) -> Places:
         for path, layer in layers.items()
     }
     _replace_(
-        model, {layer: wrapped[path] for path, layer in layers.items() if layer != wrapped[path]}
+        model,
+        {layer: wrapped[path] for path, layer in layers.items() if layer is not wrapped[path]},
     )
     places: dict[str, list[Place]] = defaultdict(list)
     for bank in library.banks:

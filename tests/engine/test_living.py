@@ -31,7 +31,6 @@ from spectr_demo.engine.reading import Reader
 from spectr_demo.engine.run import Step
 from spectr_demo.experts.adapters import AdapterError
 from spectr_demo.routing.bank import ExpertBank
-from spectr_demo.routing.calibration import Calibration
 from spectr_demo.routing.routers import calibrated_scores
 from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert
 
@@ -283,8 +282,6 @@ def test_an_add_that_fails_changes_nothing(
     model.disable("query")
     expected, found = texts(model, COLUMNS), model.reader.ordinary
     snapshot, of_query = model.snapshot, model.disabled
-    stream = model.stream(PROMPT, COLUMNS, GenerationSettings(max_new_tokens=6))
-    next(stream)
 
     def broken(*_: object, **__: object) -> Any:
         raise MemoryError("no room")
@@ -292,7 +289,9 @@ def test_an_add_that_fails_changes_nothing(
     source: Sequence[str] = [folders["wide"]]
     error: type[Exception] = MemoryError
     match = "no room"
-    with monkeypatch.context() as patch:
+    with in_the_middle(model, 3), monkeypatch.context() as patch:
+        stream = model.stream(PROMPT, COLUMNS, GenerationSettings(max_new_tokens=6))
+        next(stream)
         if fault == "adapter":
             source, error, match = [folders["wide"], _misfit(save_expert)], AdapterError, "misfit"
         elif fault == "name":
@@ -306,7 +305,7 @@ def test_an_add_that_fails_changes_nothing(
 
             patch.setattr(ExpertBank, "put_", full)
         else:
-            patch.setattr(Calibration, "of", broken)
+            patch.setattr(Heard, "of", broken)
         with pytest.raises(error, match=match):
             model.add(source)
     assert model.snapshot is snapshot and model.reader.ordinary is found
@@ -445,8 +444,8 @@ def test_any_changes_in_any_order(build_model: BuildModel, folders: dict[str, st
     run_state_machine_as_test(
         Living,
         settings=settings(
-            max_examples=8,
-            stateful_step_count=12,
+            max_examples=30,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
