@@ -1,5 +1,6 @@
 """`SpectrModel`: a base with experts attached, and what every front end calls on it."""
 
+import dataclasses
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,15 @@ class SpectrModel:
         """
         with self._changing:
             self._require(name)
-            (new,) = self._read(f"{name}={source}")
+            found = self._read(source)
+            if len(found) != 1:
+                raise AdapterError(
+                    [
+                        f"expert {name!r}: {source} has {len(found)} adapters, needed one to put "
+                        "in its place; name the folder of one"
+                    ]
+                )
+            new = dataclasses.replace(found[0], name=name)
             self._change([new if a.name == name else a for a in self._adapters], self.disabled)
 
     def disable(self, name: str) -> None:

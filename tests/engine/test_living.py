@@ -318,6 +318,24 @@ def test_an_add_that_fails_changes_nothing(
     assert_fresh(model, build_model([folders[name] for name in now]))
 
 
+def test_a_replacement_is_one_adapter_under_the_old_name(
+    build_model: BuildModel, folders: dict[str, str], save_expert: SaveExpert, tmp_path: Path
+) -> None:
+    """Whatever the folders are called, such as `lr=1e-4`."""
+    several = tmp_path / "several"
+    old = save_expert("lr=1e-4", seed=6, folder=several)
+    save_expert("other", seed=7, folder=several)
+    model = build_model([Path(old)])
+    with pytest.raises(
+        AdapterError, match=r"'lr=1e-4': .*several has 2 adapters, needed one"
+    ):
+        model.replace("lr=1e-4", several)
+    model.replace("lr=1e-4", folders["wide"])
+    assert model.library.names == ("lr=1e-4",)
+    fresh = build_model([folders["wide"]])
+    assert texts(model, ["single:lr=1e-4"]) == texts(fresh, ["single:wide"])
+
+
 def test_without_the_last_expert_the_base_answers(
     build_model: BuildModel, folders: dict[str, str]
 ) -> None:
