@@ -324,9 +324,7 @@ def test_an_empty_prompt_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_too_many_characters_are_refused_before_they_are_tokens() -> None:
     check_prompt("x" * 8000, 500)
-    with pytest.raises(
-        ValueError, match=r"has 8,001 characters; .*takes at most 8,000"
-    ):
+    with pytest.raises(ValueError, match=r"has 8,001 characters; .*takes at most 8,000"):
         check_prompt("x" * 8001, 500)
     messages = [{"role": "user", "content": "x" * 4001}] * 2
     with pytest.raises(ValueError, match="has 8,002 characters"):

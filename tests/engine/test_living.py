@@ -326,9 +326,7 @@ def test_a_replacement_is_one_adapter_under_the_old_name(
     old = save_expert("lr=1e-4", seed=6, folder=several)
     save_expert("other", seed=7, folder=several)
     model = build_model([Path(old)])
-    with pytest.raises(
-        AdapterError, match=r"'lr=1e-4': .*several has 2 adapters, needed one"
-    ):
+    with pytest.raises(AdapterError, match=r"'lr=1e-4': .*several has 2 adapters, needed one"):
         model.replace("lr=1e-4", several)
     model.replace("lr=1e-4", folders["wide"])
     assert model.library.names == ("lr=1e-4",)
