@@ -50,6 +50,11 @@ def is_zero_gpu() -> bool:
     return bool(os.environ.get("SPACES_ZERO_GPU"))
 
 
+def space_id() -> str:
+    """`OWNER/NAME` of the Space that this is; empty elsewhere."""
+    return os.environ.get("SPACE_ID", "")
+
+
 def base_from_environment() -> str | None:
     """Hub id or folder in `SPECTR_BASE_MODEL`; None stands for the embedded default."""
     return os.environ.get("SPECTR_BASE_MODEL") or None

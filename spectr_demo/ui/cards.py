@@ -5,14 +5,13 @@ Everything that a model, an adapter or a visitor wrote is escaped here, and only
 
 import datetime
 import html
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from spectr_demo.charts import expert_colors, trace_colors
 from spectr_demo.charts.text import counted
-from spectr_demo.config import DEFAULT_ROUTER, PAGE_COLUMNS, RouterConfig
+from spectr_demo.config import DEFAULT_ROUTER, PAGE_COLUMNS, RouterConfig, space_id
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput
 from spectr_demo.evaluation.tasks import TASKS
@@ -229,7 +228,7 @@ def copies(python: str, command: str, query: str) -> str:
         f'<button type="button" class="copy" data-copy="{escape(text)}">{name}</button>'
         for name, text in texts
     )
-    space = escape(os.environ.get("SPACE_ID", ""))
+    space = escape(space_id())
     link = f'data-query="{escape(query)}" data-space="{space}"'
     return (
         f'<p class="copies">{buttons}<button type="button" class="copy" {link}>Copy link</button>'

@@ -176,9 +176,11 @@ class Runner:
             before.is_left.set()
             before.stop.set()
         try:
-            found = history.wanted(asked, self.layout.opening)
-        except ValueError as error:
-            return self._fail(str(error))
+            return self._restored(history.wanted(asked, self.layout.opening))
+        except Exception as error:  # a stranger may hand back anything
+            return self._fail(message_of(error))
+
+    def _restored(self, found: history.Wanted) -> Updates:
         form = self._possible(found.form or Form(**self.layout.opening))
         updates: Updates = {
             component: getattr(form, name) for name, component in self.layout.form.items()
@@ -193,6 +195,8 @@ class Runner:
         if example and is_opening and recorded.find(example, self.model):
             updates |= self.replay(example, found.column)
             del updates[self.layout.history.kept]  # the address is the one that was asked for
+            return updates
+        if not form.prompt:
             return updates
         what = f"<p>The link asks: “{cards.escape(form.prompt)}” <b>Run</b> answers it.</p>"
         return updates | {self.layout.about: f'<div class="about">{what}</div>'}

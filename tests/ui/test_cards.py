@@ -368,3 +368,12 @@ def test_the_bases_notices_are_shown(routed_model: SpectrModel) -> None:
     routed_model.base = replace(routed_model.base, notices=("not used: <temperature>",))
     assert "<li>not used: &lt;temperature&gt;</li>" in cards.header(routed_model)
     assert "temperature" not in before
+
+
+def test_copies_are_escaped_and_know_their_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    html = cards.copies("print('<b>')", 'say "hi"', "prompt=a&seed=3")
+    assert 'data-copy="print(&#x27;&lt;b&gt;&#x27;)"' in html
+    assert 'data-query="prompt=a&amp;seed=3" data-space=""' in html
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    assert 'data-space="owner/name"' in cards.copies("", "", "")

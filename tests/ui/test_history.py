@@ -8,10 +8,13 @@ import pytest
 
 from spectr_demo import ui
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.routing.routers import parse_router
 from spectr_demo.ui import history
 from spectr_demo.ui.recorded import Recording
+from spectr_demo.ui.run import Frame
 from spectr_demo.ui.runner import Runner, Session
-from tests.ui.conftest import FRANCE
+from spectr_demo.ui.saved import SavedRun
+from tests.ui.conftest import FRANCE, form_of
 from tests.ui.test_page import choices, runner_of
 
 
@@ -65,6 +68,12 @@ def test_an_address_fills_the_form(runner: Runner) -> None:
     assert at.answers not in shown, "nothing runs because somebody opened a link"
 
 
+def test_an_address_without_a_prompt_says_nothing(runner: Runner) -> None:
+    shown = runner.restore(None, json.dumps({"query": "", "file": None}))
+    assert shown[runner.layout.form["prompt"]] == ""
+    assert runner.layout.about not in shown
+
+
 def test_the_address_of_an_example_shows_its_recording(
     routed_model: SpectrModel, recording: Recording
 ) -> None:
@@ -85,6 +94,17 @@ def test_what_is_no_run_is_a_message(runner: Runner, file: str) -> None:
     shown = runner.restore(None, json.dumps({"query": "", "file": file}))
     assert "cannot be read" in shown[runner.layout.notice]["value"]
     assert shown[runner.layout.run]["interactive"]
+
+
+def test_a_kept_form_that_cannot_be_run_is_a_message(runner: Runner) -> None:
+    form = form_of(prompt="hi", seed=-1)
+    *_, step = runner.model.stream("hi", ["base", "spectr"], record=True)
+    routers = tuple(parse_router(each, runner.model.library.names) for each in ("base", "spectr"))
+    frame = Frame(columns=step.columns, routers=routers, status="finished", trace=step.trace)
+    data = SavedRun(form=form, frame=frame).to_bytes()
+    asked = json.dumps({"query": "", "file": base64.b64encode(data).decode()})
+    shown = runner.restore(None, asked)
+    assert "seed is -1" in shown[runner.layout.notice]["value"]
 
 
 def test_two_runs_are_compared_word_by_word(runner: Runner) -> None:
