@@ -84,8 +84,13 @@ def test_wheel_and_sdist_hold_code_experts_and_results(built: Path) -> None:
     assert max(wheel.stat().st_size, sdist.stat().st_size) < 60e6
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     code = {str(path.relative_to(ROOT)) for path in ROOT.glob("spectr_demo/**/*.py")}
-    assert code | {"spectr_demo/ui/style.css", "spectr_demo/assets/generic_text.json"} <= in_wheel
-    assert "spectr_demo/evaluation/ordinary.json" in in_wheel
+    beside = {
+        str(path.relative_to(ROOT))
+        for kind in ("css", "js", "json")
+        for path in ROOT.glob(f"spectr_demo/**/*.{kind}")
+    }
+    assert "spectr_demo/ui/state.js" in beside
+    assert code | beside | {"spectr_demo/assets/generic_text.json"} <= in_wheel
     assert "spectr_demo/assets/results/evaluation.json" in in_wheel
     assert "spectr_demo/assets/held_out.json" in in_wheel
     with tarfile.open(sdist) as archive:

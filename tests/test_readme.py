@@ -36,8 +36,9 @@ def test_python_blocks(
     names: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
-    answer, shares = capsys.readouterr().out.strip().splitlines()[-2:]
+    answer, shares, banned = capsys.readouterr().out.strip().splitlines()[-3:]
     assert answer
+    assert banned
     assert "'cron'" in shares
     assert "<svg" in (tmp_path / "routing.html").read_text()
 
@@ -58,7 +59,7 @@ def test_the_server_and_its_two_requests() -> None:
     command = [sys.executable, *serve[1:], "--port", port]
     with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as server:
         try:
-            patience = ["--silent", "--show-error", "--retry", "100", "--retry-delay", "1"]
+            patience = ["--silent", "--show-error", "--retry", "240", "--retry-delay", "1"]
             models, answer = (
                 json.loads(
                     subprocess.check_output([*request, *patience, "--retry-connrefused"], text=True)
