@@ -397,7 +397,11 @@ def shares(trace: RoutingTrace, label: str) -> list[tuple[str, float]]:
 
 def shares_in_words(trace: RoutingTrace, label: str) -> str:
     """Such as "60% base, 40% kjv"."""
-    return ", ".join(f"{value:.0%} {name}" for name, value in shares(trace, label))
+    return _in_words(shares(trace, label))
+
+
+def _in_words(found: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{value:.0%} {name}" for name, value in found)
 
 
 def _share_bar(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping[str, str]) -> str:
@@ -411,7 +415,7 @@ def _share_bar(column: ColumnOutput, trace: RoutingTrace | None, colors: Mapping
         else f'<i class="is-base" style="width:{value:.1%}"></i>'
         for name, value in found
     )
-    words = shares_in_words(trace, column.label)
+    words = _in_words(found)
     return (
         f'<div class="share" role="img" aria-label="{escape(words)}" title="{escape(words)}">'
         f"{parts}</div>"
