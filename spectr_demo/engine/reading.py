@@ -19,14 +19,13 @@ from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.batches import read_after
-from spectr_demo.engine.intervention import changed_weights
+from spectr_demo.engine.intervention import changed_weights, weights_of
 from spectr_demo.engine.ordinary import Heard, Ordinary, OrdinaryText, expert_layers
 from spectr_demo.engine.plan import Places, Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.detection import Detector, Evidence, Metric
 from spectr_demo.routing.lanes import Span, best_cut, cost_of_cut, joined, spans
-from spectr_demo.routing.spectr import select
 
 # A token that is n tokens before a request's end says 0.85^n as much of whom it is for.
 _FADING = 0.85
@@ -196,7 +195,7 @@ class ReadPrompt:
         """One run of parts as a lane."""
         lane = self.runs[run]
         assert lane.standing is not None
-        return replace(lane, weights=_weights(lane.standing, router, least))
+        return replace(lane, weights=weights_of(lane.standing, router, least))
 
 
 class Reader:
@@ -320,9 +319,3 @@ class Reader:
                 )
                 explained[run] = of_runs[row]
         return ReadPrompt(found, read, explained)
-
-
-def _weights(standing: Tensor, router: RouterConfig, least: float | None) -> Tensor:
-    """(E,) of the chosen experts."""
-    experts, weights, _ = select(standing, router, least)
-    return torch.zeros_like(standing).scatter(-1, experts, weights)

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.reading import Listening, Requests
 from spectr_demo.routing.bank import ExpertBank
+from spectr_demo.routing.detection import mean_of_tokens
 
 # A bank, and the inputs (N, D_in) that its layers share.
 Hear = Callable[[ExpertBank, Tensor], None]
@@ -34,6 +35,4 @@ def listen(engine: SpectrModel, requests: Requests, hear: Hear) -> None:
 
 def late_means(requests: Requests, values: Tensor) -> Tensor:
     """(R, ...) from values (N, ...) of the tokens: late ones count most."""
-    weights = requests.late.to(values).view(-1, *[1] * (values.dim() - 1))
-    means = values.new_zeros(len(requests.ids), *values.shape[1:])
-    return means.index_add_(0, requests.owners.to(values.device), values * weights)
+    return mean_of_tokens(values, requests.late, requests.owners, len(requests.ids))

@@ -187,6 +187,14 @@ def mean_certainty(
     return total / expert_layers
 
 
+def mean_of_tokens(values: Tensor, weights: Tensor, owners: Tensor, num_requests: int) -> Tensor:
+    """(R, ...) from values (N, ...) of the tokens, with weights (N,) that sum to 1 over a request.
+    owners: (N,) int64, the request of each."""
+    weights = weights.to(values).view(-1, *[1] * (values.dim() - 1))
+    total = values.new_zeros(num_requests, *values.shape[1:])
+    return total.index_add_(0, owners.to(values.device), values * weights)
+
+
 class Evidence:
     """What R requests tell, collected while a base reads them with a library of E experts."""
 
@@ -213,10 +221,7 @@ class Evidence:
         return self._mean(scores, self._late)
 
     def _mean(self, values: Tensor, weights: Tensor) -> Tensor:
-        """(R, ...) from values (N, ...) of the tokens."""
-        weights = weights.to(values).view(-1, *[1] * (values.dim() - 1))
-        total = values.new_zeros(self._num_requests, *values.shape[1:])
-        return total.index_add_(0, self._owners.to(values.device), values * weights)
+        return mean_of_tokens(values, weights, self._owners, self._num_requests)
 
     @property
     def certainty(self) -> Tensor:
