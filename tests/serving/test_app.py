@@ -1,9 +1,9 @@
 """The API as OpenAI's own client sees it."""
 
 import json
+import socket
 import threading
 import time
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -16,6 +16,7 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.web import MAX_BODY
 from tests.serving.conftest import ServeModel
+from tests.test_metrics import scraped
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -312,34 +313,19 @@ def sampled(client: openai.OpenAI, seed: int) -> str:
 def test_a_client_that_leaves_ends_its_run(
     client: openai.OpenAI, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(monkeypatch, 0.1)
-    left = threading.Event()
-
-    def leave_once_it_runs() -> None:
-        body = {"model": "spectr", "messages": HELLO, "max_tokens": 400, "stream": stream}
-        with httpx.Client(base_url=str(client.base_url)) as leaver:
-            request = leaver.build_request("POST", "chat/completions", json=body)
-            # Without a stream nothing comes before the end: the client's patience ends it.
-            request.extensions["timeout"] = {
-                "connect": 5,
-                "read": None if stream else 1,
-                "write": 5,
-            }
-            try:
-                response = leaver.send(request, stream=True)
-                events = (line for line in response.iter_lines() if line)
-                assert json.loads(next(events).removeprefix("data: "))["choices"]
-                next(events)
-            except httpx.ReadTimeout:
-                assert not stream
-        left.set()
-
-    threading.Thread(target=leave_once_it_runs).start()
-    assert left.wait(30)
+    slow = Slow(monkeypatch, 0.3)
+    body = json.dumps({"model": "spectr", "messages": HELLO, "max_tokens": 400, "stream": stream})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall((head + body).encode())
+        end = time.monotonic() + 60
+        while not slow.num_tokens:
+            assert time.monotonic() < end, "the run does not begin"
+            time.sleep(0.02)
     (run,) = slow.num_tokens
     num_when_left = slow.num_tokens[run]
     assert answer(client, max_tokens=1).usage.completion_tokens == 1  # the line is free again
-    assert num_when_left >= 1
     assert slow.num_tokens[run] <= num_when_left + 2
     assert slow.most_running == 1
 
@@ -357,33 +343,37 @@ def test_one_that_leaves_the_line_never_runs(
     assert [run.routers[0].name for run in slow.num_tokens] == ["single", "single"]
 
 
-def ask_until_refused(client: openai.OpenAI) -> None:
-    while True:
-        with suppress(openai.APITimeoutError):
-            answer(client.with_options(timeout=0.5), max_tokens=1)
+def wait_for_line(url: str, num_waiting: int) -> None:
+    end = time.monotonic() + 60
+    while scraped(url)["runs_waiting", ""] < num_waiting:
+        assert time.monotonic() < end, "nobody else came to the line"
+        time.sleep(0.02)
 
 
 def test_a_line_that_is_full_says_when_to_come_again(
-    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+    serve_model: ServeModel, routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SPECTR_METRICS", "1")
     monkeypatch.setattr(serving.app, "MAX_WAITING", 2)
     slow = Slow(monkeypatch, 0.1)
+    client = serve_model(routed_model)
     texts: list[str] = []
     threads = [
         threading.Thread(target=lambda: texts.append(sampled(client.with_options(timeout=60), 0)))
-        for _ in range(3)
+        for _ in range(2)
     ]
-    first = iter(answer(client, stream=True, max_tokens=60))
+    first = answer(client, stream=True, max_tokens=400)
     next(first)
-    for thread in threads[:2]:
+    for thread in threads:
         thread.start()
+    wait_for_line(str(client.base_url).replace("/v1/", "/metrics"), 2)
     with pytest.raises(openai.RateLimitError, match="2 requests wait for the model") as caught:
-        ask_until_refused(client)
+        answer(client, max_tokens=1)
     assert caught.value.response.headers["retry-after"] == "5"
     assert caught.value.type == "rate_limit_error"
     assert caught.value.code == "rate_limit_exceeded"
     first.close()
-    for thread in threads[:2]:
+    for thread in threads:
         thread.join()
     assert len(texts) == 2
     assert slow.most_running == 1
