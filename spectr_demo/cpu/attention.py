@@ -35,10 +35,14 @@ def packed_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """(R, T, heads, D) from query (R, heads, T, D), key and value (R, key heads, tokens, D), as an
-    attention function of transformers; its own `sdpa` for all but single tokens without a mask."""
-    is_token = query.shape[2] == 1 and attention_mask is None
+    attention function of transformers; its own `sdpa` for all but single tokens.
+
+    attention_mask: (R, 1, 1, tokens), for all heads of a row; None is all tokens."""
+    is_token = query.shape[2] == 1
     if not is_token or query.dtype != torch.bfloat16 or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     packed = query.view(len(query), key.shape[1], -1, query.shape[3])
-    output = scaled_dot_product_attention(packed, key, value, scale=options.get("scaling"))
+    output = scaled_dot_product_attention(
+        packed, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
     return output.reshape(len(query), 1, query.shape[1], value.shape[3]), None

@@ -30,36 +30,50 @@ from spectr_demo.engine.plan import Plan
 _OF_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 _NUM_TOKENS, _NUM_PADDING = 6, 2  # of texts that are tried out side by side
 _NUM_STEPS = 3
+_MOST_KEPT = 256  # tokens of a beginning
 _TOLERANCE = {torch.float32: 1e-3}  # of probabilities, summed over the vocabulary
 _TOLERANCE_16_BIT = 0.2
 
-_has_attention_alone: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_cache_layers: WeakKeyDictionary[PreTrainedModel, frozenset[type] | None] = WeakKeyDictionary()
+_last_begun: WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], Any]] = WeakKeyDictionary()
 # Whether rows of one length (False) and padded ones (True) are independent.
 _are_independent: WeakKeyDictionary[PreTrainedModel, dict[bool, bool]] = WeakKeyDictionary()
 
 
-@torch.inference_mode()
 def has_attention_alone(model: PreTrainedModel) -> bool:
     """Whether all that a base keeps of a text is keys and values of its tokens."""
-    if model not in _has_attention_alone:
+    layers = cache_layers(model)
+    return layers is not None and layers <= _OF_ATTENTION
+
+
+@torch.inference_mode()
+def cache_layers(model: PreTrainedModel) -> frozenset[type] | None:
+    """Of what kinds the layers of a base's cache are; None where that is one of its own, or none.
+    A token is read to find out, once."""
+    if model not in _cache_layers:
         token = torch.zeros(1, 1, dtype=torch.long, device=_device(model))
         with routed(None):
             output = decoder_of(model)(input_ids=token, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        layers = set(map(type, cache.layers)) if type(cache) is DynamicCache else {None}
-        _has_attention_alone[model] = layers <= _OF_ATTENTION
-    return _has_attention_alone[model]
+        cache: Any = getattr(output, "past_key_values", None)
+        is_plain = type(cache) is DynamicCache
+        _cache_layers[model] = frozenset(map(type, cache.layers)) if is_plain else None
+    return _cache_layers[model]
 
 
 @torch.inference_mode()
 def read_after(
-    model: PreTrainedModel, beginning: Sequence[int], batches: Sequence[tuple[Tensor, Plan | None]]
+    model: PreTrainedModel,
+    beginning: Sequence[int],
+    batches: Sequence[tuple[Tensor, Plan | None]],
+    *,
+    is_kept: bool = False,
 ) -> Iterator[Tensor]:
     """Read rows of token ids (R, T), each row after the same beginning and under a plan.
 
     Gives the last hidden states (R, B + T, D) of each batch, those of the beginning's B tokens too.
     These are read once, under no plan, if the base has attention alone. Else they are read in each
-    row, and the plan sees them.
+    row, and the plan sees them. is_kept: the beginning is a chat template's. Texts that come later
+    have it too, and what the base makes of it is kept.
     """
     first = torch.tensor([list(beginning)], dtype=torch.long)
     if not beginning or not has_attention_alone(model):
@@ -67,7 +81,7 @@ def read_after(
             rows = torch.cat([first.expand(len(ids), -1), ids], dim=1)
             yield _read(model, rows, plan, use_cache=False).last_hidden_state
         return
-    begun = _read(model, first, None, use_cache=True)
+    begun = _kept(model, beginning) if is_kept else _read(model, first, None, use_cache=True)
     for ids, plan in batches:
         hidden = begun.last_hidden_state.expand(len(ids), -1, -1)
         if ids.shape[1] == 0:
@@ -77,6 +91,17 @@ def read_after(
         cache.batch_repeat_interleave(len(ids))
         rest = _read(model, ids, plan, past_key_values=cache, use_cache=True)
         yield torch.cat([hidden, rest.last_hidden_state], dim=1)
+
+
+def _kept(model: PreTrainedModel, beginning: Sequence[int]) -> Any:
+    """What the base makes of the last beginning; nobody may write into it."""
+    ids = tuple(beginning)
+    known, begun = _last_begun.get(model, ((), None))
+    if known != ids:
+        begun = _read(model, torch.tensor([ids]), None, use_cache=True)
+        if len(ids) <= _MOST_KEPT:
+            _last_begun[model] = ids, begun
+    return begun
 
 
 def _read(model: PreTrainedModel, ids: Tensor, plan: Plan | None, **options: Any) -> Any:

@@ -29,12 +29,12 @@ class ChangedRows(RouterRows):
         expert_names: Sequence[str],
         unchanged: Tensor,
         changed: Mapping[int, Tensor],
-        num_prompt: int,
+        first: Sequence[int],
         calibration: Calibration | None = None,
     ) -> None:
         """unchanged: (R, E) weights of all rows of the batch that do not look at tokens. changed:
-        (E,) of those that have read the request, under the intervention. num_prompt: tokens before
-        the answers, padding included."""
+        (E,) of those that have read the request, under the intervention. first: (R,) of the next
+        token of each row of the batch, the place in its answer, see `RoutingPlan`."""
         super().__init__(
             router,
             rows,
@@ -56,8 +56,8 @@ class ChangedRows(RouterRows):
                 for row in rows
             ]
         )
-        self._num_prompt = num_prompt
-        self._start = self._stop = 0  # of the tokens of this pass
+        self._first = torch.tensor([first[row] for row in rows])
+        self._num_read = self._num_begun = 0  # tokens: by now, and before this pass
 
     @property
     def num_chosen(self) -> int:
@@ -65,8 +65,8 @@ class ChangedRows(RouterRows):
 
     def begin_pass(self, num_tokens: int) -> None:
         """Several tokens are a text from its start, see `Recorder.begin_pass`."""
-        self._start = 0 if num_tokens > 1 else self._stop
-        self._stop = self._start + num_tokens
+        self._num_begun = 0 if num_tokens > 1 else self._num_read
+        self._num_read = self._num_begun + num_tokens
 
     def choose(self, bank: ExpertBank, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Experts, weights and scores (R, T, P, K) from z (R, T, P, E, r). A weight of 0 is no
@@ -86,13 +86,13 @@ class ChangedRows(RouterRows):
         return experts, weights, scores.gather(-1, experts)
 
     def _is_changed(self, bank: ExpertBank) -> Tensor:
-        """(T, P, 1) bool: where the intervention holds."""
+        """(R, T, P, 1) bool: where the intervention holds."""
         intervention = self._intervention
-        t = torch.arange(self._start, self._stop)[:, None, None]
-        layer = torch.tensor(bank.layers)[None, :, None]
-        where = torch.ones(len(t), layer.shape[1], 1, dtype=torch.bool)
+        t = self._first[:, None] + torch.arange(self._num_begun, self._num_read)
+        layer = torch.tensor(bank.layers)[:, None]
+        where = torch.ones(*t.shape, len(layer), 1, dtype=torch.bool)
         if intervention.from_token is not None:
-            where &= t >= self._num_prompt + intervention.from_token
+            where &= t[..., None, None] >= intervention.from_token
         if intervention.layers is not None:
             first, last = intervention.layers
             where &= (layer >= first) & (layer <= last)

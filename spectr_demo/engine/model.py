@@ -3,9 +3,9 @@
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spectr_demo.base.loading import DeviceMap, LoadedBase, load_base
 from spectr_demo.base.prompts import Message, Template, check_prompt, encode
@@ -16,6 +16,7 @@ from spectr_demo.config import (
     experts_from_environment,
     unknown_name,
 )
+from spectr_demo.engine.batch import Batch
 from spectr_demo.engine.layers import attach_, detach_, follow, use_, wrap_
 from spectr_demo.engine.ordinary import OrdinaryText
 from spectr_demo.engine.plan import RoutingPlan
@@ -30,6 +31,8 @@ from spectr_demo.experts.preflight import config_of
 from spectr_demo.experts.tokenizers import with_template_of
 from spectr_demo.routing.calibration import Calibration
 from spectr_demo.routing.routers import parse_router
+
+T = TypeVar("T")
 
 
 def load(
@@ -69,9 +72,11 @@ class SpectrModel:
         self._ordinary_text = OrdinaryText()
         self._adapters = library.adapters  # of all experts, those that are disabled too
         self._changing = threading.Lock()
+        self._encoding = threading.Lock()  # a tokenizer has settings that it changes as it encodes
         attach_(self.model, library)
         self.snapshot = self._snapshot_of(library)
         self._hooks = [*follow(self.model), StepHook(self.model)]
+        self._batch = Batch(base)
 
     def _snapshot_of(self, library: ExpertLibrary) -> Snapshot:
         places = wrap_(self.model, library)
@@ -91,6 +96,11 @@ class SpectrModel:
     def calibration(self) -> Calibration:
         """Of every expert, measured when it is first needed."""
         return self.reader.ordinary.calibration
+
+    @property
+    def most_runs(self) -> int:
+        """How many runs make tokens at the same time. Further ones begin when one has ended."""
+        return self._batch.most_runs
 
     @property
     def disabled(self) -> tuple[str, ...]:
@@ -247,7 +257,7 @@ class SpectrModel:
             record=record,
             trace_every=trace_every,
         )
-        return run.steps()
+        return run.steps(self._batch.start)
 
     def _check_interventions(self, routers: Sequence[RouterConfig], num_layers: int) -> None:
         for router in routers:
@@ -266,7 +276,8 @@ class SpectrModel:
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a prompt in the base's chat template. Raises ValueError as `check` does."""
         self.check(prompt)
-        return encode(self.tokenizer, prompt)
+        with self._encoding:
+            return encode(self.tokenizer, prompt)
 
     def lanes(self, router: RouterConfig, ids: Sequence[int]) -> list[Lane]:
         """What a router answers one by one of a prompt's token ids, see `lanes_of`."""
@@ -274,7 +285,12 @@ class SpectrModel:
 
     def lanes_of(self, routers: Sequence[RouterConfig], ids: Sequence[int]) -> list[list[Lane]]:
         """See `Snapshot.lanes_of`, here of the experts that there are now."""
-        return self.snapshot.lanes_of(routers, ids)
+        return self.between_tokens(lambda: self.snapshot.lanes_of(routers, ids))
+
+    def between_tokens(self, function: Callable[[], T]) -> T:
+        """What a function gives that has the model read something, called between two tokens of the
+        runs that go on."""
+        return self._batch.call(function)
 
     def plan(
         self,

@@ -85,14 +85,14 @@ class RoutingPlan:
         calibration: Calibration | None = None,
         weights: Mapping[int, Tensor] | None = None,
         changed: Mapping[int, Tensor] | None = None,
-        num_prompt: int = 0,
+        first: Sequence[int] | None = None,
         num_padding: Sequence[int] | None = None,
         places: Places | None = None,
     ) -> None:
         """calibration: needed where a router is calibrated. weights: (E,) of each row whose router
         has read the request, see `engine/reading.py`; changed: the same under its intervention.
-        num_prompt: tokens before the answers, padding included. num_padding: tokens before each
-        row's own; None is none. places: see `Plan`."""
+        first: of the next token of each row, the place in its answer, negative before it; None is
+        0. num_padding: tokens before each row's own; None is none. places: see `Plan`."""
         self.places = places
         self.routers = tuple(routers)
         self.recorder = recorder
@@ -116,7 +116,7 @@ class RoutingPlan:
                 expert_names=expert_names,
                 unchanged=self.constant.unchanged,
                 changed=changed or {},
-                num_prompt=num_prompt,
+                first=first or [0] * len(routers),
                 calibration=calibration,
             )
             for router, rows in by_router(routers).items()

@@ -250,7 +250,7 @@ class Reader:
         for _, listener in some:
             listener.places = self._places
         batches = [(requests.ids, listener) for requests, listener in some]
-        deque(read_after(self._base.model, beginning, batches), maxlen=0)
+        deque(read_after(self._base.model, beginning, batches, is_kept=True), maxlen=0)
 
     def least_standing(self, router: RouterConfig) -> float | None:
         """What an expert must exceed: what this share of ordinary prompts reach at most."""

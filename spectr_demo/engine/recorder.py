@@ -4,7 +4,9 @@ Axes: R rows, T tokens, L layers, P projections, K selected experts.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -104,6 +106,12 @@ class Recorder:
         for late in self.late[bank]:
             late.hand_over(self, bank)
 
+    def settle(self) -> None:
+        """Have all that is late handed over, and ask no more: another plan writes from now on."""
+        for bank in self.late:
+            self.collect(bank)
+        self.late.clear()
+
     def choices(self, bank: ExpertBank, row: int) -> Choice:
         """Those of one row over all tokens read so far."""
         self.collect(bank)
@@ -147,3 +155,42 @@ class Recorder:
                 f"{what} read {num_tokens} tokens where the base was given {self._num_read}; for a "
                 "trace each token must be read once: run without one (`record=False`)"
             )
+
+
+class SharedRecorder(Recorder):
+    """Of a batch in which several runs go on: what it is given belongs to their recorders."""
+
+    def __init__(
+        self,
+        recorders: Sequence[Recorder | None],
+        num_rows: Sequence[int],
+        banks: Sequence[ExpertBank],
+    ) -> None:
+        """recorders, num_rows: of each run, in the order of their rows; None is not recorded.
+        banks: of the library."""
+        super().__init__()
+        # Weakly, since they ask this one for what is late: see `Late`.
+        self._recorders = WeakValueDictionary({i: r for i, r in enumerate(recorders) if r})
+        self._num_rows = list(num_rows)
+        self._places = [(run, row) for run, num in enumerate(num_rows) for row in range(num)]
+        for recorder in self._recorders.values():
+            for bank in banks:
+                recorder.late[bank].append(self)
+
+    def hand_over(self, recorder: Recorder, bank: ExpertBank) -> None:
+        """As who is late: to all runs, whose rows are written together."""
+        self.collect(bank)
+
+    def begin_pass(self, num_tokens: int, device: torch.device) -> None:
+        for recorder in self._recorders.values():
+            recorder.begin_pass(num_tokens, device)
+
+    def add_choice(self, bank: ExpertBank, row: int, choice: Choice) -> None:
+        run, own_row = self._places[row]
+        if recorder := self._recorders.get(run):
+            recorder.add_choice(bank, own_row, choice)
+
+    def add_hidden(self, hidden: Tensor) -> None:
+        for run, own in enumerate(hidden.split(self._num_rows)):
+            if recorder := self._recorders.get(run):
+                recorder.add_hidden(own)

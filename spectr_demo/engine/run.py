@@ -1,37 +1,32 @@
-"""One run: its thread, its clock, its steps.
+"""One run: its rows, its clock, its steps.
 
 All columns are rows of one batch. They share one forward pass per token, one KV cache and the same
-sampling noise. transformers' own `generate` runs them, under the run's plan. A column whose router
-finds several requests in the prompt has a row for each of them; its answer is theirs, in order.
+sampling noise. A column whose router finds several requests in the prompt has a row for each of
+them; its answer is theirs, in order. The thread of `batch.py` makes the tokens.
 """
 
-import contextvars
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from torch import Tensor
+from transformers import LogitsProcessorList
 
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import pad_left
 from spectr_demo.config import GenerationSettings, RouterConfig, library_versions
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.batches import check_rows
+from spectr_demo.engine.decoding import Decoding
 from spectr_demo.engine.faults import FiniteLogits, fault_of
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.recorder import Recorder
-from spectr_demo.engine.sampling import (
-    Cancelled,
-    TokenStreamer,
-    end_token_ids,
-    logits_processors,
-    pad_token_id,
-)
+from spectr_demo.engine.sampling import end_token_ids, logits_processors, pad_token_id
 from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.engine.static import token_step
 from spectr_demo.engine.tracing import Row, build_trace
@@ -97,15 +92,18 @@ class Run:
         self.recorder = Recorder(settings.max_new_tokens) if record else None
         self.trace_every = trace_every if record else None
         self.end_ids = end_token_ids(base)
+        self.pad_id = pad_token_id(base, self.end_ids)
         self.finite = FiniteLogits(sorted(self.end_ids))
+        self.processors = LogitsProcessorList([self.finite, *logits_processors(settings)])
         self.rows: list[Row] = []
-        self.is_cancelled = threading.Event()
+        self.is_cancelled, self.has_ended = threading.Event(), threading.Event()
         self.queue: SimpleQueue[Step | BaseException | None] = SimpleQueue()
+        self._closing = ExitStack()
 
-    def steps(self) -> Iterator[Step]:
-        worker = threading.Thread(target=contextvars.copy_context().run, args=(self._work,))
-        release_threads()  # the caller's, in whose way the worker's would be
-        worker.start()
+    def steps(self, start: Callable[["Run"], None]) -> Iterator[Step]:
+        """start: has another thread call `begin`, `take` and `end`."""
+        release_threads()  # the caller's, in whose way those of the thread would be
+        start(self)
         try:
             while (item := self.queue.get()) is not None:
                 if isinstance(item, BaseException):
@@ -113,24 +111,66 @@ class Run:
                 yield item
         finally:
             self.is_cancelled.set()
-            worker.join()
+            self.has_ended.wait()
 
-    def _work(self) -> None:
-        """In the worker thread: transformers' own generation, under this run's plan."""
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to write."""
+        return self.is_cancelled.is_set() or all(row.is_finished for row in self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Written so far, by the longest row."""
+        return max(len(row.answer) for row in self.rows)
+
+    def begin(self) -> Decoding:
+        """Reads the prompt, under the run's own plan."""
+        self._prepare()
+        texts = [row.lane.ids for row in self.rows]
+        model, device = self.base.model, self.base.device
+        check_rows(model, [len(text) for text in texts])
+        ids, mask = (part.to(device) for part in pad_left(texts, self.pad_id))
+        num_most = self.settings.max_new_tokens
+        step = token_step(model, self.plan, device, ids.shape[1] + num_most)
+        cache = self._closing.enter_context(step)
+        with routed(self.plan):
+            return Decoding.begun(
+                model,
+                ids,
+                mask,
+                cache,
+                max_new_tokens=num_most,
+                eos_token_id=sorted(self.end_ids) or None,
+                pad_token_id=self.pad_id,
+            )
+
+    def take(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Draws a token for each row, and hands the step on: (R,) int64, to be read next.
+
+        ids: (R, T) read so far. logits: (R, V). A row that has ended before is padded.
+        """
+        drawn = self.processors(ids, logits).argmax(-1)  # type: ignore[arg-type]
+        has_ended = [row.is_finished for row in self.rows]
+        if any(has_ended):
+            drawn = torch.where(torch.tensor(has_ended, device=drawn.device), self.pad_id, drawn)
+        self._add_tokens(drawn.tolist())
+        return drawn
+
+    def end(self, error: BaseException | None = None) -> None:
+        """The last step, or why there is none."""
         try:
-            self._prepare()
-            with torch.inference_mode(), routed(self.plan):
-                self._generate()
-                if not self.is_cancelled.is_set():
-                    trace = self._trace(is_complete=True) if self.recorder else None
-                    self.queue.put(replace(self._step(), is_last=True, trace=trace))
-        except Exception as error:  # handed to the thread that reads the steps, and raised there
+            if error is None and not self.is_cancelled.is_set():
+                trace = self._trace(is_complete=True) if self.recorder else None
+                self.queue.put(replace(self._step(), is_last=True, trace=trace))
+        except Exception as caught:
+            error = caught
+        self._closing.close()
+        if error is not None:
             self.queue.put(error)
-        finally:
-            self.queue.put(None)
+        self.queue.put(None)
 
     def _prepare(self) -> None:
-        """In the worker thread too, since a router may read the prompt."""
+        """Which rows there are, and their plan. A router may read the prompt for it."""
         found = self.snapshot.lanes_of(self.routers, self.prompt_ids)
         for column, lanes in enumerate(found):
             self.rows += [Row(column=column, lane=lane) for lane in lanes]
@@ -144,33 +184,6 @@ class Run:
             used = zip(names, weights[number], strict=True)
             self.rows[number].weights = {name: weight for name, weight in used if weight}
 
-    def _generate(self) -> None:
-        model: Any = self.base.model
-        pad = pad_token_id(self.base, self.end_ids)
-        texts = [row.lane.ids for row in self.rows]
-        check_rows(model, [len(text) for text in texts])
-        input_ids, mask = pad_left(texts, pad)
-        num_tokens = input_ids.shape[1] + self.settings.max_new_tokens
-        with token_step(model, self.plan, self.base.device, num_tokens) as cache:
-            model.generate(
-                input_ids.to(self.base.device),
-                attention_mask=mask.to(self.base.device),
-                **({} if cache is None else {"past_key_values": cache}),
-                generation_config=GenerationConfig(
-                    max_new_tokens=self.settings.max_new_tokens,
-                    use_cache=True,
-                    disable_compile=True,
-                    do_sample=False,  # sampling is the last processor's, with its own generator
-                    eos_token_id=sorted(self.end_ids) or None,
-                    pad_token_id=pad,
-                ),
-                logits_processor=LogitsProcessorList(
-                    [self.finite, *logits_processors(self.settings)]
-                ),
-                stopping_criteria=StoppingCriteriaList([Cancelled(self.is_cancelled)]),
-                streamer=TokenStreamer(self._add_tokens),
-            )
-
     def _add_tokens(self, token_ids: list[int]) -> None:
         now = time.perf_counter()
         is_broken = self.finite.is_broken.tolist()
@@ -183,8 +196,7 @@ class Run:
                 row.has_end = token_id in self.end_ids
                 is_full = len(row.answer) == self.settings.max_new_tokens
                 row.is_finished = row.has_end or is_full
-        num_tokens = max(len(row.answer) for row in self.rows)
-        is_due = self.trace_every is not None and num_tokens % self.trace_every == 0
+        is_due = self.trace_every is not None and self.num_tokens % self.trace_every == 0
         is_last = all(row.is_finished for row in self.rows)
         trace = self._trace(is_complete=False) if is_due and not is_last else None
         self.queue.put(replace(self._step(), trace=trace))

@@ -1,18 +1,13 @@
-"""How a run draws its tokens: shared noise, end tokens, cancelling, a streamer."""
-
-import threading
-from collections.abc import Callable
+"""How a run draws its tokens: shared noise, and what ends an answer."""
 
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.config import GenerationSettings
@@ -27,32 +22,6 @@ def logits_processors(settings: GenerationSettings) -> LogitsProcessorList:
             processors.append(TopPLogitsWarper(settings.top_p))
         processors.append(SharedNoise(settings.seed))
     return processors
-
-
-class TokenStreamer(BaseStreamer):
-    """Hands on the tokens of all rows, one call per step; the prompt comes first and is skipped."""
-
-    def __init__(self, on_tokens: Callable[[list[int]], None]) -> None:
-        self.on_tokens = on_tokens
-        self.has_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        if self.has_prompt:
-            self.on_tokens(value.tolist())
-        self.has_prompt = True
-
-    def end(self) -> None:
-        pass
-
-
-class Cancelled(StoppingCriteria):
-    """Ends all rows once the run is cancelled."""
-
-    def __init__(self, is_cancelled: threading.Event) -> None:
-        self.is_cancelled = is_cancelled
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        return torch.full((len(input_ids),), self.is_cancelled.is_set(), device=input_ids.device)
 
 
 class SharedNoise(LogitsProcessor):

@@ -56,8 +56,14 @@ class Snapshot:
         routers: Sequence[RouterConfig],
         lanes: Sequence[Lane],
         recorder: Recorder | None = None,
+        *,
+        num_answered: Sequence[int] | None = None,
     ) -> RoutingPlan:
-        """A plan for one batch, with a router and a lane for each row."""
+        """A plan for one batch, with a router and a lane for each row.
+
+        num_answered: tokens of each row's answer that were read under another plan; None is a plan
+        that reads the lanes, too.
+        """
         width = max(len(lane.ids) for lane in lanes)
         is_calibrated = any(router.calibrated for router in routers)
         return RoutingPlan(
@@ -71,7 +77,7 @@ class Snapshot:
                 for r, (router, lane) in enumerate(zip(routers, lanes, strict=True))
                 if router.intervention is not None and lane.standing is not None
             },
-            num_prompt=width,
+            first=[-width] * len(lanes) if num_answered is None else num_answered,
             num_padding=[width - len(lane.ids) for lane in lanes],
             places=self.places,
         )

@@ -1,4 +1,5 @@
-"""The routes of the API. Runs stand in one line; a client that leaves ends its run."""
+"""The routes of the API. Runs stand in one line, in front of a model that makes some at a time. A
+client that leaves ends its run."""
 
 import json
 import logging
@@ -41,7 +42,7 @@ def build(model: SpectrModel) -> FastAPI:
     # Pages of documentation would load their code from another host.
     app = FastAPI(title="SpectR", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit)
-    line = anyio.Lock()
+    line = anyio.Semaphore(model.most_runs)
     metrics = Metrics(model.library.names)
     created = int(time.time())
     models = {
@@ -108,7 +109,7 @@ class _Answering(Response):
     """One request from its place in the line to its last token, whole or as a stream of events."""
 
     def __init__(
-        self, request: ChatRequest, model: SpectrModel, line: anyio.Lock, metrics: Metrics
+        self, request: ChatRequest, model: SpectrModel, line: anyio.Semaphore, metrics: Metrics
     ) -> None:
         super().__init__()
         self.request, self.model, self.line, self.metrics = request, model, line, metrics
@@ -140,7 +141,7 @@ class _Answering(Response):
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[tuple[Asked, AsyncIterator[Piece]]]:
-        """The model for this request alone. The tokenizer, too, serves one at a time."""
+        """A place among the runs that the model makes at the same time."""
         with self.metrics.run(_is_refusal) as counted:
             if self.line.statistics().tasks_waiting >= MAX_WAITING:
                 raise ApiError(

@@ -69,7 +69,7 @@ def look_inside(model: SpectrModel) -> LookInside:
         prompt: str, token: int | None, layer: int, projection: str
     ) -> Generator[Look, None, None]:
         try:
-            found = look_at(model, prompt, token, layer, projection)
+            found = model.between_tokens(lambda: look_at(model, prompt, token, layer, projection))
         except ValueError as error:
             # Of the errors that leave a ZeroGPU worker, only Gradio's own keep their text.
             raise gr.Error(str(error), print_exception=False) from error

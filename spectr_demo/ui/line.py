@@ -1,4 +1,4 @@
-"""One fair line in front of the model: a run at a time, a visitor after the other."""
+"""One fair line in front of a model that makes some runs at a time: a visitor after the other."""
 
 import itertools
 import statistics
@@ -38,14 +38,19 @@ class Line:
     """The order of runs: the first of each visitor, then the second of each."""
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, metrics: Metrics | None = None
+        self,
+        most_runs: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
-        """metrics: those of the server, where its runs are counted."""
+        """most_runs: that may go on at once. metrics: those of the server, where its runs are
+        counted."""
+        self._most_runs = most_runs
         self._clock = clock
         self.metrics = metrics or Metrics()
         self._changed = threading.Condition()
         self._waiting: dict[str, deque[Ticket]] = {}  # by visitor; whose turn it is stands first
-        self._running: Ticket | None = None
+        self._running: list[Ticket] = []  # in the order in which they began
         self._took: deque[float] = deque(maxlen=_REMEMBERED)
 
     @contextmanager
@@ -72,24 +77,29 @@ class Line:
             others.popleft()
             if others:  # behind all other visitors
                 self._waiting[ticket.name] = others
-            self._running, ticket.begun = ticket, self._clock()
+            self._running.append(ticket)
+            ticket.begun = self._clock()
+            self._changed.notify_all()  # another may find a place, too
             return True
 
     def waiting(self, ticket: Ticket) -> Waiting:
         """Where a ticket stands."""
         with self._changed:
             num_before = self._order().index(ticket)
+            is_full = len(self._running) == self._most_runs
             seconds = None
             if self._took:
-                run = statistics.fmean(self._took)
-                seconds = num_before * run
-                if self._running:
-                    assert self._running.begun is not None
-                    seconds += max(0.0, run - (self._clock() - self._running.begun))
-            return Waiting(place=1 + num_before + (self._running is not None), seconds=seconds)
+                run = statistics.fmean(self._took)  # of which some go on at once
+                seconds = num_before * run / self._most_runs
+                if is_full:
+                    begun = self._running[0].begun
+                    assert begun is not None
+                    seconds += max(0.0, run - (self._clock() - begun))
+            return Waiting(place=1 + num_before + is_full, seconds=seconds)
 
     def _is_next(self, ticket: Ticket) -> bool:
-        return self._running is None and next(iter(self._waiting.values()))[0] is ticket
+        has_room = len(self._running) < self._most_runs
+        return has_room and next(iter(self._waiting.values()))[0] is ticket
 
     def _order(self) -> list[Ticket]:
         turns = itertools.zip_longest(*self._waiting.values())
@@ -97,7 +107,7 @@ class Line:
 
     def _check_room(self, name: str) -> None:
         own = len(self._waiting.get(name, ()))
-        own += self._running is not None and self._running.name == name
+        own += sum(ticket.name == name for ticket in self._running)
         if own >= PLACES_EACH:
             raise _refused(
                 f"{counted(own, 'run')} of yours wait or go on, which is as many as one visitor "
@@ -113,7 +123,7 @@ class Line:
                 del self._waiting[ticket.name]
         else:
             self._took.append(self._clock() - ticket.begun)
-            self._running = None
+            self._running.remove(ticket)
 
 
 def _refused(message: str) -> gr.Error:
@@ -127,15 +137,15 @@ def _is_refusal(error: Exception) -> bool:
 def in_line(
     run: Callable[P, Generator[T, None, None]], line: Line | None = None
 ) -> Callable[P, Generator[Waiting | T, None, None]]:
-    """The same runs, one at a time. One whose visitor is gone leaves the line, or ends within two
-    tokens: the one that is being made, and the next.
+    """The same runs, as many at a time as the line lets through. One whose visitor is gone leaves
+    the line, or ends within two tokens: the one that is being made, and the next.
 
     It goes around what asks for a GPU, which so is not held by those who wait. line: that others
     stand in, too; None is one of its own.
     """
     line = line or Line()
 
-    def one_at_a_time(*args: P.args, **kwargs: P.kwargs) -> Generator[Waiting | T, None, None]:
+    def in_turn(*args: P.args, **kwargs: P.kwargs) -> Generator[Waiting | T, None, None]:
         who, seconds = visitor(), 0.0
         with line.metrics.run(_is_refusal, who.is_gone) as counted, line.ticket(who.name) as ticket:
             while not line.begins(ticket, seconds):
@@ -154,4 +164,4 @@ def in_line(
                         return
                     yield item
 
-    return one_at_a_time
+    return in_turn

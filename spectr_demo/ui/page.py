@@ -63,7 +63,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
     steps = model_steps(model)
     if gpu is not None:
         steps = gpu(duration=gpu_seconds)(steps)
-    line = Line(metrics=Metrics(model.library.names))
+    line = Line(model.most_runs, metrics=Metrics(model.library.names))
     steps = in_line(steps, line)
     examples = examples_for(model.library.names)
     opening = recorded.find(examples[0], model)

@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """A run that is in line. place: 2 where one run is before it, and 1 once its turn has come.
+    """A run that is in line. place: 2 where it is the next to begin, and 1 once its turn has come.
     seconds: until then, about; None where no run has ended yet, to say it by."""
 
     place: int

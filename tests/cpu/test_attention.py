@@ -23,12 +23,17 @@ def inputs(rows: int, queries: int, dtype: torch.dtype = torch.bfloat16) -> list
     return [torch.randn(rows, *shape, D, generator=generator).to(dtype) for shape in shapes]
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_a_token_is_attended_as_in_transformers(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_attended_as_in_transformers(
+    rows: int, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     query, key, value = inputs(rows, 1)
-    expected, _ = sdpa_attention_forward(Attention(), query, key, value, None, scaling=0.3)
+    padding = torch.arange(rows)[:, None, None, None] * 7
+    mask = torch.arange(33).expand(rows, 1, 1, -1) >= padding if is_padded else None
+    expected, _ = sdpa_attention_forward(Attention(), query, key, value, mask, scaling=0.3)
     monkeypatch.setattr(attention, "sdpa_attention_forward", pytest.fail)
-    output, _ = packed_attention(Attention(), query, key, value, None, scaling=0.3)
+    output, _ = packed_attention(Attention(), query, key, value, mask, scaling=0.3)
     assert output.shape == expected.shape == (rows, 1, HEADS, D)
     torch.testing.assert_close(output, expected)
 
@@ -38,7 +43,6 @@ def test_a_token_is_attended_as_in_transformers(rows: int, monkeypatch: pytest.M
     [
         (5, torch.bfloat16, {}),
         (1, torch.float32, {}),
-        (1, torch.bfloat16, {"attention_mask": torch.arange(33).ge(9).expand(2, 1, 1, -1)}),
         (1, torch.bfloat16, {"position_bias": torch.randn(1, HEADS, 1, 33).bfloat16()}),
     ],
 )

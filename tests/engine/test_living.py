@@ -111,16 +111,16 @@ CHANGES: dict[str, Callable[[dict[str, str]], Change]] = {
 
 
 @contextmanager
-def in_the_middle(model: SpectrModel, num_tokens: int) -> Iterator[threading.Event]:
-    """Runs of other threads stop after so many tokens, until the event is set."""
+def in_the_middle(model: SpectrModel, most_passes: int) -> Iterator[threading.Event]:
+    """The thread of the runs stops after so many passes, until the event is set."""
     goes_on, main = threading.Event(), threading.current_thread()
-    num_passes: dict[int, int] = {}
+    num_passes = 0
 
     def wait(*_: object) -> None:
-        thread = threading.current_thread()
-        if thread is not main:
-            num_passes[thread.ident or 0] = num_passes.get(thread.ident or 0, 0) + 1
-            if num_passes[thread.ident or 0] > num_tokens:
+        nonlocal num_passes
+        if threading.current_thread() is not main:
+            num_passes += 1
+            if num_passes > most_passes:
                 assert goes_on.wait(60)
 
     hook = model.model.model.register_forward_pre_hook(wait)
@@ -145,7 +145,7 @@ def test_runs_end_with_the_experts_that_they_began_with(
     found: dict[int, Step] = {}
     options = GenerationSettings(max_new_tokens=12)
 
-    with in_the_middle(model, 4) as goes_on:
+    with in_the_middle(model, 2 * MANY) as goes_on:  # a prompt and a token for each run
         streams = [model.stream(PROMPT, [column], options) for column in columns]
         assert [next(stream).columns[0].num_tokens for stream in streams] == [1] * MANY
 

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from spectr_demo import serving
+from spectr_demo.engine import batch
 from spectr_demo.engine import run as engine_run
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
@@ -238,7 +240,7 @@ def test_a_broken_run_is_an_error_and_the_next_one_runs(
     client: openai.OpenAI, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine_run.Run, "_generate", _broken)
+        patch.setattr(engine_run.Run, "begin", _broken)
         with pytest.raises(openai.InternalServerError, match="out of memory"):
             answer(client, stream=stream)
     assert answer(client).choices[0].message.content
@@ -271,24 +273,30 @@ class Slow:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         self.num_tokens: dict[engine_run.Run, int] = {}
         self.running, self.most_running = 0, 0
-        add, work = engine_run.Run._add_tokens, engine_run.Run._work
+        add, begin, end = (
+            getattr(engine_run.Run, name) for name in ("_add_tokens", "begin", "end")
+        )
 
         def slow_add(run: engine_run.Run, token_ids: list[int]) -> None:
             self.num_tokens[run] = self.num_tokens.get(run, 0) + 1
             add(run, token_ids)
             time.sleep(seconds)
 
-        def counted_work(run: engine_run.Run) -> None:
+        def counted_begin(run: engine_run.Run) -> Any:
             self.running += 1
             self.most_running = max(self.most_running, self.running)
-            work(run)
+            return begin(run)
+
+        def counted_end(run: engine_run.Run, error: Exception | None = None) -> None:
             self.running -= 1
+            end(run, error)
 
         monkeypatch.setattr(engine_run.Run, "_add_tokens", slow_add)
-        monkeypatch.setattr(engine_run.Run, "_work", counted_work)
+        monkeypatch.setattr(engine_run.Run, "begin", counted_begin)
+        monkeypatch.setattr(engine_run.Run, "end", counted_end)
 
 
-def test_runs_wait_for_each_other(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_go_on_together(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {seed: sampled(client, seed) for seed in range(3)}
     slow = Slow(monkeypatch, 0.01)
     together: dict[int, str] = {}
@@ -301,7 +309,7 @@ def test_runs_wait_for_each_other(client: openai.OpenAI, monkeypatch: pytest.Mon
     for thread in threads:
         thread.join()
     assert together == alone
-    assert slow.most_running == 1
+    assert slow.most_running == 3
     assert len(slow.num_tokens) == 3
 
 
@@ -319,21 +327,27 @@ def test_a_client_that_leaves_ends_its_run(
     head += "Content-Type: application/json\r\n\r\n"
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         connection.sendall((head + body).encode())
-        end = time.monotonic() + 60
-        while not slow.num_tokens:
-            assert time.monotonic() < end, "the run does not begin"
-            time.sleep(0.02)
+        wait_until(lambda: bool(slow.num_tokens))
     (run,) = slow.num_tokens
     num_when_left = slow.num_tokens[run]
-    assert answer(client, max_tokens=1).usage.completion_tokens == 1  # the line is free again
+    wait_until(lambda: slow.running == 0)
     assert slow.num_tokens[run] <= num_when_left + 2
-    assert slow.most_running == 1
+    assert answer(client, max_tokens=1).usage.completion_tokens == 1
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.02)
 
 
 def test_one_that_leaves_the_line_never_runs(
-    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+    serve_model: ServeModel, routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batch, "MOST_RUNS", 1)
     slow = Slow(monkeypatch, 0.1)
+    client = serve_model(routed_model)
     first = iter(answer(client, stream=True, max_tokens=20))
     next(first)
     with pytest.raises(openai.APITimeoutError):
@@ -343,18 +357,12 @@ def test_one_that_leaves_the_line_never_runs(
     assert [run.routers[0].name for run in slow.num_tokens] == ["single", "single"]
 
 
-def wait_for_line(url: str, num_waiting: int) -> None:
-    end = time.monotonic() + 60
-    while scraped(url)["runs_waiting", ""] < num_waiting:
-        assert time.monotonic() < end, "nobody else came to the line"
-        time.sleep(0.02)
-
-
 def test_a_line_that_is_full_says_when_to_come_again(
     serve_model: ServeModel, routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECTR_METRICS", "1")
     monkeypatch.setattr(serving.app, "MAX_WAITING", 2)
+    monkeypatch.setattr(batch, "MOST_RUNS", 1)
     slow = Slow(monkeypatch, 0.1)
     client = serve_model(routed_model)
     texts: list[str] = []
@@ -366,7 +374,8 @@ def test_a_line_that_is_full_says_when_to_come_again(
     next(first)
     for thread in threads:
         thread.start()
-    wait_for_line(str(client.base_url).replace("/v1/", "/metrics"), 2)
+    url = str(client.base_url).replace("/v1/", "/metrics")
+    wait_until(lambda: scraped(url)["runs_waiting", ""] == 2)
     with pytest.raises(openai.RateLimitError, match="2 requests wait for the model") as caught:
         answer(client, max_tokens=1)
     assert caught.value.response.headers["retry-after"] == "5"

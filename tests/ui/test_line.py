@@ -64,7 +64,7 @@ def test_a_newcomer_waits_for_one_run_of_each_other_visitor() -> None:
 
 def test_a_place_is_told_and_the_time_until_it_once_a_run_has_ended() -> None:
     clock = Clock()
-    queue = Line(clock)
+    queue = Line(clock=clock)
     tickets, places = stand(queue, "abcd")
     assert [queue.waiting(ticket) for ticket in tickets[:2]] == [
         Waiting(place=1, seconds=None),
