@@ -10,6 +10,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["GRADIO_SERVER_PORT"] = str(7900 + 100 * int(worker.removeprefix("gw")))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -107,6 +108,14 @@ def base_folder(
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Of what another thread does soon."""
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
 
 
 SaveExpert = Callable[..., str]

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from spectr_demo.engine.decoding import Decoding, rows_can_join
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import Run, Step
 from spectr_demo.trace import RoutingTrace
-from tests.conftest import IN_CONTEXT
+from tests.conftest import IN_CONTEXT, wait_until
 
 PROMPTS = ["hello", "Paint it red, and then blue", "What is new? Tell me more of it, if you can."]
 CHANGED = RouterConfig(
@@ -66,15 +65,18 @@ class Paced:
         for _ in range(num_passes):
             self.passes.release()
 
+    def begun(self, stream: Iterator[Step]) -> Step:
+        """A run's first step; those before it go on meanwhile, as far as they must."""
+        found: list[Step] = []
+        thread = threading.Thread(target=lambda: found.append(next(stream)))
+        thread.start()
+        while thread.is_alive():
+            self.let(1)
+            thread.join(0.02)
+        return found[0]
+
     def go_on(self) -> None:
         self.let(10_000)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
 
 
 Asked = tuple[str, list[str | RouterConfig], GenerationSettings, bool]
@@ -93,7 +95,7 @@ def together(model: SpectrModel, some: Sequence[Asked], waits: Sequence[int]) ->
         for (prompt, columns, options, record), num in zip(some, waits, strict=True):
             pace.let(num)
             stream = model.stream(prompt, columns, options, record=record, trace_every=4)
-            streams.append((stream, next(stream)))
+            streams.append((stream, pace.begun(stream)))
         pace.go_on()
         return [last(stream) if not step.is_last else step for stream, step in streams]
 
@@ -189,12 +191,11 @@ def test_rows_beyond_the_most_wait(
     waits = threading.Thread(target=next, args=(second,))
     waits.start()
     pace.let(10)
-    waits.join(0.5)
+    wait_until(lambda: pace.passes._value == 0)
     assert pace.num_begun == 1 and waits.is_alive()
     pace.go_on()
     last(first)
     waits.join()
-    assert pace.num_begun == 2
     last(second)
 
 
@@ -205,8 +206,7 @@ def test_one_that_is_closed_leaves_the_others(
     columns: list[str | RouterConfig] = ["spectr", "single:red"]
     streams = [routed_model.stream(prompt, columns, LONG, record=record) for prompt in PROMPTS]
     for stream in streams:
-        next(stream)
-        pace.let(2)
+        pace.begun(stream)
     closed = threading.Thread(target=streams[1].close)
     closed.start()
     pace.go_on()
@@ -257,16 +257,14 @@ def test_an_error_of_one_is_its_own(
     monkeypatch.setattr(Run, "take", broken_take)
     good = routed_model.stream("hello", ["spectr"], LONG, record=True)
     next(good)
-    pace.let(1)
-    never = routed_model.stream("hello", ["base"], GenerationSettings(seed=1))
-    with pytest.raises(RuntimeError, match="for the prompt"):
-        next(never)
     breaks = routed_model.stream("hello", ["base"], GenerationSettings(seed=2))
-    pace.let(1)
-    next(breaks)
+    pace.begun(breaks)
+    never = routed_model.stream("hello", ["base"], GenerationSettings(seed=1))
     pace.go_on()
     with pytest.raises(RuntimeError, match="for a token"):
         last(breaks)
+    with pytest.raises(RuntimeError, match="for the prompt"):
+        last(never)
     assert_same(last(good), alone(routed_model, ("hello", ["spectr"], LONG, True)))
 
 
@@ -275,8 +273,7 @@ def test_an_error_of_a_pass_is_everybodys_and_the_next_run_goes_on(
 ) -> None:
     streams = [routed_model.stream(prompt, ["spectr"], LONG) for prompt in PROMPTS]
     for stream in streams:
-        next(stream)
-        pace.let(1)
+        pace.begun(stream)
 
     def broken(decoding: Decoding, tokens: torch.Tensor) -> None:
         raise RuntimeError("no memory")
@@ -324,8 +321,7 @@ def test_memory_is_free_once_a_run_has_ended(routed_model: SpectrModel, pace: Pa
 
     streams = [routed_model.stream(p, ["spectr"], LONG, record=True) for p in PROMPTS[:2]]
     for stream in streams:
-        next(stream)
-        pace.let(2)
+        pace.begun(stream)
     wait_until(lambda: len(routed_model._batch._runs) == 2)
     held = keys(streams[0])
     pace.go_on()
@@ -334,7 +330,8 @@ def test_memory_is_free_once_a_run_has_ended(routed_model: SpectrModel, pace: Pa
     del streams, stream
     gc.collect()
     assert held.expired()
-    assert routed_model._batch._decoding is None and not routed_model._batch._is_working
+    wait_until(lambda: not routed_model._batch._is_working)
+    assert routed_model._batch._decoding is None
 
 
 def test_what_else_reads_is_called_between_two_tokens(

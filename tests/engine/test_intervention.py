@@ -152,7 +152,7 @@ def test_rows_with_padding_count_from_their_own_answer(routed_model: SpectrModel
     assert found == [False, False, True, True]
     # A base that keeps no keys and values reads all of it again.
     plan.begin_pass(torch.zeros(2, width + 4, dtype=torch.long))
-    assert group._is_changed(bank)[:, 0, 0].tolist() == [False] * (width + 2) + [True] * 2  # type: ignore[attr-defined]
+    assert group._is_changed(bank)[0, :, 0, 0].tolist() == [False] * (width + 2) + [True] * 2  # type: ignore[attr-defined]
 
 
 def test_a_layer_without_the_expert(build_model: BuildModel, save_expert: SaveExpert) -> None:

@@ -19,7 +19,7 @@ from spectr_demo.engine.run import Step
 from spectr_demo.engine.tracing import Row, _with_line_ends
 from spectr_demo.routing.lanes import Span
 from spectr_demo.trace import NOT_ROUTED, ColumnTrace, RoutingTrace
-from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert
+from tests.conftest import IN_CONTEXT, BuildModel, SaveExpert, wait_until
 
 PARTS = ("paint it a warm red", "then count", "and go")
 MESSAGE = "\n".join(PARTS)
@@ -308,7 +308,7 @@ def test_closing_cancels_a_run_with_lanes(routed_model: SpectrModel, choose: Cho
     assert next(stream).columns[0].num_tokens == 3
     threads = threading.active_count()
     stream.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == threads - 1
+    wait_until(lambda: threading.active_count() == threads - 1)
     assert run(routed_model, [IN_CONTEXT]).columns[0].num_tokens == 36
 
 

@@ -4,7 +4,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -17,6 +16,7 @@ from spectr_demo.engine import run as engine_run
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.web import MAX_BODY
+from tests.conftest import wait_until
 from tests.serving.conftest import ServeModel
 from tests.test_metrics import scraped
 
@@ -333,13 +333,6 @@ def test_a_client_that_leaves_ends_its_run(
     wait_until(lambda: slow.running == 0)
     assert slow.num_tokens[run] <= num_when_left + 2
     assert answer(client, max_tokens=1).usage.completion_tokens == 1
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.02)
 
 
 def test_one_that_leaves_the_line_never_runs(
