@@ -26,7 +26,14 @@ from spectr_demo.ui.run import MAX_COLUMNS, Form, gpu_seconds, model_steps
 from spectr_demo.ui.runner import Runner, Session
 from spectr_demo.ui.saved import MAX_BYTES
 from spectr_demo.ui.uploads import Uploads
-from spectr_demo.ui.visitors import Door, Page, receive_file, tell_metrics, unreadable
+from spectr_demo.ui.visitors import (
+    Door,
+    Page,
+    receive_file,
+    refuse_file,
+    tell_metrics,
+    unreadable,
+)
 from spectr_demo.web import BodyLimit
 
 KEEP_SECONDS = 3600  # files to download, and the traces of visitors who stay
@@ -85,8 +92,7 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
     ) as page:
         page.metrics = line.metrics
-        if uploads is not None:
-            page.receive = uploads.receive
+        page.receive = refuse_file if uploads is None else uploads.receive
         # First, so that no handler of the page takes their names.
         endpoint.register(page, libraries, steps, MODEL_QUEUE)
         session = gr.State(None, time_to_live=KEEP_SECONDS)
@@ -119,11 +125,20 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         _wire_files(layout, session, seen, page.GRADIO_CACHE)
         page.load(None, None, None, js=style.SCRIPT, **PRIVATE)
         if not libraries.is_fixed:
-            page.load(runner.news, None, lists.components, show_progress="hidden", **PRIVATE)
-            page.unload(libraries.leave)
+            _wire_visit(page, libraries, runner)
     release_threads()  # of loading and building: runs have threads of their own
     # "api_open" would let a program pass by the line.
     return page.queue(max_size=PLACES, default_concurrency_limit=4, api_open=False)
+
+
+def _wire_visit(page: Page, libraries: Libraries, runner: Runner) -> None:
+    """A page that comes shows the experts that there are by now. One that goes gives up its own."""
+
+    def arrive() -> Any:
+        return runner.news() or gr.skip()
+
+    page.load(arrive, None, runner.lists.components, show_progress="hidden", queue=False, **PRIVATE)
+    page.unload(libraries.leave)
 
 
 def _stop(now: Session | None) -> None:

@@ -8,7 +8,7 @@
   };
   const post = (file, token) => new Promise((done) => {
     const request = new XMLHttpRequest();
-    const where = new URL('experts/upload', document.baseURI);
+    const where = new URL('experts/zip', document.baseURI);
     where.searchParams.set('name', file.name);
     request.open('POST', where);
     if (token) request.setRequestHeader('x-spectr-owner', encodeURIComponent(token));

@@ -131,6 +131,11 @@ def tell_metrics(request: Request) -> Response:
     return page.metrics.response(request)
 
 
+async def refuse_file(request: Request) -> Response:
+    """Of a page that takes none."""
+    return JSONResponse({"detail": "this page takes no files"}, 404)
+
+
 async def receive_file(request: Request) -> Response:
     """A file for the page that is served."""
     page: Page = request.app.get_blocks()
@@ -169,7 +174,7 @@ class Door:
             await JSONResponse({"detail": detail}, status)(scope, receive, send)
 
         if path.endswith(_CLOSED):
-            await answer(404, "this page has no such door: nothing is uploaded or watched here")
+            await answer(404, "this page has no such door: nothing is taken or watched there")
             return
         try:
             if path.endswith(_MCP_ENDS) and scope["method"] == "POST":
