@@ -39,7 +39,7 @@ class _Unpacked:
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="spectr-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self.delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def read_zipped(file: IO[bytes], name: str, label: str, misfits: Misfits = lambda a: ()) -> Adapter:
@@ -51,25 +51,29 @@ def read_zipped(file: IO[bytes], name: str, label: str, misfits: Misfits = lambd
     """
     unpacked = _Unpacked()
     try:
-        _unpack(file, unpacked.path)
-    except _CORRUPT as error:
-        problems = error.problems if isinstance(error, AdapterError) else [_corrupt(error)]
-        raise AdapterError([f"{shown(label)}: {problem}" for problem in problems]) from None
-    try:
-        adapter = read_adapter(unpacked.path, name, misfits)
-    except AdapterError as error:
-        raise AdapterError(
-            [
-                p.replace(f"{unpacked.path}/", "").replace(f"{unpacked.path}", shown(label))
-                for p in error.problems
-            ]
-        ) from None
+        adapter = _read(file, unpacked.path, name, label, misfits)
+    except BaseException:
+        unpacked.delete()
+        raise
     return replace(
         adapter,
         source=label,
         read=partial(_read_keeping, unpacked, adapter.read),
         is_lasting=False,
     )
+
+
+def _read(file: IO[bytes], folder: Path, name: str, label: str, misfits: Misfits) -> Adapter:
+    try:
+        _unpack(file, folder)
+    except _CORRUPT as error:
+        problems = error.problems if isinstance(error, AdapterError) else [_corrupt(error)]
+        raise AdapterError([f"{shown(label)}: {problem}" for problem in problems]) from None
+    try:
+        return read_adapter(folder, name, misfits)
+    except AdapterError as error:
+        problems = [problem.replace(f"{folder}/", "") for problem in error.problems]
+        raise AdapterError([each.replace(f"{folder}", shown(label)) for each in problems]) from None
 
 
 def _read_keeping(

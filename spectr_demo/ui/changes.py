@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -164,12 +164,12 @@ def read_candidate(
         )
         found, problems = fit_adapters([adapter], config)
     else:
-        found, problems = read_adapters(f"{name}={where}", config)
+        found, problems = read_adapters(where, config)
     if problems:
         raise AdapterError(problems)
     if len(found) != 1:
         raise AdapterError([f"{shown(where)} has {len(found)} adapters: name the folder of one"])
-    return Candidate.of(found[0], model.library)
+    return Candidate.of(replace(found[0], name=name), model.library)
 
 
 # What is shown
@@ -412,11 +412,11 @@ class Panel:
     def replacing(self, who: Who, token: str, target: str | None) -> Iterator[Updates]:
         name = target or ""
 
-        def replace() -> str:
+        def put() -> str:
             self._libraries.replace(name, for_all=who == "all")
             return name
 
-        yield from self._changing(who, token, replace, "{} was replaced")
+        yield from self._changing(who, token, put, "{} was replaced")
 
     def disabling(self, who: Who, token: str, target: str | None) -> Iterator[Updates]:
         change = self._change_of(who, target, lambda m, name: m.disable(name))
@@ -501,10 +501,10 @@ class Panel:
             with closing(in_line(timed, self._line)(work)) as going:
                 for item in going:
                     yield end(item) if isinstance(item, Done) else self._goes_on(item, what)
-        except ValueError as error:
-            yield self._failed(str(error))
         except gr.Error as error:
             yield self._failed(error.message)
+        except ValueError as error:
+            yield self._failed(str(error))
         except Exception as error:
             log_fault(logger, "a change of experts failed", error)
             yield self._failed(f"It failed ({type(error).__name__}), and nothing was changed.")
