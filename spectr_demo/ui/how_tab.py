@@ -123,8 +123,8 @@ def lay_out(
         yield from inside(prompt, None, layer, projection)
 
     def open_how(was_read: bool, prompt: str, layer: int, projection: str) -> Iterator[Updates]:
-        if was_read:
-            yield {is_read: True}
+        if was_read or not libraries.model.library.banks:
+            yield {is_read: was_read}
         else:
             yield from read(prompt, layer, projection)
 
