@@ -7,7 +7,7 @@ import html
 import logging
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -44,6 +44,7 @@ NUM_NEAREST = 3
 _NAME = re.compile(r"\w[\w.+-]{0,59}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w.-]+)*")
 _KINDS: dict[Kind, str] = {"zip": "a zip file", "hub": "the Hub", "folder": "a folder here"}
+Facts = Callable[[Adapter, Mapping[str, str]], str]
 T = TypeVar("T")
 
 
@@ -175,18 +176,15 @@ def read_candidate(
 # What is shown
 
 
-def report(candidate: Candidate, known: tuple[str, ...], facts: Callable[[Adapter], str]) -> str:
+def report(candidate: Candidate, known: tuple[str, ...], facts: Facts) -> str:
     """What would be added. known: names of experts that there are. facts: what its files say."""
     adapter, (low, high) = candidate.adapter, candidate.scaling
     near = candidate.overlaps[:NUM_NEAREST]
-    said = [
-        ("Scaling", f"{low:g}" if low == high else f"{low:g} to {high:g}"),
-        (
-            "Nearest experts",
-            ", ".join(f"{name} ({overlap:.0%} the same)" for name, overlap in near)
-            or "none shares a layer with it",
-        ),
-    ]
+    more = {
+        "Scaling": f"{low:g}" if low == high else f"{low:g} to {high:g}",
+        "Nearest": ", ".join(f"{name} ({overlap:.0%} the same)" for name, overlap in near)
+        or "none shares a layer with it",
+    }
     warned = [
         f"{name} responds to the same inputs: no router here can tell them apart"
         for name, overlap in near
@@ -197,13 +195,12 @@ def report(candidate: Candidate, known: tuple[str, ...], facts: Callable[[Adapte
             f"there is an expert {adapter.name} already: give this one another name and look "
             "again, or replace that one"
         )
-    rows = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in said)
     items = "".join(f"<li>{html.escape(each)}</li>" for each in warned)
     listed = f'<ul class="warnings" role="note">{items}</ul>' if items else ""
     return (
         f'<div class="report" role="status"><h3>{html.escape(adapter.name)} fits this base'
         f"{': it can be added' if adapter.name not in known else ''}</h3>{listed}"
-        f'{facts(adapter)}<section class="expert"><dl>{rows}</dl></section></div>'
+        f"{facts(adapter, more)}</div>"
     )
 
 
@@ -230,6 +227,13 @@ def whose(libraries: Libraries) -> str:
         f'<p class="caption">This page has experts of its own ({html.escape(told) or "as all"}). '
         f"Nobody else has them. They end with this page.{behind}</p>"
     )
+
+
+def _goes_on(item: Waiting | float, what: str) -> str:
+    """Where somebody stands who waits, or for how long it goes on."""
+    if isinstance(item, Waiting):
+        return cards.in_line(item) if item.place > 1 else f"{what} …"
+    return f"{what} … {item:.0f} s"
 
 
 def _targets(model: SpectrModel, chosen: str = "") -> dict[str, Any]:
@@ -259,7 +263,7 @@ class Panel:
         libraries: Libraries,
         line: Line,
         uploads: Uploads,
-        facts: Callable[[Adapter], str],
+        facts: Facts,
     ) -> None:
         """facts: what an adapter's files say, as HTML."""
         self._libraries, self._line, self._uploads = libraries, line, uploads
@@ -301,26 +305,28 @@ class Panel:
             self.zip = gr.HTML(_file_field(), elem_id="changes-zip")
             self.where = gr.Textbox(visible=False, elem_id="changes-where")
             self.sent = gr.Textbox(visible=False)  # a ticket, which the script gives
-            self.look = gr.Button("Look at it", elem_id="changes-look")
+            with gr.Row(elem_classes="acts"):
+                self.look = gr.Button("Look at it", elem_id="changes-look")
+                self.add = gr.Button(
+                    "Add it", variant="primary", interactive=False, elem_id="changes-add"
+                )
+            self.added = gr.HTML(visible=False, elem_id="changes-added", elem_classes="said")
             self.report = gr.HTML(elem_id="changes-report")
-            self.add = gr.Button(
-                "Add it", variant="primary", interactive=False, elem_id="changes-add"
-            )
             gr.HTML('<h3 class="asked">Change an expert</h3>')
             self.target = gr.Dropdown(
                 label="Expert", **_targets(model), filterable=True, elem_id="changes-expert"
             )
-            with gr.Row(elem_id="changes-actions"):
+            with gr.Row(elem_classes="acts"):
                 self.disable = gr.Button("Disable", elem_id="changes-disable")
                 self.enable = gr.Button("Enable", elem_id="changes-enable")
                 self.replace = gr.Button(
-                    "Replace by the one looked at", interactive=False, elem_id="changes-replace"
+                    "Replace by the above", interactive=False, elem_id="changes-replace"
                 )
-                self.remove = gr.Button("Remove", variant="stop", elem_id="changes-remove")
-            self.back = gr.Button(
-                "Back to the experts of all", visible=False, elem_id="changes-back"
-            )
-            self.notice = gr.HTML(visible=False, elem_id="changes-notice")
+                self.remove = gr.Button("Remove", elem_id="changes-remove")
+                self.back = gr.Button(
+                    "Back to the experts of all", visible=False, elem_id="changes-back"
+                )
+            self.notice = gr.HTML(visible=False, elem_id="changes-notice", elem_classes="said")
 
     def wire(
         self, lists: ExpertLists, queue: dict[str, Any], redraw: Callable[[Any], None]
@@ -332,7 +338,7 @@ class Panel:
         allowed: dict[str, Any] = {"who": self.who, "token": self.token}
         asked = {"kind": self.kind, "where": self.where, "name": self.name, "sent": self.sent}
         of_one: dict[str, Any] = {"target": self.target}
-        own = [self.notice, self.report, self.add, self.replace]
+        own = [self.added, self.notice, self.report, self.add, self.replace]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         self.kind.input(self._ask_for, self.kind, [self.zip, self.where], queue=False, **private)
         self.look.click(
@@ -396,17 +402,21 @@ class Panel:
                 self.report: report(done.result, known, self._facts),
                 self.add: gr.update(interactive=is_new),
                 self.replace: gr.update(interactive=True),
-                self.notice: gr.update(visible=False),
+                self.added: gr.update(visible=False),
             }
 
         yield {self.look: gr.update(interactive=False)}
-        for updates in self._going(start, end, "reading it"):
+        for updates in self._going(start, end, "reading it", self.added):
             yield {self.look: gr.skip(), **updates}
         yield {self.look: gr.update(interactive=True)}
 
     def adding(self, who: Who, token: str) -> Iterator[Updates]:
         yield from self._changing(
-            who, token, lambda: self._libraries.add(for_all=who == "all"), "{} was added"
+            who,
+            token,
+            lambda: self._libraries.add(for_all=who == "all"),
+            "{} was added",
+            self.added,
         )
 
     def replacing(self, who: Who, token: str, target: str | None) -> Iterator[Updates]:
@@ -432,7 +442,7 @@ class Panel:
 
     def going_back(self) -> Updates:
         self._libraries.take_that_of_all()
-        return self._told("This page has the experts of all again.")
+        return self._told("This page has the experts of all again.", self.notice)
 
     # How it goes
 
@@ -459,8 +469,16 @@ class Panel:
         return work
 
     def _changing(
-        self, who: Who, token: str, work: Callable[[], str], words: str
+        self,
+        who: Who,
+        token: str,
+        work: Callable[[], str],
+        words: str,
+        notice: gr.HTML | None = None,
     ) -> Iterator[Updates]:
+        """notice: where it is told; None is below the buttons that change an expert."""
+        notice = notice or self.notice
+
         def start() -> Callable[[], str]:
             check_may(token=token, for_all=who == "all")
             return work
@@ -469,11 +487,12 @@ class Panel:
             name = f"<b>{html.escape(done.result)}</b>"
             whom = "all visitors" if who == "all" else "this page"
             told = f"✓ {words.format(name)} for {whom}, in {done.seconds:.1f} s."
-            return self._told(told, done.result)
+            return self._told(told, notice, done.result)
 
-        yield from self._going(start, end, "changing the library, and measuring what is new")
+        what = "changing the library, and measuring what is new"
+        yield from self._going(start, end, what, notice)
 
-    def _told(self, message: str, target: str = "") -> Updates:
+    def _told(self, message: str, notice: gr.HTML, target: str = "") -> Updates:
         """After a change: all that tells which experts there are, and what was done. target: which
         expert to offer next, if it is still there."""
         libraries = self._libraries
@@ -482,7 +501,8 @@ class Panel:
         return {
             **self._lists.of(libraries.model),
             self.target: gr.update(**_targets(libraries.model, target)),
-            self.notice: gr.update(value=f'<p role="status">{message}</p>', visible=True),
+            **{each: gr.update(visible=False) for each in (self.added, self.notice)},
+            notice: gr.update(value=f'<p role="status">{message}</p>', visible=True),
             self.report: gr.skip() if has_candidate else "",
             self.add: gr.skip() if has_candidate else gr.update(interactive=False),
             self.replace: gr.skip() if has_candidate else gr.update(interactive=False),
@@ -493,27 +513,27 @@ class Panel:
         start: Callable[[], Callable[[], T]],
         end: Callable[[Done[T]], Updates],
         what: str,
+        notice: gr.HTML,
     ) -> Iterator[Updates]:
         """Stand in line, work, and show what came of it. start: checks, and gives the work. What
-        fails is one message, and changes nothing."""
+        fails is one message, and changes nothing. notice: where it is told."""
+
+        def failed(message: str) -> Updates:
+            return {notice: gr.update(value=cards.notice(message), visible=True)}
+
         try:
             work = _refusing(start())
             with closing(in_line(timed, self._line)(work)) as going:
                 for item in going:
-                    yield end(item) if isinstance(item, Done) else self._goes_on(item, what)
+                    if isinstance(item, Done):
+                        yield end(item)
+                        continue
+                    words = f'<p class="caption">{_goes_on(item, what)}</p>'
+                    yield {notice: gr.update(value=words, visible=True)}
         except gr.Error as error:
-            yield self._failed(error.message)
+            yield failed(error.message)
         except ValueError as error:
-            yield self._failed(str(error))
+            yield failed(str(error))
         except Exception as error:
             log_fault(logger, "a change of experts failed", error)
-            yield self._failed(f"It failed ({type(error).__name__}), and nothing was changed.")
-
-    def _goes_on(self, item: Waiting | float, what: str) -> Updates:
-        words = f"{what} … {item:.0f} s" if isinstance(item, float) else f"{what} …"
-        if isinstance(item, Waiting) and item.place > 1:
-            words = cards.in_line(item)
-        return {self.notice: gr.update(value=f'<p class="caption">{words}</p>', visible=True)}
-
-    def _failed(self, message: str) -> Updates:
-        return {self.notice: gr.update(value=cards.notice(message), visible=True)}
+            yield failed(f"It failed ({type(error).__name__}), and nothing was changed.")

@@ -1,8 +1,9 @@
 """The tab of experts: one at a time, from its files and weights, computed when it is looked at."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
@@ -166,8 +167,8 @@ def _task(record: dict[str, Any]) -> str:
     return TASKS[name].title if name in TASKS else name
 
 
-def facts_of(adapter: Adapter) -> str:
-    """What the files say."""
+def facts_of(adapter: Adapter, more: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What the files say. more: further facts, by their names."""
     low, high = adapter.ranks
     layers = len(adapter.shapes)
     record = training_record(adapter)
@@ -181,6 +182,7 @@ def facts_of(adapter: Adapter) -> str:
         "Trained on": adapter.base_model or "its files do not say",
         "Files": f"{source}, {adapter.num_bytes / 1e6:.1f} MB, SHA-256 {adapter.sha256[:12]}…",
     }
+    facts |= more
     rows = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     warned = "".join(f"<li>{html.escape(note)}</li>" for note in adapter.notes)
     warned = f'<ul class="warnings" role="note">{warned}</ul>' if warned else ""

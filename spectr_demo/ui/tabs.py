@@ -31,9 +31,9 @@ def lay_out(
     """
     panel = None
     with gr.Tab("Experts") as tab:
-        redraw = experts_tab.lay_out(tab, libraries, lists)
         if uploads is not None:
             panel = Panel(libraries, line, uploads, experts_tab.facts_of)
+        redraw = experts_tab.lay_out(tab, libraries, lists)
     with gr.Tab("Evidence") as tab:
         evidence_tab.lay_out(tab, libraries, steps, queue)
     with gr.Tab("How it works") as tab:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from spectr_demo.config import ASSETS
 from spectr_demo.experts import archives
 from spectr_demo.experts.archives import MOST_ENTRIES, read_zipped
 from spectr_demo.experts.library import align_adapter
@@ -80,6 +81,17 @@ def test_an_adapter_is_read_from_its_root_or_one_folder(
     del adapter
     gc.collect()
     assert not list(written.iterdir()), "it is deleted with the adapter"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, DEFLATED])
+def test_a_shipped_expert_is_read(method: int) -> None:
+    """Whose files are of a usual size."""
+    shipped, file = ASSETS / "experts" / "cron", io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for each in sorted(shipped.iterdir()):
+            archive.write(each, f"cron/{each.name}")
+    assert len(file.getvalue()) > 2_000_000
+    assert read(file).sha256 == archives.read_adapter(shipped).sha256
 
 
 def link(name: str) -> zipfile.ZipInfo:

@@ -81,8 +81,8 @@ class Pressed:
 
     def told(self, updates: Update) -> str:
         """The message, "" where it is hidden."""
-        notice = updates[self.panel.notice]
-        return str(notice["value"]) if notice["visible"] else ""
+        notices = [updates[n] for n in (self.panel.added, self.panel.notice) if n in updates]
+        return "".join(str(each["value"]) for each in notices if each["visible"])
 
     def run(self, **choices: Any) -> list[Update]:
         form = OPENING | {"prompt": "hello", "max_new_tokens": 8} | choices

@@ -59,20 +59,20 @@ def test_an_expert_comes_is_used_and_goes(
     assert serious(page) == []
 
     page.locator("#changes-look").click()
-    expect(page.locator("#changes-notice")).to_contain_text("no file was sent: choose a zip file")
+    expect(page.locator("#changes-added")).to_contain_text("no file was sent: choose a zip file")
     page.locator("#zip").set_input_files(theirs)
     page.locator("#changes-name textarea, #changes-name input").fill("mine")
     page.locator("#changes-look").click()
     report = page.locator("#changes-report")
     expect(report).to_contain_text("mine fits this base: it can be added")
-    for fact in ("Rank", "Scaling", "Nearest experts", "mine.zip"):
+    for fact in ("Rank", "Scaling", "Nearest", "mine.zip"):
         expect(report).to_contain_text(fact)
-    expect(page.locator("#changes-notice")).to_be_hidden()
+    expect(page.locator("#changes-added")).to_be_hidden()
     assert serious(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
     page.locator("#changes-add").click()
-    expect(page.locator("#changes-notice")).to_contain_text("mine was added for this page")
+    expect(page.locator("#changes-added")).to_contain_text("mine was added for this page")
     expect(page.locator("#changes-whose")).to_contain_text("added: mine")
     expect(page.locator("#expert-shown")).to_contain_text("one of 4")
     assert serious(page) == []
@@ -112,12 +112,12 @@ def test_the_owner_changes_the_experts_of_all(
     open_changes(page)
     page.locator("#zip").set_input_files(theirs)
     page.locator("#changes-look").click()
-    expect(page.locator("#changes-notice")).to_contain_text("only the owner")
+    expect(page.locator("#changes-added")).to_contain_text("only the owner")
     page.locator("#changes-token input").fill("s3cret ✓")
     page.locator("#changes-look").click()
     expect(page.locator("#changes-report")).to_contain_text("theirs fits this base")
     page.locator("#changes-add").click()
-    expect(page.locator("#changes-notice")).to_contain_text("theirs was added for all visitors")
+    expect(page.locator("#changes-added")).to_contain_text("theirs was added for all visitors")
 
     expect(other.locator(".masthead summary")).to_contain_text("3 experts loaded")
     other.locator("#prompt textarea").fill("hello")
