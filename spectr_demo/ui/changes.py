@@ -280,12 +280,14 @@ class Panel:
                     label="For whom",
                     choices=[("this page alone", "page"), ("all visitors (the owner)", "all")],
                     value="page" if has_uploads() else "all",
+                    min_width=140,
                     elem_id="changes-for",
                 )
                 self.token = gr.Textbox(
                     label="Owner’s token",
                     info="what SPECTR_OWNER_TOKEN says",
                     type="password",
+                    min_width=140,
                     elem_id="changes-token",
                 )
             gr.HTML('<h3 class="asked">Add an adapter</h3>')
@@ -294,12 +296,14 @@ class Panel:
                     label="From",
                     choices=[(_KINDS[kind], kind) for kind in kinds()],
                     value="zip",
+                    min_width=140,
                     elem_id="changes-kind",
                 )
                 self.name = gr.Textbox(
                     label="Name",
                     info="empty: that of the file, folder or repository",
                     max_length=60,
+                    min_width=140,
                     elem_id="changes-name",
                 )
             self.zip = gr.HTML(_file_field(), elem_id="changes-zip")
