@@ -50,7 +50,7 @@ def routed_requests(
             f"the prompt has {len(ids)} tokens; the context of {model.base.name} is "
             f"{model.base.context}: shorten the prompt"
         )
-    (lanes,) = snapshot.lanes_of([router], ids)
+    (lanes,) = model.between_tokens(lambda: snapshot.lanes_of([router], ids))
     threshold = snapshot.reader.least_standing(router)
     assert threshold is not None
     requests: list[RoutedRequest] = []
