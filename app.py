@@ -15,6 +15,7 @@ import gradio as gr
 
 import spectr_demo
 from spectr_demo import ui
+from spectr_demo.config import is_zero_gpu
 
 
 def build(arguments: list[str]) -> gr.Blocks:
@@ -32,7 +33,7 @@ def build(arguments: list[str]) -> gr.Blocks:
         model = spectr_demo.load(chosen.base, chosen.experts)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(str(error))
-    return ui.build(model, gpu=spaces.GPU)
+    return ui.build(model, gpu=spaces.GPU if is_zero_gpu() else None)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,31 @@ def has_metrics() -> bool:
     return os.environ.get("SPECTR_METRICS") == "1"
 
 
+def has_uploads() -> bool:
+    """`SPECTR_UPLOADS`: whether visitors may change the experts for themselves, and upload some;
+    unset, they may, but not on a Space."""
+    return os.environ.get("SPECTR_UPLOADS", "" if space_id() else "1") == "1"
+
+
+def hub_patterns() -> tuple[str, ...]:
+    """`SPECTR_HUB_ALLOW`: repositories on the Hub of which visitors may add adapters, such as
+    `owner/name` or `owner/*`, separated by commas; unset, none."""
+    listed = [each.strip() for each in os.environ.get("SPECTR_HUB_ALLOW", "").split(",")]
+    return tuple(each for each in listed if each)
+
+
+def owner_token() -> str:
+    """`SPECTR_OWNER_TOKEN`: who gives it on the page may change the experts of all; empty where
+    nobody may."""
+    return os.environ.get("SPECTR_OWNER_TOKEN", "")
+
+
+def listens_here_only() -> bool:
+    """Whether the page is served to this machine alone, as far as its settings say."""
+    name = os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    return name in ("127.0.0.1", "localhost", "::1") and not space_id()
+
+
 def shipped_experts() -> list[str]:
     """Folders of the experts under `assets/experts/`, by name."""
     return [str(path.parent) for path in sorted(ASSETS.glob("experts/*/adapter_config.json"))]

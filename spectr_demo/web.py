@@ -2,6 +2,8 @@
 
 import logging
 import traceback
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -15,19 +17,26 @@ _FRAMES = 8  # of a traceback, the innermost
 
 class BodyLimit:
     """ASGI middleware. A larger body is an HTTPException where the application reads it, which
-    answers in its own form."""
+    answers in its own form. others: bytes of bodies that are sent to these paths."""
 
-    def __init__(self, app: ASGIApp, max_body: int = MAX_BODY) -> None:
-        self.app, self.max_body = app, max_body
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body: int = MAX_BODY,
+        others: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self.app, self.max_body, self.others = app, max_body, others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"] if scope["type"] == "http" else ""
+        most = self.others.get(path, self.max_body)
         said = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
         num_said, num_read = int(said[:20]) if said.isdecimal() else 0, 0
 
         def check(num: int) -> None:
-            if num > self.max_body:
+            if num > most:
                 raise HTTPException(
-                    413, f"the request has more than {self.max_body:,} bytes; send a shorter one"
+                    413, f"the request has more than {most:,} bytes; send a shorter one"
                 )
 
         async def bounded() -> Message:

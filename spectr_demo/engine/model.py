@@ -1,11 +1,13 @@
 """`SpectrModel`: a base with experts attached, and what every front end calls on it."""
 
+import copy
 import dataclasses
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from spectr_demo.base.loading import DeviceMap, LoadedBase, load_base
 from spectr_demo.base.prompts import Message, Template, check_prompt, encode
@@ -70,9 +72,11 @@ class SpectrModel:
         self.tokenizer = base.tokenizer
         self.template = Template.of(base.tokenizer)
         self._ordinary_text = OrdinaryText()
-        self._adapters = library.adapters  # of all experts, those that are disabled too
+        self._adapters = library.adapters
         self._changing = threading.Lock()
         self._encoding = threading.Lock()  # a tokenizer has settings that it changes as it encodes
+        self._variants: WeakSet[SpectrModel] = WeakSet([self])  # all on this base
+        self._is_variant = False
         attach_(self.model, library)
         self.snapshot = self._snapshot_of(library)
         self._hooks = [*follow(self.model), StepHook(self.model)]
@@ -98,6 +102,11 @@ class SpectrModel:
         return self.reader.ordinary.calibration
 
     @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Of all experts, those that are disabled too."""
+        return self._adapters
+
+    @property
     def most_runs(self) -> int:
         """How many runs make tokens at the same time. Further ones begin when one has ended."""
         return self._batch.most_runs
@@ -107,8 +116,22 @@ class SpectrModel:
         """Names of the experts that are kept, and that no run has."""
         return tuple(a.name for a in self._adapters if a.name not in self.library.names)
 
-    def add(self, source: Sources) -> tuple[str, ...]:
-        """Add one expert, or several, as `load` takes them. Gives their names.
+    def variant(self) -> "SpectrModel":
+        """Another model on the same base, with a library of its own that can change.
+
+        It begins with the experts of this one, and shares their memory until its first change.
+        Then its library is a whole one of its own. What it alone has is freed with it. `detach`
+        takes all experts off the base.
+        """
+        with self._changing:
+            variant = copy.copy(self)
+            variant._is_variant = True
+            self._variants.add(variant)
+        return variant
+
+    def add(self, source: Sources | Adapter) -> tuple[str, ...]:
+        """Add one expert, or several, as `load` takes them, or one that was read. Gives their
+        names.
 
         Only they are measured over ordinary text, and at once where the others were.
         Raises AdapterError, and changes nothing, for adapters that do not fit, and for a name that
@@ -129,10 +152,10 @@ class SpectrModel:
             self._change([*self._adapters, *new], self.disabled)
         return tuple(adapter.name for adapter in new)
 
-    def replace(self, name: str, source: str | Path) -> None:
+    def replace(self, name: str, source: str | Path | Adapter) -> None:
         """Put another adapter in an expert's place, under its name: one change, not two.
 
-        source: a folder or a Hub id. An expert that is disabled stays so.
+        source: a folder or a Hub id, or one that was read. An expert that is disabled stays so.
         Raises as `add` does, and ValueError for a name that no expert has.
         """
         with self._changing:
@@ -172,7 +195,9 @@ class SpectrModel:
         if name not in names:
             raise unknown_name("expert", name, names)
 
-    def _read(self, source: Sources) -> Sequence[Adapter]:
+    def _read(self, source: Sources | Adapter) -> Sequence[Adapter]:
+        if isinstance(source, Adapter):
+            return [source]
         adapters, problems = read_adapters(source, self.model.config)
         if problems:
             raise AdapterError(problems)
@@ -186,8 +211,9 @@ class SpectrModel:
         if self.reader.is_measured:  # then the next run need not wait for it
             _ = snapshot.reader.ordinary
         self._adapters, self.snapshot = tuple(adapters), snapshot
-        self._ordinary_text.keep(adapters)
-        use_(self.model, snapshot.places)
+        self._ordinary_text.keep(a for model in self._variants for a in model.adapters)
+        if not self._is_variant:
+            use_(self.model, snapshot.places)
 
     def detach(self) -> None:
         """Take the experts off again: `self.model` is then the base as it was loaded."""
@@ -224,12 +250,15 @@ class SpectrModel:
         *,
         record: bool = False,
         trace_every: int | None = None,
+        snapshot: Snapshot | None = None,
     ) -> Iterator[Step]:
         """Generate with several routers at once, one step per token.
 
         prompt: the user's message, or a list of chat messages; a base without a chat template
             reads plain text. columns: routers, as `parse_router` takes them.
         trace_every: with `record`, also give a partial trace every so many tokens.
+        snapshot: of this model or of a variant: whose experts to use. None is those that there are
+            now.
         Closing the iterator cancels the run between two tokens and frees what it holds.
         Raises ValueError at once for an unknown router, an empty prompt, or one that is too long.
         """
@@ -238,7 +267,7 @@ class SpectrModel:
             raise ValueError(
                 "there is no column to run; name at least one router, such as 'spectr'"
             )
-        snapshot = self.snapshot
+        snapshot = snapshot or self.snapshot
         routers = [parse_router(column, snapshot.library.names) for column in columns]
         self._check_interventions(routers, snapshot.library.num_layers)
         prompt_ids = self.encode(prompt)

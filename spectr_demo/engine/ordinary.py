@@ -108,7 +108,8 @@ class OrdinaryText:
     def keep(self, adapters: Iterable[Adapter]) -> None:
         """Forget all other experts."""
         kept = set(map(_key, adapters))
-        self._experts = {key: values for key, values in self._experts.items() if key in kept}
+        with self.lock:  # not between an expert's measurement and its use
+            self._experts = {key: values for key, values in self._experts.items() if key in kept}
 
     def of(self, library: ExpertLibrary) -> Ordinary:
         """For a library of which all experts are known."""

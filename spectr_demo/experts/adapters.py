@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from spectr_demo.experts.fields import refusals
+from spectr_demo.experts.hub import CONFIG_FILE, MOST_CONFIG_BYTES, WEIGHTS_FILE, fetched
 from spectr_demo.experts.messages import AdapterError, first, short, shown
 from spectr_demo.experts.patterns import Clock, PatternError, Values
 from spectr_demo.experts.settings import MOST_RANK, LoraSettings, faults
@@ -31,8 +32,6 @@ from spectr_demo.experts.weights import (
     parse_json,
 )
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MOST_CONFIG_BYTES = 4_000_000
 MOST_LOOKED_THROUGH = 100_000_000  # bytes of a file that is refused already
 MOST_WIDTH = 1 << 20  # inputs or outputs of a layer; the widest one of today's models has 106,496
 _KEY_PREFIX = "base_model.model."
@@ -81,6 +80,7 @@ class Adapter:
     shapes: by the layer's path in the base model.
     read: gives the weights, by path too. They are not kept, since the library has its own.
     notes: what was done so that it fits, for people.
+    is_lasting: whether what is made of it is kept on the disk, for the next start.
     """
 
     name: str
@@ -91,6 +91,7 @@ class Adapter:
     shapes: Mapping[str, LoraShape]
     read: Callable[[], Mapping[str, LoraFactors]] = field(repr=False)
     notes: tuple[str, ...] = ()
+    is_lasting: bool = True
 
     @classmethod
     def of(
@@ -284,26 +285,11 @@ def _resolve(source: str) -> Path:
     folder = local_folder(source)
     if folder is not None:
         return folder
-    owner, _, rest = source.partition("/")
-    repo, _, subfolder = rest.partition("/")
-    if not repo or source.startswith((".", "/", "~")):
+    if not source.partition("/")[2] or source.startswith((".", "/", "~")):
         raise AdapterError(
             [f"there is no folder {shown(source)}; give a folder or a Hub id owner/repo"]
         )
-    from huggingface_hub import snapshot_download
-
-    wanted = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG_FILE, WEIGHTS_FILE)]
-    try:
-        return Path(snapshot_download(f"{owner}/{repo}", allow_patterns=wanted)) / subfolder
-    except (OSError, ValueError) as error:  # offline, no such repository, no access
-        reason = str(error).strip().partition("\n")[0]
-        raise AdapterError(
-            [
-                f"{shown(source)} is no folder here, and the Hub did not give it "
-                f"({shown(reason)}); check the name and the network, or download it and give its "
-                "folder"
-            ]
-        ) from None
+    return fetched(source)
 
 
 def _config(folder: Path) -> bytes:

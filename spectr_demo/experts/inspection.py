@@ -97,20 +97,31 @@ def overlaps(library: ExpertLibrary) -> NDArray[np.float64]:
 
 def overlap_of(library: ExpertLibrary, expert: int) -> NDArray[np.float64]:
     """(E,) one expert's row of `overlaps`, without the others'."""
+    return overlap_with(library, library.aligned[expert])
+
+
+def overlap_with(library: ExpertLibrary, aligned: Mapping[str, Aligned]) -> NDArray[np.float64]:
+    """(E,) how far an expert, in the library or not, overlaps with each expert there.
+
+    aligned: its factors by layer.
+    """
     E = len(library.names)
     total, count = np.zeros(E), np.zeros(E)
     for bank in library.banks:
-        ids = bank.expert_ids.numpy()
-        if bank.run or expert not in ids:
+        if bank.run:
             continue
+        ids = bank.expert_ids.numpy()
         P, num, r = bank.singular_values.shape
-        A = bank.A.float().view(P, num, r, -1)
-        own = int(np.flatnonzero(ids == expert)[0])
-        shared = (A.flatten(1, 2) @ A[:, own].mT).square().sum(-1).view(P, num, r).sum(-1)
         ranks = (bank.singular_values > 0).sum(-1)
-        least = torch.minimum(ranks, ranks[:, own, None]).clamp(min=1)
-        total[ids] += (shared / least).sum(0).double().cpu().numpy()
-        count[ids] += P
+        for place, path in enumerate(bank.paths):
+            if path not in aligned:
+                continue
+            own = aligned[path]
+            A = bank.A.view(P, num * r, -1)[place].float()
+            shared = (A @ own.A.to(A).mT).square().sum(-1).view(num, r).sum(-1)
+            least = ranks[place].clamp(max=int((own.singular_values > 0).sum())).clamp(min=1)
+            total[ids] += (shared / least).double().cpu().numpy()
+            count[ids] += 1
     return np.divide(total, count, out=np.full(E, np.nan), where=count > 0)
 
 

@@ -57,9 +57,9 @@ _BEFORE_LAST = re.compile(r".*\.(?=[^.]*[^.\d][^.]*(?:\.\d+)*$)")
 def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
     """Spectral alignment of every layer, by its path.
 
-    An adapter with the very same files that was aligned before is read from the cache. A cache that
-    cannot be written costs time at each start, not the run. A warning says so. Raises AdapterError
-    for updates that are too large to compute with.
+    An adapter with the very same files that was aligned before is read from the cache. One that
+    lasts is kept there. A cache that cannot be written costs time at each start, not the run. A
+    warning says so. Raises AdapterError for updates that are too large to compute with.
     """
     cached = cache_dir() / "aligned" / f"{adapter.sha256}-v{_ALIGNMENT_VERSION}.safetensors"
     if file := kept(cached):
@@ -69,6 +69,8 @@ def align_adapter(adapter: Adapter) -> dict[str, Aligned]:
                 for path in adapter.shapes
             }
     aligned = align_in_groups(adapter)
+    if not adapter.is_lasting:
+        return aligned
     tensors = {}
     for path, factors in aligned.items():  # B transposed, as it is in memory here and in the banks
         tensors[f"{path}.A"] = factors.A.contiguous()

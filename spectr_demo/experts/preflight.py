@@ -1,9 +1,11 @@
-"""Do these experts fit this base, and all of it the memory? Said before any base is fetched."""
+"""Do these experts fit this base, and all of it the memory? Said before any base is fetched; and
+what one more would be among those that are loaded, said before it is one of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME
@@ -14,7 +16,9 @@ from spectr_demo.base.loading import read_base_config
 from spectr_demo.base.memory import free_memory
 from spectr_demo.base.quantization import NF4_BYTES, choose_compute_dtype, is_quantizable
 from spectr_demo.config import base_from_environment
-from spectr_demo.experts.library import Sources, read_adapters
+from spectr_demo.experts.adapters import Adapter
+from spectr_demo.experts.inspection import overlap_with
+from spectr_demo.experts.library import ExpertLibrary, Sources, align_adapter, read_adapters
 from spectr_demo.experts.skeleton import linear_shape, skeleton_of
 
 # A prompt's tokens take this many numbers of the widest layer each, while they are read. Measured
@@ -107,6 +111,28 @@ def _cached_values(layer: PretrainedConfig) -> int:
     num_kv_heads = getattr(layer, "num_key_value_heads", None) or heads
     head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
     return int(2 * num_kv_heads * head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An adapter that fits the base, and could be added to a library.
+
+    scaling: smallest and largest over its layers. overlaps: with each expert of the library that
+    shares a layer with it, the nearest first; see `inspection.overlaps`.
+    """
+
+    adapter: Adapter
+    scaling: tuple[float, float]
+    overlaps: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, adapter: Adapter, library: ExpertLibrary) -> Candidate:
+        """Its weights are read, and aligned. Raises AdapterError where that is not possible."""
+        scalings = [factors.scaling for factors in adapter.read().values()]
+        overlaps = overlap_with(library, align_adapter(adapter))
+        order = np.argsort(-overlaps, kind="stable")  # those without a shared layer come last
+        near = [(library.names[e], float(overlaps[e])) for e in order if np.isfinite(overlaps[e])]
+        return cls(adapter=adapter, scaling=(min(scalings), max(scalings)), overlaps=tuple(near))
 
 
 def config_of(base: str | None) -> PretrainedConfig:

@@ -15,11 +15,10 @@ from pydantic import ValidationError, validate_call
 
 from spectr_demo.charts.text import counted
 from spectr_demo.config import DEFAULT_ROUTER, GenerationSettings
-from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.tasks import TASKS
-from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.experts.messages import short
 from spectr_demo.routing.routers import parse_router
+from spectr_demo.ui.libraries import Libraries
 from spectr_demo.ui.records import training_record
 from spectr_demo.ui.requests import RoutedRequest
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, Choice, Frame, Steps, frames
@@ -68,15 +67,16 @@ class Expert(TypedDict):
     example: ExpertExample | None
 
 
-def register(page: gr.Blocks, model: SpectrModel, steps: Steps, queue: dict[str, Any]) -> None:
-    """Add the endpoints to a page. queue: of those that use the model."""
-    names = model.library.names
-    experts = experts_of(model.library)
+def register(page: gr.Blocks, libraries: Libraries, steps: Steps, queue: dict[str, Any]) -> None:
+    """Add the endpoints to a page; they have the experts of all. queue: of those that use the
+    model."""
+    names = libraries.shared.library.names
+    experts = experts_of(libraries)
     described = [expert["example"] for expert in experts() if expert["example"]]
     prompt = described[0]["prompt"] if described else "What is the capital of France?"
     columns = ["base", DEFAULT_ROUTER] if names else ["base"]
-    _add(page, compare_with(model, steps), {"prompt": prompt, "columns": columns}, queue)
-    _add(page, route_with(model, steps), {"prompt": prompt}, queue)
+    _add(page, compare_with(libraries, steps), {"prompt": prompt, "columns": columns}, queue)
+    _add(page, route_with(libraries, steps), {"prompt": prompt}, queue)
     _add(page, experts, {}, {"queue": False})
     page.load(None, None, None, js=_OPEN_PANEL, api_visibility="private")
 
@@ -152,9 +152,8 @@ def _one_message() -> Iterator[None]:
 # Gradio reads the docstrings below: it takes parameters from lines after "Args:", and "Returns:".
 
 
-def compare_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
+def compare_with(libraries: Libraries, steps: Steps) -> Callable[..., Any]:
     """The endpoint `compare`: its signature is what a client sees."""
-    names = model.library.names
 
     @for_programs
     def compare(
@@ -183,12 +182,14 @@ def compare_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}; this server makes up to {MAX_NEW_TOKENS}"
             )
-        model.check(prompt)
-        routers = [parse_router(column, names) for column in columns]
+        snapshot = libraries.shared.snapshot
+        libraries.shared.check(prompt)
+        routers = [parse_router(column, snapshot.library.names) for column in columns]
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
-        for frame in frames(steps, prompt, routers, settings, threading.Event()):
+        run = libraries.bound(steps, snapshot)
+        for frame in frames(run, prompt, routers, settings, threading.Event()):
             yield _answers(frame)
 
     return compare
@@ -212,7 +213,7 @@ def _answers(frame: Frame) -> list[Answer]:
     ]
 
 
-def route_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
+def route_with(libraries: Libraries, steps: Steps) -> Callable[..., Any]:
     """The endpoint `route`: a run that reads the prompt, and has no columns."""
 
     @for_programs
@@ -225,7 +226,7 @@ def route_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
         Returns:
             For each request its text, expert (null: none stands out, the base answers), standing (how sure: how far the nearest expert stands out, in standard deviations over ordinary prompts), threshold (what standing must exceed), and nearest (why: the five nearest experts with their standing).
         """  # noqa: E501
-        model.check(prompt)
+        libraries.shared.check(prompt)
         with closing(steps(prompt, [], _READS_ONLY)) as run:
             for item in run:  # empty while it is in line
                 yield list(item.requests) if isinstance(item, Choice) else []
@@ -233,7 +234,7 @@ def route_with(model: SpectrModel, steps: Steps) -> Callable[..., Any]:
     return route
 
 
-def experts_of(library: ExpertLibrary) -> Callable[[], list[Expert]]:
+def experts_of(libraries: Libraries) -> Callable[[], list[Expert]]:
     """The endpoint `experts`."""
 
     @for_programs
@@ -244,7 +245,7 @@ def experts_of(library: ExpertLibrary) -> Callable[[], list[Expert]]:
             For each expert its name, task, rank (smallest and largest), modules that it changes, and example (a prompt and the answer).
         """  # noqa: E501
         listed: list[Expert] = []
-        for adapter in library.adapters:
+        for adapter in libraries.shared.library.adapters:
             record = training_record(adapter)
             task = record["task"] if record else None
             example = None

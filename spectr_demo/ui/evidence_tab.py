@@ -10,10 +10,10 @@ import gradio as gr
 
 from spectr_demo.charts import table
 from spectr_demo.config import DEFAULT_ROUTER, RouterConfig
-from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation.report import conditions, load_results
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.ui import cards, evidence
+from spectr_demo.ui.libraries import Libraries
 from spectr_demo.ui.pictures import Slot, Updates
 from spectr_demo.ui.run import FITTING, MAX_COLUMNS, Steps
 from spectr_demo.ui.trial import (
@@ -40,15 +40,15 @@ TICKED = ("base", "spectr-paper", DEFAULT_ROUTER)
 _MARKS = {"right": "✓", "partly right": "◐", "wrong": "✗"}
 
 
-def lay_out(tab: gr.Tab, model: SpectrModel, steps: Steps, queue: dict[str, Any]) -> None:
+def lay_out(tab: gr.Tab, libraries: Libraries, steps: Steps, queue: dict[str, Any]) -> None:
     """Place the tab's content and wire it. Nothing is drawn before the tab is opened.
 
-    steps: a run of the model. queue: of all that uses it.
+    libraries: whose experts it evaluates. steps: a run of the model. queue: of all that uses it.
     """
     if results := load_results():
         _measured(tab, results)
     gr.HTML(_routers())
-    _small_evaluation(model, steps, queue)
+    _small_evaluation(libraries, steps, queue)
 
 
 def _measured(tab: gr.Tab, results: dict[str, Any]) -> None:
@@ -105,9 +105,8 @@ def _routers() -> str:
     )
 
 
-def _small_evaluation(model: SpectrModel, steps: Steps, queue: dict[str, Any]) -> None:
-    names = model.library.names
-    domains = domains_for(names)
+def _small_evaluation(libraries: Libraries, steps: Steps, queue: dict[str, Any]) -> None:
+    domains = domains_for(libraries.shared.library.names)
     gr.HTML(
         '<h2 class="section">Try it: a small evaluation, here and now</h2>'
         '<p class="caption">Held-out prompts, which no expert was trained on, answered side by '
@@ -154,14 +153,15 @@ def _small_evaluation(model: SpectrModel, steps: Steps, queue: dict[str, Any]) -
         stop = threading.Event()
         try:
             examples = chosen_prompts(domains, int(num))
-            configs = _configs(routers, names)
+            snapshot = libraries.model.snapshot
+            configs = _configs(routers, snapshot.library.names)
             yield {
                 stopping: stop,
                 run: gr.update(interactive=False),
                 cancel: gr.update(interactive=True),
                 notice: gr.update(visible=False),
             }
-            for trial in run_trial(steps, examples, configs, stop):
+            for trial in run_trial(libraries.bound(steps, snapshot), examples, configs, stop):
                 yield {shown: trial_html(trial)}
             message = ""
         except ValueError as error:

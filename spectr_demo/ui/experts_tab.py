@@ -1,7 +1,9 @@
 """The tab of experts: one at a time, from its files and weights, computed when it is looked at."""
 
 import html
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
@@ -14,6 +16,8 @@ from spectr_demo.evaluation.tasks import TASKS
 from spectr_demo.experts.adapters import Adapter
 from spectr_demo.experts.inspection import ALIKE, ExpertSummary, overlap_of
 from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.ui.libraries import Libraries
+from spectr_demo.ui.lists import ExpertLists
 from spectr_demo.ui.pictures import Slot, Updates
 from spectr_demo.ui.records import licence_of, training_record
 
@@ -29,21 +33,24 @@ NUM_NEAREST = 5
 MAX_LISTED = 200
 
 
-def lay_out(tab: gr.Tab, model: SpectrModel) -> None:
-    """Place the tab's content and wire it. No weight is read before the tab is opened."""
-    library = model.library
-    if not library.names:
-        gr.HTML(
-            '<p class="about">No expert is loaded: the base answers alone. <code>python app.py '
-            "--experts FOLDER</code> loads LoRA adapters.</p>"
-        )
-        return
+def lay_out(tab: gr.Tab, libraries: Libraries, lists: ExpertLists) -> Callable[[Any], None]:
+    """Place the tab's content and wire it. No weight is read before the tab is opened.
+
+    libraries: whose experts it shows. lists: what tells which experts there are.
+    Returns a function that has the drawings follow an event, one after which the experts may be
+    others.
+    """
+    library = libraries.shared.library
+    without = gr.HTML(
+        '<p class="about">No expert is loaded: the base answers alone. <code>python app.py '
+        "--experts FOLDER</code> loads LoRA adapters.</p>",
+        visible=not library.names,
+    )
     chosen = gr.Dropdown(
         label="Expert",
-        info=f"one of {len(library.names)}; type a part of its name or task",
-        choices=[(_title(adapter), adapter.name) for adapter in library.adapters],
-        value=library.names[0],
+        **_choices(library),
         filterable=True,
+        visible=bool(library.names),
         elem_id="expert-shown",
     )
     # Hidden until it is filled, so that nothing on the page moves.
@@ -54,23 +61,52 @@ def lay_out(tab: gr.Tab, model: SpectrModel) -> None:
             with gr.Row(elem_classes="pictures"):
                 for key in pair:
                     slots[key] = Slot.place(f"expert-{key}")
-        gr.HTML(_list(library), elem_id="expert-list")
+        listed = gr.HTML(_list(library), elem_id="expert-list")
 
-    def show(name: str) -> Updates:
+    def show(name: str | None) -> Updates:
+        library = libraries.model.library
+        if name not in library.names:  # of all, somebody took it away
+            return {content: gr.update(visible=False)}
         number = library.index(name)
         shown: Updates = {facts: facts_of(library.adapters[number])}
         for key, picture in pictures(library, number).items():
             shown |= slots[key].show(picture)
         return {content: gr.update(visible=True), **shown}
 
-    def look_around(name: str) -> Updates:
+    def look_around(name: str | None) -> Updates:
+        library = libraries.model.library
+        if name not in library.names:
+            return {slots["nearest"].box: gr.skip()}
         return slots["nearest"].show(nearest(library, library.index(name)))
 
+    def renew(model: SpectrModel) -> Updates:
+        library = model.library
+        return {
+            without: gr.update(visible=not library.names),
+            chosen: gr.update(**_choices(library), visible=bool(library.names)),
+            listed: _list(library),
+        }
+
+    lists.add([without, chosen, listed], renew)
     drawn = [facts, *(part for key in FIRST for part in slots[key].parts)]
-    for event in (chosen.input, tab.select):
+
+    def draw_at(event: Callable[..., Any]) -> None:
         first = event(show, chosen, [content, *drawn], **QUIET)
         # By itself: with many experts it takes seconds.
         first.then(look_around, chosen, slots["nearest"].parts, **QUIET)
+
+    for event in (chosen.input, tab.select):
+        draw_at(event)
+    return lambda change: draw_at(change.then)
+
+
+def _choices(library: ExpertLibrary) -> dict[str, Any]:
+    """What can be chosen, and what is at first."""
+    return {
+        "info": f"one of {len(library.names)}; type a part of its name or task",
+        "choices": [(_title(adapter), adapter.name) for adapter in library.adapters],
+        "value": library.names[0] if library.names else None,
+    }
 
 
 def by_overlap(library: ExpertLibrary, expert: int) -> Near:
@@ -131,8 +167,8 @@ def _task(record: dict[str, Any]) -> str:
     return TASKS[name].title if name in TASKS else name
 
 
-def facts_of(adapter: Adapter) -> str:
-    """What the files say."""
+def facts_of(adapter: Adapter, more: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What the files say. more: further facts, by their names."""
     low, high = adapter.ranks
     layers = len(adapter.shapes)
     record = training_record(adapter)
@@ -146,6 +182,7 @@ def facts_of(adapter: Adapter) -> str:
         "Trained on": adapter.base_model or "its files do not say",
         "Files": f"{source}, {adapter.num_bytes / 1e6:.1f} MB, SHA-256 {adapter.sha256[:12]}…",
     }
+    facts |= more
     rows = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     warned = "".join(f"<li>{html.escape(note)}</li>" for note in adapter.notes)
     warned = f'<ul class="warnings" role="note">{warned}</ul>' if warned else ""

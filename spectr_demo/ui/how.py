@@ -21,6 +21,7 @@ from spectr_demo.base.prompts import token_pieces
 from spectr_demo.engine.batches import read_after
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.reading import Listening
+from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank, Mixed
 from spectr_demo.routing.routers import ROUTERS, parse_router
@@ -58,18 +59,25 @@ class Look:
     votes: dict[str, int]
 
 
-# Of a prompt, a token (None: the request's last), a decoder layer and a projection's name.
-LookInside = Callable[[str, int | None, int, str], Generator[Look, None, None]]
+# Of a prompt, a token (None: the request's last), a decoder layer and a projection's name; and, as
+# `snapshot`, whose experts.
+LookInside = Callable[..., Generator[Look, None, None]]
 
 
 def look_inside(model: SpectrModel) -> LookInside:
     """A function that uses the model, and so needs a GPU where there is one; it yields once."""
 
     def look(
-        prompt: str, token: int | None, layer: int, projection: str
+        prompt: str,
+        token: int | None,
+        layer: int,
+        projection: str,
+        snapshot: Snapshot | None = None,
     ) -> Generator[Look, None, None]:
         try:
-            found = model.between_tokens(lambda: look_at(model, prompt, token, layer, projection))
+            found = model.between_tokens(
+                lambda: look_at(model, prompt, token, layer, projection, snapshot)
+            )
         except ValueError as error:
             # Of the errors that leave a ZeroGPU worker, only Gradio's own keep their text.
             raise gr.Error(str(error), print_exception=False) from error
@@ -80,10 +88,16 @@ def look_inside(model: SpectrModel) -> LookInside:
 
 @torch.inference_mode()
 def look_at(
-    model: SpectrModel, prompt: str, token: int | None, layer: int, projection: str
+    model: SpectrModel,
+    prompt: str,
+    token: int | None,
+    layer: int,
+    projection: str,
+    snapshot: Snapshot | None = None,
 ) -> Look:
-    """Raises ValueError for a prompt that is empty or too long, and for a layer without experts."""
-    snapshot = model.snapshot
+    """snapshot: see `SpectrModel.stream`.
+    Raises ValueError for a prompt that is empty or too long, and for a layer without experts."""
+    snapshot = snapshot or model.snapshot
     library = snapshot.library
     bank, place = _place(library, layer, projection)
     ids = model.encode(prompt)

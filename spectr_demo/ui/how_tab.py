@@ -14,7 +14,9 @@ from spectr_demo.charts.text import counted, visible
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.ui import cards
 from spectr_demo.ui.how import Floats, Look, look_inside, places
+from spectr_demo.ui.libraries import Libraries
 from spectr_demo.ui.line import Line, in_line
+from spectr_demo.ui.lists import ExpertLists
 from spectr_demo.ui.pictures import Slot, Updates
 from spectr_demo.ui.records import training_record
 from spectr_demo.ui.run import Waiting
@@ -37,30 +39,30 @@ STEPS = {
 
 def lay_out(
     tab: gr.Tab,
-    model: SpectrModel,
+    libraries: Libraries,
     gpu: Callable[..., Any] | None,
     line: Line,
     queue: dict[str, Any],
+    lists: ExpertLists,
 ) -> None:
     """Place the tab's content and wire it. The model reads nothing before the tab is opened.
 
-    gpu: see `page.build`. line, queue: of all that uses the model.
+    libraries: whose experts it shows. gpu: see `page.build`. line, queue: of all that uses the
+    model. lists: what tells which experts there are.
     """
+    model = libraries.shared
     gr.HTML(_introduction())
-    by_layer = places(model.library)
-    if not by_layer:
-        gr.HTML(
-            '<p class="about">No expert is loaded: each layer’s output is the base’s own, y = W x. '
-            "<code>python app.py --experts FOLDER</code> loads LoRA adapters.</p>"
-        )
-        return
+    without = gr.HTML(
+        '<p class="about">No expert is loaded: each layer’s output is the base’s own, y = W x. '
+        "<code>python app.py --experts FOLDER</code> loads LoRA adapters.</p>",
+        visible=not model.library.banks,
+    )
     look = look_inside(model)
     if gpu is not None:
         look = gpu(duration=GPU_SECONDS)(look)
     looks = in_line(look, line)
-    projections = list(dict.fromkeys(name for names in by_layer.values() for name in names))
-    middle = list(by_layer)[len(by_layer) // 2]
-    with gr.Row():
+    layers, projections = _places(model)
+    with gr.Row(visible=bool(model.library.banks)) as asked:
         prompt = gr.Textbox(
             label="A short prompt",
             info="the base reads it; Enter looks inside",
@@ -72,17 +74,11 @@ def lay_out(
             elem_id="how-prompt",
         )
         button = gr.Button("Look inside", variant="primary", scale=1, elem_id="how-run")
-    with gr.Row():
+    with gr.Row(visible=bool(model.library.banks)) as places_shown:
         token_shown = gr.Dropdown(label="Token", choices=[], min_width=90, elem_id="how-token")
-        layer = gr.Dropdown(
-            label="Layer", choices=list(by_layer), value=middle, min_width=90, elem_id="how-layer"
-        )
+        layer = gr.Dropdown(label="Layer", **layers, min_width=90, elem_id="how-layer")
         projection = gr.Dropdown(
-            label="Linear layer in it",
-            choices=projections,
-            value=by_layer[middle][0],
-            min_width=90,
-            elem_id="how-projection",
+            label="Linear layer in it", **projections, min_width=90, elem_id="how-projection"
         )
     notice = gr.HTML(visible=False, elem_id="how-notice")
     with gr.Column(visible=False, elem_id="how-steps") as steps:
@@ -96,7 +92,8 @@ def lay_out(
 
     def inside(prompt: str, token: int | None, layer: int, projection: str) -> Iterator[Updates]:
         try:
-            with closing(looks(prompt, token, layer, projection)) as going:
+            looked = libraries.bound(looks, libraries.model.snapshot)
+            with closing(looked(prompt, token, layer, projection)) as going:
                 for found in going:
                     yield _waits(found) if isinstance(found, Waiting) else _shows(found)
         except gr.Error as error:
@@ -126,11 +123,25 @@ def lay_out(
         yield from inside(prompt, None, layer, projection)
 
     def open_how(was_read: bool, prompt: str, layer: int, projection: str) -> Iterator[Updates]:
-        if was_read:
-            yield {is_read: True}
+        if was_read or not libraries.model.library.banks:
+            yield {is_read: was_read}
         else:
             yield from read(prompt, layer, projection)
 
+    def renew(model: SpectrModel) -> Updates:
+        """After a change: what was read is of other experts."""
+        has_experts, (layers, projections) = bool(model.library.banks), _places(model)
+        return {
+            is_read: False,
+            steps: gr.update(visible=False),
+            notice: gr.update(visible=False),
+            without: gr.update(visible=not has_experts),
+            **{row: gr.update(visible=has_experts) for row in (asked, places_shown)},
+            layer: gr.update(**layers),
+            projection: gr.update(**projections),
+        }
+
+    lists.add([is_read, steps, notice, without, asked, places_shown, layer, projection], renew)
     outputs = [is_read, notice, steps, first, token_shown]
     outputs += [part for slot in slots.values() for part in slot.parts]
     options = {"show_progress": "minimal", "show_progress_on": button, **queue, **PRIVATE}
@@ -154,6 +165,19 @@ def _introduction() -> str:
         "largest first. SpectR lets these directions choose. Here it does so with the experts that "
         "are loaded, with the paper’s K = 4 where there are so many. The bare base reads the "
         "prompt, so nothing is added in the layers below.</p>"
+    )
+
+
+def _places(model: SpectrModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Choices and value: of the layers that some expert touches, and of their projections."""
+    by_layer = places(model.library)
+    if not by_layer:
+        return {"choices": [], "value": None}, {"choices": [], "value": None}
+    projections = list(dict.fromkeys(name for names in by_layer.values() for name in names))
+    middle = list(by_layer)[len(by_layer) // 2]
+    return (
+        {"choices": list(by_layer), "value": middle},
+        {"choices": projections, "value": by_layer[middle][0]},
     )
 
 

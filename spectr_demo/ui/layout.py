@@ -1,5 +1,6 @@
 """The page's components and where they stand. What they do is wired in `page`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ from spectr_demo.config import PAGE_COLUMNS
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.routing.routers import ROUTERS
 from spectr_demo.ui import cards, figures, history, what_if
-from spectr_demo.ui.examples import Example
+from spectr_demo.ui.examples import Example, examples_for
 from spectr_demo.ui.figures import Exports
 from spectr_demo.ui.history import History
+from spectr_demo.ui.lists import Show, Updates
 from spectr_demo.ui.recorded import SETTINGS, Recording
 from spectr_demo.ui.run import MAX_COLUMNS, MAX_NEW_TOKENS, MIN_COLUMNS
 from spectr_demo.ui.what_if import WhatIf
@@ -46,6 +48,26 @@ class Layout:
         """The form's values as the page opens."""
         return {name: component.value for name, component in self.form.items()}
 
+    @property
+    def expert_lists(self) -> tuple[list[Any], Show]:
+        """What names experts here, and what it shows of a model; see `ExpertLists.add`."""
+        expert, top_k, changed = (
+            self.form["expert"],
+            self.form["top_k"],
+            self.what_if.form["expert"],
+        )
+
+        def show(model: SpectrModel) -> Updates:
+            names = model.library.names
+            return {
+                expert: gr.update(choices=_experts(names), value=""),
+                top_k: gr.update(maximum=max(1, len(names))),
+                changed: gr.update(choices=list(names), value=names[0] if names else None),
+                self.examples: gr.update(**_samples(examples_for(names))),
+            }
+
+        return [expert, top_k, changed, self.examples], show
+
 
 def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recording | None) -> Layout:
     """Place all components, from the top of the page to its bottom.
@@ -75,10 +97,9 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
             if opening
             else "Examples that run with one click",
             components=[gr.Textbox(visible=False)],
-            samples=[[example.prompt] for example in examples],
-            sample_labels=[example.title for example in examples],
+            **_samples(examples),
             samples_per_page=EXAMPLES_A_PAGE,
-            type="index",
+            type="values",
             elem_id="examples",
         )
         with gr.Accordion("Columns and settings", open=False, elem_id="settings"):
@@ -104,6 +125,18 @@ def lay_out(model: SpectrModel, examples: tuple[Example, ...], opening: Recordin
     return Layout(form=form, charts=charts, **parts)
 
 
+def _samples(examples: Sequence[Example]) -> dict[str, Any]:
+    return {
+        "samples": [[example.prompt] for example in examples],
+        "sample_labels": [example.title for example in examples],
+    }
+
+
+def _experts(names: Sequence[str]) -> list[tuple[str, str]]:
+    """What the column of a single expert can be of."""
+    return [("the one that fits", ""), *((name, name) for name in names)]
+
+
 def _columns(names: tuple[str, ...]) -> dict[str, Any]:
     with gr.Row():
         columns = gr.CheckboxGroup(
@@ -115,7 +148,7 @@ def _columns(names: tuple[str, ...]) -> dict[str, Any]:
         )
         expert = gr.Dropdown(
             label="Single expert",
-            choices=[("the one that fits", ""), *((name, name) for name in names)],
+            choices=_experts(names),
             value="",
             min_width=200,
             scale=1,

@@ -12,16 +12,28 @@ from spectr_demo import charts
 from spectr_demo.config import has_metrics
 from spectr_demo.cpu.threads import release_threads
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.experts.archives import MOST_ZIP_BYTES
 from spectr_demo.metrics import PATH, Metrics
-from spectr_demo.ui import cards, endpoint, history, recorded, style, tabs, what_if
-from spectr_demo.ui.examples import Example, examples_for
+from spectr_demo.ui import cards, changes, endpoint, history, recorded, style, tabs, what_if
+from spectr_demo.ui import uploads as sent
+from spectr_demo.ui.examples import example_of, examples_for
 from spectr_demo.ui.figures import Export, cached
 from spectr_demo.ui.layout import Layout, lay_out
+from spectr_demo.ui.libraries import Libraries
 from spectr_demo.ui.line import PLACES, Line, in_line
+from spectr_demo.ui.lists import ExpertLists, Updates
 from spectr_demo.ui.run import MAX_COLUMNS, Form, gpu_seconds, model_steps
-from spectr_demo.ui.runner import Runner, Session, Updates
+from spectr_demo.ui.runner import Runner, Session
 from spectr_demo.ui.saved import MAX_BYTES
-from spectr_demo.ui.visitors import Door, Page, tell_metrics, unreadable
+from spectr_demo.ui.uploads import Uploads
+from spectr_demo.ui.visitors import (
+    Door,
+    Page,
+    receive_file,
+    refuse_file,
+    tell_metrics,
+    unreadable,
+)
 from spectr_demo.web import BodyLimit
 
 KEEP_SECONDS = 3600  # files to download, and the traces of visitors who stay
@@ -38,6 +50,9 @@ Seen = Callable[["Session | None"], "Session"]  # whose trace the page shows
 def launch_options() -> dict[str, Any]:
     """What `Blocks.launch` needs for this page: its look, that no other host is asked, MCP, what it
     takes from strangers."""
+    routes = [Route(PATH, tell_metrics)] if has_metrics() else []
+    if changes.may_change():
+        routes.append(Route(sent.PATH, receive_file, methods=["POST"]))
     return {
         "theme": style.theme(),
         "head": style.HEAD,
@@ -51,20 +66,24 @@ def launch_options() -> dict[str, Any]:
         "max_threads": _NUM_HANDLERS + 32,  # those who wait have one each, asleep
         "enable_monitoring": False,
         "app_kwargs": {
-            "middleware": [Middleware(Door), Middleware(BodyLimit, max_body=MAX_BODY)],
+            "middleware": [
+                Middleware(Door),
+                Middleware(BodyLimit, max_body=MAX_BODY, others={sent.PATH: MOST_ZIP_BYTES}),
+            ],
             "exception_handlers": {RequestValidationError: unreadable},
-            "routes": [Route(PATH, tell_metrics)] if has_metrics() else [],
+            "routes": routes,
         },
     }
 
 
 def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Blocks:
-    """The page of a model. gpu: `spaces.GPU` on a Space that lends its GPU call by call."""
-    steps = model_steps(model)
-    if gpu is not None:
-        steps = gpu(duration=gpu_seconds)(steps)
+    """The page of a model. gpu: `spaces.GPU` on a Space that lends its GPU call by call; what runs
+    there is a copy of this process, so the experts stay as they are."""
+    libraries, lists = Libraries(model, is_fixed=gpu is not None), ExpertLists()
+    uploads = Uploads() if changes.may_change() and not libraries.is_fixed else None
     line = Line(model.most_runs, metrics=Metrics(model.library.names))
-    steps = in_line(steps, line)
+    run = model_steps(model)
+    steps = in_line(run if gpu is None else gpu(duration=gpu_seconds)(run), line)
     examples = examples_for(model.library.names)
     opening = recorded.find(examples[0], model)
     with Page(
@@ -73,22 +92,25 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         delete_cache=(KEEP_SECONDS, KEEP_SECONDS),
     ) as page:
         page.metrics = line.metrics
+        page.receive = refuse_file if uploads is None else uploads.receive
         # First, so that no handler of the page takes their names.
-        endpoint.register(page, model, steps, MODEL_QUEUE)
+        endpoint.register(page, libraries, steps, MODEL_QUEUE)
         session = gr.State(None, time_to_live=KEEP_SECONDS)
-        gr.HTML(cards.header(model))
+        header = gr.HTML(cards.header(model))
         with gr.Tabs():
             with gr.Tab("Compare"):
                 layout = lay_out(model, examples, opening)
-            tabs.lay_out(model, steps, gpu, line, MODEL_QUEUE)
-        runner = Runner(model, steps, layout, session)
+            lists.add([header], lambda model: {header: cards.header(model)})
+            lists.add(*layout.expert_lists)
+            tabs.lay_out(libraries, steps, gpu, line, MODEL_QUEUE, lists, uploads)
+        runner = Runner(libraries, steps, layout, session, lists)
         if opening is not None:
             layout.copies.value = runner.copies(Form(**layout.opening), opening.frame.routers)
         _wire_runs(layout, session, runner)
         if opening is None:
-            _wire_examples(layout, session, runner, examples)
+            _wire_examples(layout, session, runner)
         else:
-            _wire_recordings(layout, session, runner, examples)
+            _wire_recordings(layout, session, runner)
 
         def seen(now: Session | None) -> Session:
             """Of a visitor who has run nothing yet it is the run that the page opens on."""
@@ -102,9 +124,21 @@ def build(model: SpectrModel, gpu: Callable[..., Any] | None = None) -> gr.Block
         _wire_history(layout, runner)
         _wire_files(layout, session, seen, page.GRADIO_CACHE)
         page.load(None, None, None, js=style.SCRIPT, **PRIVATE)
+        if not libraries.is_fixed:
+            _wire_visit(page, libraries, runner)
     release_threads()  # of loading and building: runs have threads of their own
     # "api_open" would let a program pass by the line.
     return page.queue(max_size=PLACES, default_concurrency_limit=4, api_open=False)
+
+
+def _wire_visit(page: Page, libraries: Libraries, runner: Runner) -> None:
+    """A page that comes shows the experts that there are by now. One that goes gives up its own."""
+
+    def arrive() -> Any:
+        return runner.news() or gr.skip()
+
+    page.load(arrive, None, runner.lists.components, show_progress="hidden", queue=False, **PRIVATE)
+    page.unload(libraries.leave)
 
 
 def _stop(now: Session | None) -> None:
@@ -146,30 +180,27 @@ def _running(runner: Runner) -> dict[str, Any]:
     }
 
 
-def _wire_examples(
-    layout: Layout, session: gr.State, runner: Runner, examples: tuple[Example, ...]
-) -> None:
+def _wire_examples(layout: Layout, session: gr.State, runner: Runner) -> None:
     """An example fills the prompt and runs; a run still going makes room for it."""
 
-    def pick(now: Session | None, index: int) -> str:
+    def pick(now: Session | None, sample: list[str]) -> str:
         _stop(now)
-        return examples[index].prompt
+        return sample[0]
 
     layout.examples.click(
         pick, [session, layout.examples], layout.form["prompt"], queue=False, **PRIVATE
     ).success(**_running(runner))
 
 
-def _wire_recordings(
-    layout: Layout, session: gr.State, runner: Runner, examples: tuple[Example, ...]
-) -> None:
+def _wire_recordings(layout: Layout, session: gr.State, runner: Runner) -> None:
     """An example fills the prompt and shows its recorded run; one still going ends unseen."""
 
-    def replay(now: Session | None, index: int) -> Updates:
+    def replay(now: Session | None, sample: list[str]) -> Updates:
         if now is not None:
             now.is_left.set()
         _stop(now)
-        example = examples[index]
+        example = example_of(sample[0])
+        assert example is not None
         shown = runner.replay(example, now.label if now else "")
         return {layout.form["prompt"]: example.prompt, **shown}
 

@@ -4,6 +4,7 @@ from typing import TypedDict
 
 from spectr_demo.config import DEFAULT_ROUTER
 from spectr_demo.engine.model import SpectrModel
+from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.routing.routers import parse_router
 
 NUM_NEAREST = 5
@@ -31,13 +32,17 @@ class RoutedRequest(TypedDict):
     nearest: list[Nearest]
 
 
-def routed_requests(model: SpectrModel, prompt: str) -> list[RoutedRequest]:
+def routed_requests(
+    model: SpectrModel, prompt: str, snapshot: Snapshot | None = None
+) -> list[RoutedRequest]:
     """The requests that the default router finds in a prompt, in order.
 
+    snapshot: see `SpectrModel.stream`.
     Raises ValueError for a prompt that is empty or too long to be answered, and where no expert is
     loaded.
     """
-    names = model.library.names
+    snapshot = snapshot or model.snapshot
+    names = snapshot.library.names
     router = parse_router(DEFAULT_ROUTER, names)
     ids = model.encode(prompt)
     if len(ids) >= model.base.context:
@@ -45,8 +50,8 @@ def routed_requests(model: SpectrModel, prompt: str) -> list[RoutedRequest]:
             f"the prompt has {len(ids)} tokens; the context of {model.base.name} is "
             f"{model.base.context}: shorten the prompt"
         )
-    lanes = model.lanes(router, ids)
-    threshold = model.reader.least_standing(router)
+    (lanes,) = model.between_tokens(lambda: snapshot.lanes_of([router], ids))
+    threshold = snapshot.reader.least_standing(router)
     assert threshold is not None
     requests: list[RoutedRequest] = []
     for lane in lanes:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import gradio as gr
 
@@ -14,6 +14,7 @@ from spectr_demo.charts.text import counted
 from spectr_demo.config import GenerationSettings, RouterConfig
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step, unique_labels
+from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.routing.routers import ROUTERS, parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui.requests import RoutedRequest, routed_requests
@@ -46,12 +47,18 @@ class Waiting:
     seconds: float | None
 
 
-# A run of the model, and before it its time in line. Where `FITTING` is among its routers, the
-# choice comes before the steps; where there is no router, it is all that is asked for.
-Steps = Callable[
-    [str, Sequence[RouterConfig], GenerationSettings],
-    Generator[Waiting | Choice | Step, None, None],
-]
+class Steps(Protocol):
+    """A run of the model, and before it its time in line.
+
+    Where `FITTING` is among its routers, the choice comes before the steps. Where there is no
+    router, it is all that is asked for.
+    """
+
+    def __call__(
+        self, prompt: str, routers: Sequence[RouterConfig], settings: GenerationSettings, /
+    ) -> Generator[Waiting | Choice | Step, None, None]: ...
+
+
 Status = Literal["waiting", "running", "finished", "stopped"]
 
 
@@ -181,12 +188,13 @@ class Frame:
         return self.status in ("finished", "stopped")
 
 
-def fitting_expert(model: SpectrModel, prompt: str) -> Choice:
+def fitting_expert(model: SpectrModel, prompt: str, snapshot: Snapshot | None = None) -> Choice:
     """The expert that the default router would give the prompt; the first of several.
 
+    snapshot: see `SpectrModel.stream`.
     Raises ValueError where no expert is loaded.
     """
-    requests = routed_requests(model, prompt)
+    requests = routed_requests(model, prompt, snapshot)
     for number, request in enumerate(requests, start=1):
         if request["expert"] is not None:
             why = f"the expert of request {number} of {len(requests)}"
@@ -202,20 +210,32 @@ def chosen(routers: Sequence[RouterConfig], choice: Choice) -> tuple[RouterConfi
     return tuple(replace(r, expert=choice.expert) if r == FITTING else r for r in routers)
 
 
-def model_steps(model: SpectrModel) -> Steps:
-    """The one function that uses the model, and so the one that needs a GPU where there is one."""
+def model_steps(model: SpectrModel) -> Callable[..., Generator[Choice | Step, None, None]]:
+    """The one function that uses the model, and so the one that needs a GPU where there is one: a
+    run, as in `Steps`. snapshot: whose experts it has; None is those of all at its begin."""
 
     def steps(
-        prompt: str, routers: Sequence[RouterConfig], settings: GenerationSettings
+        prompt: str,
+        routers: Sequence[RouterConfig],
+        settings: GenerationSettings,
+        snapshot: Snapshot | None = None,
     ) -> Generator[Choice | Step, None, None]:
+        snapshot = snapshot or model.snapshot
         try:
             if not routers or FITTING in routers:
-                choice = fitting_expert(model, prompt)
+                choice = fitting_expert(model, prompt, snapshot)
                 routers = chosen(routers, choice)
                 yield choice
             if not routers:
                 return
-            run = model.stream(prompt, routers, settings, record=True, trace_every=TRACE_EVERY)
+            run = model.stream(
+                prompt,
+                routers,
+                settings,
+                record=True,
+                trace_every=TRACE_EVERY,
+                snapshot=snapshot,
+            )
         except ValueError as error:
             # Of the errors that leave a ZeroGPU worker, only Gradio's own keep their text.
             raise gr.Error(str(error), print_exception=False) from error

@@ -25,6 +25,8 @@ from spectr_demo.ui.address import query_of
 from spectr_demo.ui.copies import command_of, python_of
 from spectr_demo.ui.examples import Example, example_of
 from spectr_demo.ui.layout import Layout
+from spectr_demo.ui.libraries import Libraries
+from spectr_demo.ui.lists import ExpertLists, Updates
 from spectr_demo.ui.recorded import Recording
 from spectr_demo.ui.run import FITTING, Form, Frame, Steps, frames
 from spectr_demo.web import log_fault
@@ -32,8 +34,6 @@ from spectr_demo.web import log_fault
 logger = logging.getLogger(__name__)
 
 REST = 20  # drawing rests so many times as long as it took, however long the text is
-
-Updates = dict[Any, Any]  # component -> its new value
 
 
 @dataclass(kw_only=True, eq=False)
@@ -59,16 +59,30 @@ class Session:
 class Runner:
     """The handlers that use the model, and those that show what it did before."""
 
-    def __init__(self, model: SpectrModel, steps: Steps, layout: Layout, session: gr.State) -> None:
-        self.model, self.steps = model, steps
+    def __init__(
+        self,
+        libraries: Libraries,
+        steps: Steps,
+        layout: Layout,
+        session: gr.State,
+        lists: ExpertLists,
+    ) -> None:
+        """libraries: whose experts a run has. lists: what tells which there are."""
+        self.libraries, self.steps, self.lists = libraries, steps, lists
         self.layout, self.session = layout, session
+
+    @property
+    def model(self) -> SpectrModel:
+        """With the visitor's own experts, if they have some."""
+        return self.libraries.model
 
     @property
     def outputs(self) -> list[Any]:
         at = self.layout
         controls = [self.session, at.about, at.answers, at.notice, at.run, at.stop]
         drawn = [at.charts, at.caption, at.column, at.routing]
-        return [*controls, *drawn, at.copies, at.announce, at.history.kept, at.what_if.answer]
+        others = [at.copies, at.announce, at.history.kept, at.what_if.answer]
+        return list(dict.fromkeys([*controls, *drawn, *others, *self.lists.components]))
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -80,17 +94,20 @@ class Runner:
         """Answers and their routing as they are written. An error leaves what was there."""
         before = before or Session()
         now = Session(frame=before.frame, prompt=before.prompt, label=before.label)
+        news = self.news(choices.get("expert"))
         try:
-            form = Form(**choices)
-            routers, settings = form.routers(self.model.library.names), form.settings()
+            form, snapshot = Form(**choices), self.model.snapshot
+            names = snapshot.library.names
+            routers, settings = form.routers(names), form.settings()
             self.model.check(form.prompt)  # before there is a line to stand in
-            yield {self.session: now}  # from here on, Stop reaches this run
-            due = 0.0
-            for frame in frames(self.steps, form.prompt, routers, settings, now.stop):
+            yield {self.session: now, **news}  # from here on, Stop reaches this run
+            due, news = 0.0, {}
+            steps = self.libraries.bound(self.steps, snapshot)
+            for frame in frames(steps, form.prompt, routers, settings, now.stop):
                 if now.is_left.is_set():
                     yield {self.session: gr.skip()}  # Gradio sends what came last again
                     return
-                updates = self._show(frame, form.prompt)
+                updates = self._show(frame, form.prompt, names)
                 start = time.monotonic()
                 is_new = frame.trace is not None and frame.trace is not now.trace
                 if is_new and (frame.is_over or start >= due):
@@ -100,11 +117,31 @@ class Runner:
                     updates |= self._ended(form, frame)
                 yield updates
         except Exception as error:
-            yield self._fail(message_of(error))
+            yield self._fail(message_of(error)) | news
 
-    def _show(self, frame: Frame, prompt: str, recording: Recording | None = None) -> Updates:
+    def news(self, expert: str | None = None) -> Updates:
+        """What tells which experts there are, where that has changed since the page showed it.
+
+        expert: chosen in the form; it stays chosen if it is still there.
+        """
+        model = self.libraries.news()
+        if model is None:
+            return {}
+        updates = self.lists.of(model)
+        if expert in model.library.names:
+            updates[self.layout.form["expert"]] |= {"value": expert}
+        return updates
+
+    def _show(
+        self,
+        frame: Frame,
+        prompt: str,
+        names: Sequence[str] = (),
+        recording: Recording | None = None,
+    ) -> Updates:
+        """names: of the experts, where the frame has no trace yet."""
         at = self.layout
-        updates: Updates = {at.answers: cards.answers(frame, self.model.library.names, prompt)}
+        updates: Updates = {at.answers: cards.answers(frame, names, prompt)}
         if frame.status == "waiting" or frame.is_over:
             updates |= {
                 at.about: cards.about(prompt, len(frame.columns), recording),
@@ -159,12 +196,14 @@ class Runner:
     # What was run before
 
     def replay(self, example: Example, label: str) -> Updates:
-        """A recorded run, as if it had just ended. label: of the column to show, if it has one."""
+        """A recorded run, as if it had just ended; where it is of other experts, only that. label:
+        of the column to show, if it has one."""
         recording = recorded.find(example, self.model)
-        assert recording is not None
+        if recording is None:
+            return self._asks("The experts are others than when this was recorded.")
         form = replace(Form(**self.layout.opening), prompt=example.prompt)
         frame, prompt = recording.frame, example.prompt
-        shown = self._show(frame, prompt, recording)
+        shown = self._show(frame, prompt, recording=recording)
         shown |= self.draw(frame, prompt, Session(label=label))
         shown[self.layout.copies] = self.copies(form, frame.routers)
         query = query_of(form, self.layout.opening)
@@ -198,8 +237,12 @@ class Runner:
             return updates
         if not form.prompt:
             return updates
-        what = f"<p>The link asks: “{cards.escape(form.prompt)}” <b>Run</b> answers it.</p>"
-        return updates | {self.layout.about: f'<div class="about">{what}</div>'}
+        return updates | self._asks(f"The link asks: “{cards.escape(form.prompt)}”")
+
+    def _asks(self, what: str) -> Updates:
+        """That there is no answer yet. what: in HTML, why."""
+        shown = f'<div class="about"><p>{what} <b>Run</b> answers it.</p></div>'
+        return {self.layout.about: shown}
 
     def _possible(self, form: Form) -> Form:
         """A form without choices that this page does not have; numbers are checked when it runs."""
@@ -221,8 +264,8 @@ class Runner:
 
         now: the run whose column it is; Stop reaches this one through it too.
         """
-        at, names = self.layout, self.model.library.names
-        panel, trace = at.what_if, now.trace
+        at, snapshot = self.layout, self.model.snapshot
+        panel, trace, names = at.what_if, now.trace, snapshot.library.names
         assert trace is not None
         now.stop = threading.Event()
         try:
@@ -231,7 +274,8 @@ class Runner:
             routers = [router, parse_router(replace(router, intervention=changed), names)]
             settings = what_if.settings_of(trace)
             yield {self.session: now, panel.run: gr.update(interactive=False)}
-            for frame in frames(self.steps, now.prompt, routers, settings, now.stop):
+            steps = self.libraries.bound(self.steps, snapshot)
+            for frame in frames(steps, now.prompt, routers, settings, now.stop):
                 yield {
                     panel.answer: what_if.drawn(frame),
                     at.stop: gr.update(interactive=not frame.is_over),

@@ -8,11 +8,11 @@ from spectr_demo import charts
 
 CSS = Path(__file__).with_name("style.css")
 TABS_CSS = Path(__file__).with_name("tabs.css")  # of the tabs but the first
-STATE = Path(__file__).with_name("state.js")
-# What a pointer and keys do in the routing view and in the answers, what the browser keeps, and
-# what the address says.
-SCRIPT = "() => {{ {} {} }}".format(
-    *(path.read_text(encoding="utf-8") for path in (charts.SCRIPT, STATE))
+STATE, UPLOAD = (Path(__file__).with_name(name) for name in ("state.js", "upload.js"))
+# What a pointer and keys do in the routing view and in the answers, what the browser keeps, what
+# the address says, and how a file is sent.
+SCRIPT = "() => {{ {} {} {} }}".format(
+    *(path.read_text(encoding="utf-8") for path in (charts.SCRIPT, STATE, UPLOAD))
 )
 
 # On a phone the answers are below the form: a run brings them into view.

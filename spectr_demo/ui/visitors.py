@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +30,8 @@ MOST_WRONG = 8  # faults of one body that are told
 _CLOSED = ("/upload", "/process_recording", "/monitoring", "/monitoring/summary")
 # What Gradio raises for a call of a shape that it does not know.
 _UNREADABLE = (ValueError, TypeError, LookupError, FnIndexInferError)
+_HERE = ("127.0.0.1", "::1")
+_OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _MCP_ENDS = ("/gradio_api/mcp", "/gradio_api/mcp/http")
 _MCP_CALL = "x-spectr-mcp-call"  # Gradio hands a call's headers on to the endpoint
 _mcp_calls: dict[str, str] = {}  # address of each client that waits for an answer, by call
@@ -36,10 +39,12 @@ _mcp_calls: dict[str, str] = {}  # address of each client that waits for an answ
 
 @dataclass(frozen=True, kw_only=True)
 class Visitor:
-    """Who called a handler. name: the browser's or the client's session, else its address."""
+    """Who called a handler. name: the browser's or the client's session, else its address. is_here:
+    whether the call comes from this machine, and no proxy handed it on."""
 
     name: str
     is_gone: Callable[[], bool]
+    is_here: bool = False
 
 
 _visitor: ContextVar[Visitor] = ContextVar("visitor")
@@ -53,9 +58,10 @@ def visitor() -> Visitor:
 
 class Page(gr.Blocks):
     """Blocks that know who calls. What is wrong with a call is one short message, and the log does
-    not repeat the call. metrics: of its runs."""
+    not repeat the call. metrics: of its runs. receive: what becomes of a file that is sent."""
 
     metrics: Metrics
+    receive: Callable[[Request], Awaitable[Response]]
 
     def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
         needed, got = len(block_fn.inputs), len(inputs)
@@ -89,7 +95,7 @@ class Page(gr.Blocks):
         headers, client = getattr(request, "headers", {}), getattr(request, "client", None)
         call = headers.get(_MCP_CALL)
         has_session = session_hash is not None and session_hash != event_id
-        address = _mcp_calls.get(call) if call else _address(headers, client)
+        address = _mcp_calls.get(call) if call else address_of(headers, client)
 
         def is_gone() -> bool:
             is_cancelled = task is not None and task.cancelling() > 0
@@ -97,10 +103,19 @@ class Page(gr.Blocks):
             return is_cancelled or has_left or (call is not None and call not in _mcp_calls)
 
         name = session_hash if has_session and not call else address
-        return Visitor(name=name or "", is_gone=is_gone)
+        return Visitor(name=name or "", is_gone=is_gone, is_here=_is_here(headers, client))
 
 
-def _address(headers: Any, client: Any) -> str:
+def _is_here(headers: Any, client: Any) -> bool:
+    """The name by which the page was asked for counts, too: another site's name may be made to lead
+    to this machine."""
+    if any(headers.get(name) for name in _OF_PROXIES):
+        return False
+    asked = urlsplit(f"//{headers.get('host', '')}").hostname
+    return client is not None and client[0] in _HERE and asked in (*_HERE, "localhost")
+
+
+def address_of(headers: Any, client: Any) -> str:
     """A client's address, also where a proxy hands its requests on."""
     first, _, _ = headers.get("x-forwarded-for", "").partition(",")
     return first.strip() or (client[0] if client else "")
@@ -114,6 +129,17 @@ def tell_metrics(request: Request) -> Response:
     """The metrics of the page that is served."""
     page: Page = request.app.get_blocks()
     return page.metrics.response(request)
+
+
+async def refuse_file(request: Request) -> Response:
+    """Of a page that takes none."""
+    return JSONResponse({"detail": "this page takes no files"}, 404)
+
+
+async def receive_file(request: Request) -> Response:
+    """A file for the page that is served."""
+    page: Page = request.app.get_blocks()
+    return await page.receive(request)
 
 
 async def unreadable(request: Request, error: Exception) -> JSONResponse:
@@ -148,7 +174,7 @@ class Door:
             await JSONResponse({"detail": detail}, status)(scope, receive, send)
 
         if path.endswith(_CLOSED):
-            await answer(404, "this page has no such door: nothing is uploaded or watched here")
+            await answer(404, "this page has no such door: nothing is taken or watched there")
             return
         try:
             if path.endswith(_MCP_ENDS) and scope["method"] == "POST":
@@ -167,7 +193,7 @@ class Door:
     async def _mcp(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Gradio runs a tool to its end though nobody waits for it, unless it can be told."""
         call = uuid.uuid4().hex
-        _mcp_calls[call] = _address(Headers(scope=scope), scope.get("client"))
+        _mcp_calls[call] = address_of(Headers(scope=scope), scope.get("client"))
         scope["headers"] = [*scope["headers"], (_MCP_CALL.encode(), call.encode())]
         try:
             await self.app(scope, receive, send)

@@ -367,6 +367,90 @@ def test_a_name_that_no_expert_has(build_model: BuildModel, folders: dict[str, s
     assert (model.library.names, model.disabled) == (("all",), ("wide",))
 
 
+def test_a_variant_has_a_library_of_its_own(
+    build_model: BuildModel, folders: dict[str, str]
+) -> None:
+    """Neither hears of the other's changes, also where one touches layers that the other does
+    not."""
+    model = build_model([folders["attention"], folders["query"]])
+    before = texts(model, columns_of(model.library.names))
+    variant, other = model.variant(), model.variant()
+    assert variant.snapshot is model.snapshot, "it costs nothing before its first change"
+    variant.add(folders["mlp"])
+    variant.disable("query")
+    other.remove("attention")
+    fresh = build_model([folders["attention"], folders["mlp"]])
+    assert texts(variant, columns_of(("attention", "mlp"))) == texts(
+        fresh, columns_of(("attention", "mlp"))
+    )
+    assert_fresh(variant, fresh)
+    assert_fresh(other, build_model([folders["query"]]))
+    assert texts(model, columns_of(model.library.names)) == before
+    assert (model.disabled, variant.disabled, other.disabled) == ((), ("query",), ())
+    model.remove("attention")
+    assert variant.library.names == ("attention", "mlp")
+    assert texts(variant, ["single:attention"]) == texts(fresh, ["single:attention"])
+
+
+def test_a_model_runs_the_snapshot_of_a_variant(
+    build_model: BuildModel, folders: dict[str, str]
+) -> None:
+    model = build_model([folders["attention"]])
+    variant = model.variant()
+    variant.add(folders["wide"])
+    options, columns = GenerationSettings(max_new_tokens=6), ["single:wide", "uniform"]
+    run = model.stream(PROMPT, columns, options, snapshot=variant.snapshot)
+    assert [c.text for c in deque(run, maxlen=1).pop().columns] == texts(variant, columns)
+    with pytest.raises(ValueError, match="unknown expert 'wide'"):
+        model.stream(PROMPT, columns, options)
+
+
+def test_what_is_known_of_a_variants_experts_stays(
+    build_model: BuildModel, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is gone, with all that it alone had."""
+    model = build_model([folders["all"]])
+    _ = model.reader.ordinary
+    variant = model.variant()
+    variant.add(folders["wide"])
+    memory = memory_of(variant)
+
+    def never(*_: object) -> None:
+        raise AssertionError("the base reads again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", never)
+        model.disable("all")
+        variant.disable("wide")
+        variant.enable("wide")
+        model.enable("all")
+        model.add(folders["wide"])
+        model.remove("wide")
+    memory += memory_of(variant)
+    del variant
+    gc.collect()
+    assert memory and all(each.expired() for each in memory)
+    model.disable("all")  # a change, at which what nobody has is forgotten
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", never)
+        model.enable("all")
+        with pytest.raises(AssertionError, match="the base reads again"):
+            model.add(folders["wide"])
+
+
+def test_an_adapter_that_was_read_is_added(
+    build_model: BuildModel, folders: dict[str, str]
+) -> None:
+    model = build_model([folders["all"]])
+    wide = build_model([folders["wide"]]).library.adapters[0]
+    assert model.add(wide) == ("wide",)
+    with pytest.raises(AdapterError, match="there is one of this name already"):
+        model.add(wide)
+    model.replace("all", wide)
+    fresh = build_model([f"all={folders['wide']}", folders["wide"]])
+    assert texts(model, ["single:all", "uniform"]) == texts(fresh, ["single:all", "uniform"])
+
+
 def test_any_changes_in_any_order(build_model: BuildModel, folders: dict[str, str]) -> None:
     """Against a list of names, and models that are loaded with just these adapters."""
     of_fresh: dict[tuple[str, ...], list[str]] = {}

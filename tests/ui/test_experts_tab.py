@@ -13,6 +13,8 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.ui import experts_tab
 from spectr_demo.ui.experts_tab import facts_of, nearest, pictures
+from spectr_demo.ui.libraries import Libraries
+from spectr_demo.ui.lists import ExpertLists
 from spectr_demo.ui.records import licence_of
 from tests.conftest import BuildModel, SaveExpert
 
@@ -106,7 +108,7 @@ def test_an_expert_is_shown_before_all_are_compared(
     routed_model: SpectrModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("Experts") as tab:
-        experts_tab.lay_out(tab, routed_model)
+        experts_tab.lay_out(tab, Libraries(routed_model), ExpertLists())
     handlers: dict[str, Any] = {fn.name: fn.fn for fn in page.fns.values()}
     with monkeypatch.context() as alone:
         alone.setattr(experts_tab, "overlap_of", None)
@@ -123,10 +125,16 @@ def test_one_expert_alone_has_none_near(build_model: BuildModel, expert_folders:
 
 def test_without_experts_the_tab_says_so(build_model: BuildModel) -> None:
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("Experts") as tab:
-        experts_tab.lay_out(tab, build_model([]))
-    (only,) = [block for block in page.blocks.values() if isinstance(block, gr.HTML)]
-    assert "No expert is loaded" in only.value
-    assert not page.fns
+        experts_tab.lay_out(tab, Libraries(build_model([])), ExpertLists())
+    (said,) = [
+        b for b in page.blocks.values() if "No expert is loaded" in str(getattr(b, "value", ""))
+    ]
+    assert said.visible
+    (chosen,) = [b for b in page.blocks.values() if isinstance(b, gr.Dropdown)]
+    assert not chosen.visible
+    handlers: dict[str, Any] = {fn.name: fn.fn for fn in page.fns.values()}
+    (hidden,) = handlers["show"](None).values()
+    assert not hidden["visible"]
 
 
 @pytest.mark.parametrize(

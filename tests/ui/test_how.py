@@ -14,7 +14,9 @@ from spectr_demo.routing.spectr import delta, spectr_scores
 from spectr_demo.ui import how, how_tab
 from spectr_demo.ui.how import MAX_TOKENS, Look, look_at, look_inside, places
 from spectr_demo.ui.how_tab import pictures_of
+from spectr_demo.ui.libraries import Libraries
 from spectr_demo.ui.line import Line
+from spectr_demo.ui.lists import ExpertLists
 from tests.conftest import BuildModel, SaveExpert
 
 PROMPT = "red or green?"
@@ -166,7 +168,7 @@ def test_of_many_experts_the_best_are_drawn() -> None:
 
 def handlers(model: SpectrModel, line: Line | None = None) -> tuple[gr.Blocks, dict[str, Any]]:
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("How it works") as tab:
-        how_tab.lay_out(tab, model, None, line or Line(), {})
+        how_tab.lay_out(tab, Libraries(model), None, line or Line(), {}, ExpertLists())
     return page, {fn.name: fn.fn for fn in page.fns.values()}
 
 
@@ -208,9 +210,12 @@ def test_who_looks_stands_in_line_with_the_runs(routed_model: SpectrModel) -> No
 
 def test_without_experts_the_tab_says_what_is_computed(build_model: BuildModel) -> None:
     page, found = handlers(build_model([]))
-    texts = [str(block.value) for block in page.blocks.values() if isinstance(block, gr.HTML)]
-    assert any("y = W x." in text for text in texts)
-    assert not found
+    (said,) = [b for b in page.blocks.values() if "y = W x." in str(getattr(b, "value", ""))]
+    assert said.visible
+    (asked,) = [b for b in page.blocks.values() if getattr(b, "elem_id", "") == "how-prompt"]
+    row = asked.parent.parent  # type: ignore[union-attr]
+    assert isinstance(row, gr.Row) and not row.visible
+    assert len(list(found["open_how"](False, PROMPT, None, None))) == 1
 
 
 def test_what_a_prompt_holds_is_escaped(routed_model: SpectrModel) -> None:

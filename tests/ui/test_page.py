@@ -162,7 +162,7 @@ def test_the_page_opens_on_a_recorded_run(
     assert (session.trace, session.label) == (recording.trace, "base")
 
     # A click on an example shows its run, and leaves the form as it is.
-    shown = handler(page, "replay")(session, 0)
+    shown = handler(page, "replay")(session, [FRANCE.prompt])
     assert shown[at.form["prompt"]] == FRANCE.prompt
     assert shown[at.answers] == at.answers.value
     assert shown[at.about] == at.about.value
@@ -215,7 +215,7 @@ def test_a_run_that_was_left_shows_nothing_more(
     updates = runner.run(None, **choices(max_new_tokens=64))
     session = next(updates)[runner.session]
     assert runner.layout.answers in next(updates)
-    handler(page, "replay")(session, 0)
+    handler(page, "replay")(session, [FRANCE.prompt])
     assert [set(update) for update in updates] == [{runner.session}]
 
 

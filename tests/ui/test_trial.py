@@ -12,6 +12,7 @@ from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step
 from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS
 from spectr_demo.ui import evidence_tab, trial
+from spectr_demo.ui.libraries import Libraries
 from spectr_demo.ui.run import Waiting, model_steps
 from spectr_demo.ui.trial import Trial, check_routers, chosen_prompts, held_out, run_trial
 
@@ -166,7 +167,7 @@ def handlers(model: SpectrModel, monkeypatch: pytest.MonkeyPatch) -> dict[str, C
     """Of a tab whose experts all count as experts for cron."""
     monkeypatch.setattr(evidence_tab, "domains_for", lambda names: ["cron"])
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("Evidence") as tab:
-        evidence_tab.lay_out(tab, model, model_steps(model), {})
+        evidence_tab.lay_out(tab, Libraries(model), model_steps(model), {})
     return {fn.name: fn.fn for fn in page.fns.values() if fn.fn}  # type: ignore[misc]
 
 
@@ -210,7 +211,7 @@ def test_an_error_is_a_message(
 
 def test_strangers_experts_have_no_held_out_prompts(routed_model: SpectrModel) -> None:
     with gr.Blocks() as page, gr.Tabs(), gr.Tab("Evidence") as tab:
-        evidence_tab.lay_out(tab, routed_model, model_steps(routed_model), {})
+        evidence_tab.lay_out(tab, Libraries(routed_model), model_steps(routed_model), {})
     texts = [str(block.value) for block in page.blocks.values() if isinstance(block, gr.HTML)]
     assert any("None of the loaded experts" in text for text in texts)
     assert "evaluate" not in {fn.name for fn in page.fns.values()}
