@@ -72,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with serving.bound(arguments.host, arguments.port) as listener, connected(most):
         from ray import serve
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        model = replicated(arguments.base, arguments.experts, **_options(arguments))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set one of its own
         try:
+            model = replicated(arguments.base, arguments.experts, **_options(arguments))
             page, api = ui.build(model), serving.build(model)
             page.launch(**ui.launch_options(), prevent_thread_lock=True)
             host, port = listener.getsockname()[:2]
-            print(f"OpenAI's API is at http://{host}:{port}/v1", flush=True)
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+            print(f"OpenAI's API is at {address}", flush=True)
             serving.run(api, listener)
         finally:
             serve.delete(APP)

@@ -127,7 +127,7 @@ class ReplicatedModel(SpectrModel):
         self.edition = Edition(number=0, listing=self.listing)
         board = self.ray.remote(num_cpus=0)(Board).options(name=APP, namespace=NAMESPACE)
         self._board = board.remote(self.edition)
-        deployment = serve.deployment(
+        deployment: Any = serve.deployment(
             Engine,
             name="engine",
             max_ongoing_requests=RUNS_EACH,
@@ -156,7 +156,7 @@ class ReplicatedModel(SpectrModel):
         remote = self._handle.options(stream=True).steps.remote
         has_begun, num_tries = False, 0
         while True:
-            steps = remote(self.edition, *asked, **options)
+            steps: Any = remote(self.edition, *asked, **options)
             try:
                 for step in steps:
                     has_begun = True

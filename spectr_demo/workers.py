@@ -105,19 +105,18 @@ def measure_in_workers(
     with connected(num_workers) as ray:
         from ray.util import ActorPool
 
-        worker = ray.remote(
+        actor = ray.remote(
             **share(num_workers), max_restarts=_RESTARTS, max_task_retries=_RESTARTS
         )(_Evaluator)
-        pool = ActorPool([worker.remote(load, evaluation.settings) for _ in range(num_workers)])
+        pool: Any = ActorPool([actor.remote(load, evaluation.settings) for _ in range(num_workers)])
+
+        def measure(worker: Any, place: tuple[int, int]) -> Any:
+            return worker.measure.remote(only_composition, *place)
+
         for stage, calls in enumerate(evaluation.calls(only_composition=only_composition)):
-            numbers = range(len(calls))
-            found = pool.map_unordered(
-                lambda each, number, stage=stage: each.measure.remote(
-                    only_composition, stage, number
-                ),
-                numbers,
-            )
-            for parts in tqdm(found, total=len(numbers), unit="call"):
+            places = [(stage, number) for number in range(len(calls))]
+            found = pool.map_unordered(measure, places)
+            for parts in tqdm(found, total=len(places), unit="call"):
                 evaluation.parts.keep(parts)
 
 
@@ -126,8 +125,8 @@ def each_finished(
 ) -> Iterator[str]:
     """Call a function in so many processes at a time; give the name of each call that is over.
 
-    arguments: of each call, by its name. All calls are made, also where one fails. Then RuntimeError
-    says which have failed, and why.
+    arguments: of each call, by its name. All calls are made, also where one fails; then
+    RuntimeError says which have failed, and why.
     """
     with connected(num_workers) as ray:
         task = ray.remote(**share(num_workers), max_calls=1)(function)

@@ -1,0 +1,79 @@
+"""`deploy/ray_serve.py` as a process of its own, with the page and the API."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import openai
+import pytest
+from gradio_client import Client
+
+from deploy import ray_serve
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_it_serves_page_and_api_until_it_is_told_to_end(
+    base_folder: str, expert_folders: list[str]
+) -> None:
+    pytest.importorskip("ray", reason="needs requirements-ray.txt")
+    command = [sys.executable, "deploy/ray_serve.py", "--port", "0", "--base", base_folder]
+    with subprocess.Popen(
+        [*command, "--experts", *expert_folders, "--replicas", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        # Shells have what they run in the background ignore the interrupt, and tests may run there.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    ) as server:
+        assert server.stdout is not None
+        addresses: list[str] = []
+        while len(addresses) < 2:
+            line = server.stdout.readline()
+            assert line, "the server ended"
+            addresses += re.findall(r"http://127.0.0.1:\d+\S*", line)
+        page, api = addresses
+        client = openai.OpenAI(base_url=api, api_key="none")
+        answer = client.chat.completions.create(
+            model="single:green", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens == 4
+        compared = Client(page, verbose=False).predict(
+            "Hello", ["base", "single:green"], 4, api_name="/compare"
+        )
+        texts = [column["text"] for column in compared["columns"]]
+        assert texts[1] == answer.choices[0].message.content
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--replicas", "3"], {"num_replicas": 3}),
+        (
+            ["--replicas", "1", "--most-replicas", "4"],
+            {
+                "autoscaling_config": {
+                    "min_replicas": 1,
+                    "max_replicas": 4,
+                    "target_ongoing_requests": 4,
+                }
+            },
+        ),
+    ],
+)
+def test_replicas_are_a_number_or_follow_the_load(
+    arguments: list[str], expected: dict[str, object]
+) -> None:
+    options = ray_serve._options(ray_serve._parser().parse_args([*arguments, "--num-cpus", "5"]))
+    own = options.pop("ray_actor_options")
+    assert own["num_cpus"] == 5
+    assert own["num_gpus"] <= 1
+    assert options == expected
