@@ -135,6 +135,7 @@ class ReplicatedModel(SpectrModel):
             graceful_shutdown_timeout_s=LEAVE_SECONDS,
             **options,
         )
+        serve.start(proxy_location="Disabled")  # nothing asks the replicas but this process
         template = self.tokenizer.chat_template
         self._handle = serve.run(deployment.bind(base, template), name=APP, route_prefix=None)
 

@@ -26,6 +26,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             num_cpus=2,
             object_store_memory=100 * 2**20,
             include_dashboard=False,
+            _node_ip_address="127.0.0.1",
             log_to_driver=False,
             _temp_dir=folder,
         )
