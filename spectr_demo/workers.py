@@ -45,7 +45,6 @@ def connected(num_processes: int) -> Iterator[Any]:
         if not os.environ.get("RAY_ADDRESS"):
             num_cpus = max(num_processes, os.cpu_count() or 1)
             own = {"num_cpus": num_cpus, "object_store_memory": _STORE_BYTES}
-            own["_node_ip_address"] = "127.0.0.1"  # Ray's ports run what they are sent
         ray.init(**own, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         yield ray

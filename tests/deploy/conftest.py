@@ -1,5 +1,6 @@
 """A Ray of two cores, on this machine alone."""
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,13 +21,13 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it writes one to ~/.ray
         environment.setenv("SPECTR_CACHE", str(tmp_path_factory.mktemp("cache")))
         environment.setenv("OMP_NUM_THREADS", "1")
         ray.init(
             num_cpus=2,
             object_store_memory=100 * 2**20,
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             log_to_driver=False,
             _temp_dir=folder,
         )
