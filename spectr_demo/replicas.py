@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectr_demo.base.loading import load_base
-from spectr_demo.config import GenerationSettings
+from spectr_demo.config import GenerationSettings, base_from_environment
 from spectr_demo.engine.listing import Listing
 from spectr_demo.engine.model import SpectrModel, load
 from spectr_demo.engine.run import Step
 from spectr_demo.engine.snapshot import Snapshot
-from spectr_demo.experts.adapters import Adapter
+from spectr_demo.experts.adapters import Adapter, local_folder
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.workers import import_ray
 
@@ -136,6 +136,9 @@ class ReplicatedModel(SpectrModel):
             **options,
         )
         serve.start(proxy_location="Disabled")  # nothing asks the replicas but this process
+        base = base or base_from_environment()
+        if base and (folder := local_folder(base)):
+            base = str(folder.resolve())  # a replica may be at work elsewhere
         template = self.tokenizer.chat_template
         self._handle = serve.run(deployment.bind(base, template), name=APP, route_prefix=None)
 

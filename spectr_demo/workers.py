@@ -13,7 +13,7 @@ from spectr_demo.evaluation.evaluate import Evaluation, Settings
 
 # Of a Ray that is started here: what processes hand to each other is small.
 _STORE_BYTES = 200 * 2**20
-_RESTARTS = 3  # of a worker that dies; it goes on from what is kept
+_RESTARTS = 1  # of a worker that dies; it goes on from what is kept
 
 
 def import_ray() -> Any:
@@ -76,7 +76,8 @@ def share(num_processes: int) -> dict[str, float]:
 class _Evaluator:
     """A process that measures parts of an evaluation."""
 
-    def __init__(self, load: Callable[[], SpectrModel], settings: Settings) -> None:
+    def __init__(self, folder: str, load: Callable[[], SpectrModel], settings: Settings) -> None:
+        os.chdir(folder)
         self._evaluation = Evaluation(load(), settings)
         self._is_merged = False
 
@@ -120,6 +121,11 @@ def measure_in_workers(
                 evaluation.parts.keep(parts)
 
 
+def _in_folder(folder: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    os.chdir(folder)
+    function(**given)
+
+
 def each_finished(
     function: Callable[..., Any], arguments: Mapping[str, Mapping[str, Any]], num_workers: int
 ) -> Iterator[str]:
@@ -129,8 +135,10 @@ def each_finished(
     RuntimeError says which have failed, and why.
     """
     with connected(num_workers) as ray:
-        task = ray.remote(**share(num_workers), max_calls=1)(function)
-        going = {task.remote(**given): name for name, given in arguments.items()}
+        task = ray.remote(**share(num_workers), max_calls=1, max_retries=_RESTARTS)(_in_folder)
+        going = {
+            task.remote(os.getcwd(), function, given): name for name, given in arguments.items()
+        }
         failed = []
         while going:
             (done,), _ = ray.wait(list(going))
