@@ -109,7 +109,9 @@ def measure_in_workers(
         actor = ray.remote(
             **share(num_workers), max_restarts=_RESTARTS, max_task_retries=_RESTARTS
         )(_Evaluator)
-        pool: Any = ActorPool([actor.remote(load, evaluation.settings) for _ in range(num_workers)])
+        pool: Any = ActorPool(
+            [actor.remote(os.getcwd(), load, evaluation.settings) for _ in range(num_workers)]
+        )
 
         def measure(worker: Any, place: tuple[int, int]) -> Any:
             return worker.measure.remote(only_composition, *place)

@@ -66,9 +66,7 @@ def test_an_evaluation_in_workers_has_the_numbers_of_one_process(
 
     def counting(parts: Parts, kind: str, config: Any, compute: Any, *of: Any) -> Any:
         def counted(config: Any) -> Any:
-            if (
-                result := compute(config)
-            ) is not None:  # such as the routing of what does not route
+            if (result := compute(config)) is not None:  # as where nothing is routed
                 measured.append(kind)
             return result
 
