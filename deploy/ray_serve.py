@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"OpenAI's API is at {address}", flush=True)
             serving.run(api, listener)
         finally:
-            serve.delete(APP)
+            serve.delete(APP, _blocking=False)  # the runs of this process are over
 
 
 if __name__ == "__main__":

@@ -32,24 +32,28 @@ def test_it_serves_page_and_api_until_it_is_told_to_end(
         # Shells have what they run in the background ignore the interrupt, and tests may run there.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as server:
-        assert server.stdout is not None
-        addresses: list[str] = []
-        while len(addresses) < 2:
-            line = server.stdout.readline()
-            assert line, "the server ended"
-            addresses += re.findall(r"http://127.0.0.1:\d+\S*", line)
-        page, api = addresses
-        client = openai.OpenAI(base_url=api, api_key="none")
-        answer = client.chat.completions.create(
-            model="single:green", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
-        )
-        assert answer.usage is not None and answer.usage.completion_tokens == 4
-        compared = Client(page, verbose=False).predict(
-            "Hello", ["base", "single:green"], 4, api_name="/compare"
-        )
-        assert [column["label"] for column in compared] == ["base", "single:green"]
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0
+        try:
+            assert server.stdout is not None
+            said = ""
+            while not (api := re.search(r"API is at (\S+)", said)):
+                line = server.stdout.readline()
+                assert line, "the server ended"
+                said += line
+            page = re.search(r"local URL: +(\S+)", said)
+            assert page is not None
+            client = openai.OpenAI(base_url=api[1], api_key="none")
+            answer = client.chat.completions.create(
+                model="single:green", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+            )
+            assert answer.usage is not None and answer.usage.completion_tokens == 4
+            compared = Client(page[1], verbose=False).predict(
+                "Hello", ["base", "single:green"], 4, api_name="/compare"
+            )
+            assert [column["label"] for column in compared] == ["base", "single:green"]
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
 
 
 @pytest.mark.parametrize(
