@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script
 
@@ -20,23 +19,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from spectr_demo import serving, ui
-from spectr_demo.replicas import APP, RUNS_EACH, replicated
+from spectr_demo.replicas import APP, replicated
 from spectr_demo.workers import connected, share
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of Serve's deployment: how many replicas there are, and what each has."""
-    least = arguments.replicas
-    most = max(least, arguments.most_replicas or 0)
-    own = share(most)
-    for name in own:
-        if (asked := getattr(arguments, name)) is not None:
-            own[name] = asked
-    if most == least:
-        return {"ray_actor_options": own, "num_replicas": least}
-    # Counted are runs that go on in a replica or wait for a place in one.
-    bounds = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": RUNS_EACH}
-    return {"ray_actor_options": own, "autoscaling_config": bounds}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,13 +52,17 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until a signal ends it. The page is where `GRADIO_SERVER_NAME` and `_PORT` say."""
     arguments = _parser().parse_args(argv)
-    most = max(arguments.replicas, arguments.most_replicas or 0)
+    least, most = arguments.replicas, max(arguments.replicas, arguments.most_replicas or 0)
+    asked = {"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus}
+    resources = share(most) | {name: num for name, num in asked.items() if num is not None}
     with serving.bound(arguments.host, arguments.port) as listener, connected(most):
         from ray import serve
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set one of its own
         try:
-            model = replicated(arguments.base, arguments.experts, **_options(arguments))
+            model = replicated(
+                arguments.base, arguments.experts, least=least, most=most, resources=resources
+            )
             page, api = ui.build(model), serving.build(model)
             page.launch(**ui.launch_options(), prevent_thread_lock=True)
             host, port = listener.getsockname()[:2]

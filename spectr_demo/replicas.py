@@ -8,7 +8,7 @@ replica that has others takes those over before it begins.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,10 @@ from spectr_demo.engine.run import Step
 from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.experts.adapters import Adapter, local_folder
 from spectr_demo.experts.library import ExpertLibrary
-from spectr_demo.workers import import_ray
+from spectr_demo.workers import import_ray, share
 
 APP = "spectr"
 NAMESPACE = "serve"  # Serve's own, which the replicas see
-RUNS_EACH = 4  # that go on at once in a replica; further ones wait for a place in one
 CHANGE_SECONDS = 600  # for all replicas to have other experts
 LEAVE_SECONDS = 600  # for the runs of a replica that is no longer needed
 TRIES = 5  # to begin a run whose replica dies before the first token
@@ -116,13 +115,23 @@ class Engine:
 class ReplicatedModel(SpectrModel):
     """The front's model: it answers what it is asked for itself, but its runs go to replicas."""
 
-    def deploy(self, base: str | None, **options: Any) -> None:
-        """Start the replicas, once. base: as `load` takes it. options: of Serve's deployment.
+    def deploy(
+        self, base: str | None, least: int, most: int, resources: Mapping[str, float]
+    ) -> None:
+        """Start the replicas, once. base: as `load` takes it. least, most: replicas; resources: of
+        one of them, as `share` has them.
 
         Raises RuntimeError where they do not start.
         """
         from ray import serve
 
+        runs_each = super().most_runs
+        self._most_runs = most * runs_each
+        number: dict[str, Any] = {"num_replicas": least}
+        if most > least:
+            # Counted are runs that go on in a replica or wait for a place in one.
+            bounds = {"min_replicas": least, "max_replicas": most}
+            number = {"autoscaling_config": {**bounds, "target_ongoing_requests": runs_each}}
         self.ray = import_ray()
         self.edition = Edition(number=0, listing=self.listing)
         board = self.ray.remote(num_cpus=0)(Board).options(name=APP, namespace=NAMESPACE)
@@ -130,10 +139,11 @@ class ReplicatedModel(SpectrModel):
         deployment: Any = serve.deployment(
             Engine,
             name="engine",
-            max_ongoing_requests=RUNS_EACH,
+            max_ongoing_requests=runs_each,
             max_constructor_retry_count=3,
             graceful_shutdown_timeout_s=LEAVE_SECONDS,
-            **options,
+            ray_actor_options=dict(resources),
+            **number,
         )
         serve.start(proxy_location="Disabled")  # nothing asks the replicas but this process
         base = base or base_from_environment()
@@ -141,6 +151,11 @@ class ReplicatedModel(SpectrModel):
             base = str(folder.resolve())  # a replica may be at work elsewhere
         template = self.tokenizer.chat_template
         self._handle = serve.run(deployment.bind(base, template), name=APP, route_prefix=None)
+
+    @property
+    def most_runs(self) -> int:
+        """In all replicas that there may be. Those that wait for one to start are among them."""
+        return self._most_runs
 
     def stream(
         self,
@@ -205,11 +220,21 @@ class ReplicatedModel(SpectrModel):
 
 
 def replicated(
-    base: str | None = None, experts: Sequence[str] | None = None, **options: Any
+    base: str | None = None,
+    experts: Sequence[str] | None = None,
+    *,
+    least: int = 2,
+    most: int | None = None,
+    resources: Mapping[str, float] | None = None,
 ) -> ReplicatedModel:
-    """What `load` gives, with replicas that run it; options: of Serve's deployment."""
+    """What `load` gives, with replicas that run it.
+
+    least, most: replicas; where most is more, another one starts while runs wait. resources: of
+    each, in Ray's terms; None shares this machine. Needs a Ray that is connected.
+    """
+    most = max(least, most or 0)
     model = load(base, experts)
     model.detach()
     front = ReplicatedModel(model.base, model.library)
-    front.deploy(base, **options)
+    front.deploy(base, least, most, share(most) if resources is None else resources)
     return front

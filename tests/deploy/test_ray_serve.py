@@ -12,8 +12,6 @@ import openai
 import pytest
 from gradio_client import Client
 
-from deploy import ray_serve
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,29 +52,3 @@ def test_it_serves_page_and_api_until_it_is_told_to_end(
             assert server.wait(60) == 0
         finally:
             server.kill()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--replicas", "3"], {"num_replicas": 3}),
-        (
-            ["--replicas", "1", "--most-replicas", "4"],
-            {
-                "autoscaling_config": {
-                    "min_replicas": 1,
-                    "max_replicas": 4,
-                    "target_ongoing_requests": 4,
-                }
-            },
-        ),
-    ],
-)
-def test_replicas_are_a_number_or_follow_the_load(
-    arguments: list[str], expected: dict[str, object]
-) -> None:
-    options = ray_serve._options(ray_serve._parser().parse_args([*arguments, "--num-cpus", "5"]))
-    own = options.pop("ray_actor_options")
-    assert own["num_cpus"] == 5
-    assert own["num_gpus"] <= 1
-    assert options == expected

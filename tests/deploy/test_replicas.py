@@ -15,11 +15,12 @@ import pytest
 
 from spectr_demo import replicas
 from spectr_demo.config import GenerationSettings, RouterConfig
+from spectr_demo.engine import model as engine_model
 from spectr_demo.engine.listing import Listing
 from spectr_demo.engine.model import SpectrModel, load
 from spectr_demo.replicas import APP, ReplicatedModel, replicated
 from tests.conftest import SaveExpert
-from tests.deploy.watched import LATE, SLOW, Seen, WatchedEngine
+from tests.deploy.watched import LATE, SLOW, Seen, WatchedEngine, load_exactly
 from tests.serving.conftest import ServeModel
 
 pytestmark = pytest.mark.slow
@@ -35,8 +36,8 @@ def front(ray: Any, base_folder: str, expert_folders: list[str]) -> Iterator[Rep
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replicas, "Engine", WatchedEngine)
-        options = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 1}}
-        yield replicated(base_folder, expert_folders, **options)
+        patch.setattr(engine_model, "load_base", load_exactly)
+        yield replicated(base_folder, expert_folders, least=2)
     serve.delete(APP)
 
 
@@ -84,6 +85,7 @@ def texts(
 def test_ten_clients_have_the_answers_that_each_has_alone(
     front: ReplicatedModel, alone: SpectrModel, serve_model: ServeModel
 ) -> None:
+    assert front.most_runs == 2 * alone.most_runs > 10
     before = {replica.pid: replica.num_begun for replica in seen(front)}
     prompts = [f"Paint {number}" for number in range(10)]
     with ThreadPoolExecutor(10) as clients:

@@ -4,11 +4,19 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import torch
+
+from spectr_demo import replicas
+from spectr_demo.base.loading import load_base
 from spectr_demo.engine.run import Step
 from spectr_demo.replicas import Edition, Engine
 
+# Rounded to 16 bits, a text could change with those beside it in the batch.
+load_exactly = partial(load_base, dtype=torch.float32)
 LATE, SLOW = "late", "slow"  # prompts: the first token takes a while, or each one does
 LATE_SECONDS, SLOW_SECONDS = 5.0, 0.1
 
@@ -31,6 +39,10 @@ def said(prompt: Any) -> str:
 
 class WatchedEngine(Engine):
     num_going = num_begun = num_steps = 0
+
+    def __init__(self, *args: Any) -> None:
+        with patch.object(replicas, "load_base", load_exactly):
+            super().__init__(*args)
 
     async def steps(self, edition: Edition, *asked: Any, **options: Any) -> AsyncIterator[Step]:
         self.num_begun += 1
