@@ -1,7 +1,8 @@
 # The demo on a GPU host:  docker build -t spectr-demo .
 #   docker run --gpus all -p 7860:7860 -v spectr-cache:/cache spectr-demo
 # PyTorch's wheels bring CUDA with them; the host needs NVIDIA's driver and container toolkit. Without
-# `--gpus` the same image runs on the CPU.
+# `--gpus` the same image runs on the CPU. For several replicas (docs/operations.md), install requirements-ray.txt
+# as well, copy deploy/, and run `python deploy/ray_serve.py --host 0.0.0.0`; Ray wants `--shm-size 1g`.
 FROM python:3.12.12-slim-bookworm
 
 # Gradio binds to this machine alone unless told otherwise; weights and alignments go to the volume.

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,19 +238,28 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         if not is_kept[name]:
             check(tasks[name], folder, arguments.overwrite)
     recipe = _recipe(arguments)
+    given: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
         if is_kept[name]:
             print(f"{name}: {folder} is finished; --overwrite trains it again", file=sys.stderr)
             continue
-        with redirect_stdout(sys.stderr):  # transformers' Trainer prints its losses
-            train_expert(
-                tasks[name],
-                base=base,
-                output_dir=folder,
-                recipe=recipe,
-                num_eval=arguments.num_eval,
-                overwrite=arguments.overwrite,
-            )
+        given[name] = {
+            "name": tasks[name],
+            "base": base,
+            "output_dir": folder,
+            "recipe": recipe,
+            "num_eval": arguments.num_eval,
+            "overwrite": arguments.overwrite,
+        }
+    if arguments.workers > 1 and given:
+        from spectr_demo.workers import each_finished
+
+        for name in each_finished(train_expert, given, arguments.workers):
+            print(f"{name}: {folders[name]} is trained", file=sys.stderr)
+    else:
+        for each in given.values():
+            with redirect_stdout(sys.stderr):  # transformers' Trainer prints its losses
+                train_expert(**each)
     records = {name: folder / "scores.json" for name, folder in folders.items()}
     scores = {name: json.loads(file.read_text()) for name, file in records.items() if file.exists()}
     # The shipped experts fit the default base only.
@@ -299,6 +309,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.retrained:
         settings = replace(settings, retrained=tuple(arguments.retrained))
     evaluation = Evaluation(_load(arguments), settings)
+    if arguments.workers > 1:
+        from spectr_demo.engine.model import load
+        from spectr_demo.workers import measure_in_workers
+
+        measure_in_workers(
+            evaluation,
+            partial(load, arguments.base, arguments.experts),
+            arguments.workers,
+            only_composition=bool(arguments.only),
+        )
     # The shipped results are the full run's; a quick one leaves them alone.
     shipped = WORKPLACE / "assets" / "results" / "evaluation.json"
     output = arguments.output or (Path("quick.json") if arguments.quick else shipped)

@@ -105,6 +105,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         help="experts of these domains that were trained again, to be tested against the first",
     )
     command.add_argument("--output", type=Path, help="JSON file (default: the shipped results)")
+    _workers(command)
 
 
 def _train(command: argparse.ArgumentParser) -> None:
@@ -128,3 +129,21 @@ def _train(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--num-eval", type=int, default=200, help="held-out examples to answer")
     command.add_argument("--overwrite", action="store_true", help="replace a finished expert")
+    _workers(command)
+
+
+def _workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="processes that share the work; more than one need Ray (default: 1)",
+    )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; at least 1 was needed")
+    return number

@@ -32,6 +32,7 @@ def pins(name: str) -> dict[str, Requirement]:
         ("requirements.txt", None),
         ("requirements-train.txt", "train"),
         ("requirements-eval.txt", "eval"),
+        ("requirements-ray.txt", "ray"),
     ],
 )
 def test_the_pins_are_versions_that_the_package_takes(file: str, extra: str | None) -> None:

@@ -20,6 +20,7 @@ from spectr_demo.config import (
 )
 from spectr_demo.engine.batch import Batch
 from spectr_demo.engine.layers import attach_, detach_, follow, use_, wrap_
+from spectr_demo.engine.listing import Listing
 from spectr_demo.engine.ordinary import OrdinaryText
 from spectr_demo.engine.plan import RoutingPlan
 from spectr_demo.engine.reading import Lane, Reader
@@ -129,6 +130,32 @@ class SpectrModel:
             self._variants.add(variant)
         return variant
 
+    @property
+    def listing(self) -> Listing:
+        """What `become` takes, in another process."""
+        return Listing.of(self._adapters, self.disabled)
+
+    def become(self, listing: Listing) -> None:
+        """Have the experts of another model, in one change. Only those that are new are read.
+
+        Raises as `add` does, also where a source holds another adapter than the one that is listed.
+        """
+        with self._changing:
+            known = {(adapter.name, adapter.sha256): adapter for adapter in self._adapters}
+            new = [e for e in listing.experts if (e.name, e.sha256) not in known]
+            read = self._read([f"{expert.name}={expert.source}" for expert in new])
+            known |= {(adapter.name, adapter.sha256): adapter for adapter in read}
+            if others := [e for e in new if (e.name, e.sha256) not in known]:
+                raise AdapterError(
+                    [
+                        f"expert {e.name!r}: {e.source} holds another adapter here than where it "
+                        "was added; the same files were needed"
+                        for e in others
+                    ]
+                )
+            adapters = [known[e.name, e.sha256] for e in listing.experts]
+            self._change(adapters, listing.disabled)
+
     def add(self, source: Sources | Adapter) -> tuple[str, ...]:
         """Add one expert, or several, as `load` takes them, or one that was read. Gives their
         names.
@@ -210,7 +237,13 @@ class SpectrModel:
         snapshot = self._snapshot_of(ExpertLibrary.from_adapters(enabled, self.model))
         if self.reader.is_measured:  # then the next run need not wait for it
             _ = snapshot.reader.ordinary
-        self._adapters, self.snapshot = tuple(adapters), snapshot
+        self._begin(tuple(adapters), disabled, snapshot)
+
+    def _begin(
+        self, adapters: tuple[Adapter, ...], disabled: Sequence[str], snapshot: Snapshot
+    ) -> None:
+        """Have all further runs use a snapshot that was made of these."""
+        self._adapters, self.snapshot = adapters, snapshot
         self._ordinary_text.keep(a for model in self._variants for a in model.adapters)
         if not self._is_variant:
             use_(self.model, snapshot.places)
@@ -263,20 +296,8 @@ class SpectrModel:
         Raises ValueError at once for an unknown router, an empty prompt, or one that is too long.
         """
         settings = settings or GenerationSettings()
-        if not columns:
-            raise ValueError(
-                "there is no column to run; name at least one router, such as 'spectr'"
-            )
         snapshot = snapshot or self.snapshot
-        routers = [parse_router(column, snapshot.library.names) for column in columns]
-        self._check_interventions(routers, snapshot.library.num_layers)
-        prompt_ids = self.encode(prompt)
-        context = self.base.context
-        if len(prompt_ids) + settings.max_new_tokens > context:
-            raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens, and {settings.max_new_tokens} more may "
-                f"be generated; the context of {self.base.name} is {context}: shorten one of them"
-            )
+        routers, prompt_ids = self._checked(prompt, columns, settings, snapshot)
         run = Run(
             self.base,
             snapshot,
@@ -287,6 +308,29 @@ class SpectrModel:
             trace_every=trace_every,
         )
         return run.steps(self._batch.start)
+
+    def _checked(
+        self,
+        prompt: str | Sequence[Message],
+        columns: Sequence[str | RouterConfig],
+        settings: GenerationSettings,
+        snapshot: Snapshot,
+    ) -> tuple[list[RouterConfig], list[int]]:
+        """The routers, and the prompt's token ids. Raises what `stream` raises."""
+        if not columns:
+            raise ValueError(
+                "there is no column to run; name at least one router, such as 'spectr'"
+            )
+        routers = [parse_router(column, snapshot.library.names) for column in columns]
+        self._check_interventions(routers, snapshot.library.num_layers)
+        prompt_ids = self.encode(prompt)
+        context = self.base.context
+        if len(prompt_ids) + settings.max_new_tokens > context:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens, and {settings.max_new_tokens} more may "
+                f"be generated; the context of {self.base.name} is {context}: shorten one of them"
+            )
+        return routers, prompt_ids
 
     def _check_interventions(self, routers: Sequence[RouterConfig], num_layers: int) -> None:
         for router in routers:

@@ -153,6 +153,7 @@ class Evaluation:
             settings.num_ordinary and settings.num_requests and DEFAULT_ROUTER in settings.labels
         )
         self.parts = Parts(engine)
+        self._bar = tqdm(disable=True)
         self.rows_at_once = 256 if engine.base.device.type == "cuda" else 32
 
     def run(self) -> dict[str, Any]:
@@ -161,17 +162,15 @@ class Evaluation:
         The engine's experts are taken off for the static merges: it is not to be used afterwards.
         """
         meta = conditions(self.engine, asdict(self.settings), [*self.contenders, *self.merges])
-        # Beyond the domains no single expert is right.
-        beyond = [c for c in self.contenders if c.label != "oracle"]
-        with tqdm(total=self._num_parts(len(beyond)), unit="part") as self._bar:
+        with tqdm(total=self._num_parts, unit="part") as self._bar:
             domains = {c.label: self._domains(c) for c in self.contenders}
-            chat = {c.label: self._chat_shift(c) for c in beyond if self.settings.num_offdomain}
+            chat = {c.label: self._chat_shift(c) for c in self._beyond}
             composed, bounds = self._composed_rows(self.contenders), self._bounds()
             requests, named = self._requests() if self.reads_requests else ({}, {})
             stressed = self._stress() if self.settings.stress_texts else None
             retrained = [self._retrained(name, adapter) for name, adapter in self.retrained]
             if self.merges:
-                self.engine = self._merged()
+                self.merge()
             domains |= {c.label: self._domains(c) for c in self.merges}
             composed |= self._composed_rows(self.merges)
         readings = {label: row for label, (_, row) in domains.items()}
@@ -214,15 +213,49 @@ class Evaluation:
         with tqdm(total=self._num_composed_parts, unit="part") as self._bar:
             composed, bounds = self._composed_rows(contenders), self._bounds()
             if merges:
-                self.engine = self._merged()
+                self.merge()
             composed |= self._composed_rows(merges)
         composition = {"meta": meta, **(self._composition(composed, bounds) or {})}
         return {**(results or {"meta": meta}), "composition": composition}
 
-    def _num_parts(self, num_beyond: int) -> int:
+    def calls(self, *, only_composition: bool = False) -> list[list[Callable[[], Any]]]:
+        """What `run`, else `with_composition`, measures, in calls that other processes may share.
+
+        The first ones are of the experts. The others are of the static merges: a process that has
+        made one of those has no experts any more.
+        """
+        of_experts: list[Callable[[], Any]] = [self._bounds]
+        if not only_composition:
+            if self.reads_requests:
+                of_experts.append(self._requests)
+            if self.settings.stress_texts:
+                of_experts.append(self._stress)
+            of_experts += [partial(self._retrained, *again) for again in self.retrained]
+            of_experts += [partial(self._chat_shift, c) for c in self._beyond]
+        of_merges: list[Callable[[], Any]] = []
+        for calls, contenders in (of_experts, self.contenders), (of_merges, self.merges):
+            composed = [c for c in contenders if self.messages and c.label in COMPOSED]
+            calls += [partial(self._composed, c) for c in composed]
+            if not only_composition:
+                each = [(c, name) for c in contenders for name in self.names]
+                calls += [partial(self._domain, c, name) for c, name in each]
+        return [of_experts, of_merges]
+
+    def merge(self) -> None:
+        """Put the static merges in the experts' place, for good."""
+        self.engine = self._merged()
+
+    @property
+    def _beyond(self) -> list[Contender]:
+        """Those that answer ordinary chat. No single expert is right there."""
+        chat = self.settings.num_offdomain > 0
+        return [c for c in self.contenders if chat and c.label != "oracle"]
+
+    @property
+    def _num_parts(self) -> int:
         settings = self.settings
         num_domains = (len(self.contenders) + len(self.merges)) * len(self.names)
-        chat = num_beyond * (settings.num_offdomain > 0)
+        chat = len(self._beyond)
         others = (settings.stress_texts > 0) + len(self.retrained)
         others += self.reads_requests * (len(self.ordinary) + 2 * len(self.names))
         return 2 * num_domains * len(self._spans) + chat + self._num_composed_parts + others
@@ -241,19 +274,23 @@ class Evaluation:
 
     def _domains(self, contender: Contender) -> tuple[dict[str, list[float]], dict[str, Any]]:
         """Scores of the generated answers, and readings of the reference ones, by domain."""
-        answers: dict[str, list[float]] = {}
-        readings: dict[str, dict[str, Any]] = {}
-        for name in self.names:
-            config = contender.config(name, self.engine.library.names)
-            answers[name], parts = [], []
-            for start, stop in self._spans:
-                examples = self.examples[name][start:stop]
-                answer = partial(self._answers, name=name, examples=examples)
-                answers[name] += self._part("answers", config, answer, name, start, stop)
-                reading = partial(self._reading, name=name, examples=examples)
-                parts.append(self._part("reading", config, reading, name, start, stop))
-            readings[name] = join_readings(parts)
-        return answers, readings
+        found = {name: self._domain(contender, name) for name in self.names}
+        return (
+            {name: answers for name, (answers, _) in found.items()},
+            {name: reading for name, (_, reading) in found.items()},
+        )
+
+    def _domain(self, contender: Contender, name: str) -> tuple[list[float], dict[str, Any]]:
+        config = contender.config(name, self.engine.library.names)
+        answers: list[float] = []
+        parts = []
+        for start, stop in self._spans:
+            examples = self.examples[name][start:stop]
+            answer = partial(self._answers, name=name, examples=examples)
+            answers += self._part("answers", config, answer, name, start, stop)
+            reading = partial(self._reading, name=name, examples=examples)
+            parts.append(self._part("reading", config, reading, name, start, stop))
+        return answers, join_readings(parts)
 
     @property
     def _spans(self) -> list[tuple[int, int]]:

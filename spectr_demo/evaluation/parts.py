@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Parts:
 
     def __init__(self, engine: SpectrModel) -> None:
         self.folder = cache_dir() / "evaluation" / fingerprint(engine)
+        self.found: dict[str, Any] = {}  # by file: all that `get` gave
 
     def get(
         self,
@@ -66,9 +67,17 @@ class Parts:
         of: what else the part depends on.
         """
         key = json.dumps([kind, *of, config.to_json()], sort_keys=True)
-        file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        name = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        file = self.folder / name
         result = kept_json(file)
         if result is None:
             result = compute(config)
             keep_json(result, file)  # two processes may share the work
+        self.found[name] = result
         return result
+
+    def keep(self, found: Mapping[str, Any]) -> None:
+        """Parts that another process found, whose cache may be another one."""
+        for name, result in found.items():
+            if kept_json(self.folder / name) is None:
+                keep_json(result, self.folder / name)

@@ -22,6 +22,10 @@ class AdapterError(ValueError):
         self.problems = [shown(problem, MOST_SAID) for problem in problems]
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type["AdapterError"], tuple[list[str]]]:
+        """For other processes: made of the problems again, not of their text."""
+        return type(self), (self.problems,)
+
 
 def shown(text: object, most: int = MOST_SHOWN) -> str:
     """A text in one line: what is not printable is escaped, and the middle of a long one left
