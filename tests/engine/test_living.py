@@ -111,21 +111,17 @@ CHANGES: dict[str, Callable[[dict[str, str]], Change]] = {
 
 
 @contextmanager
-def in_the_middle(model: SpectrModel, most_passes: int) -> Iterator[threading.Event]:
-    """The thread of the runs stops after so many passes, until the event is set."""
-    goes_on, main = threading.Event(), threading.current_thread()
-    num_passes = 0
+def held(model: SpectrModel) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Between the two events the thread of the runs stands still."""
+    stands, goes_on, main = threading.Event(), threading.Event(), threading.current_thread()
 
     def wait(*_: object) -> None:
-        nonlocal num_passes
-        if threading.current_thread() is not main:
-            num_passes += 1
-            if num_passes > most_passes:
-                assert goes_on.wait(60)
+        if threading.current_thread() is not main and stands.is_set():
+            assert goes_on.wait(60)
 
     hook = model.model.model.register_forward_pre_hook(wait)
     try:
-        yield goes_on
+        yield stands, goes_on
     finally:
         goes_on.set()
         hook.remove()
@@ -140,14 +136,15 @@ def test_runs_end_with_the_experts_that_they_began_with(
     model = build_model(before)
     columns: list[str | RouterConfig] = ["spectr", "single:attention", "spectr-calibrated", "arrow"]
     columns += ["uniform", "spectr-paper", "base", "norm"]
-    expected = [model.generate(PROMPT, column, max_new_tokens=12) for column in columns]
+    options = GenerationSettings(max_new_tokens=80)
+    expected = [model.generate(PROMPT, column, max_new_tokens=80) for column in columns]
     old = model.snapshot
     found: dict[int, Step] = {}
-    options = GenerationSettings(max_new_tokens=12)
 
-    with in_the_middle(model, 2 * MANY) as goes_on:  # a prompt and a token for each run
+    with held(model) as (stands, goes_on):
         streams = [model.stream(PROMPT, [column], options) for column in columns]
         assert [next(stream).columns[0].num_tokens for stream in streams] == [1] * MANY
+        stands.set()
 
         def work(i: int) -> None:
             found[i] = deque(streams[i], maxlen=1).pop()
@@ -289,9 +286,10 @@ def test_an_add_that_fails_changes_nothing(
     source: Sequence[str] = [folders["wide"]]
     error: type[Exception] = MemoryError
     match = "no room"
-    with in_the_middle(model, 3), monkeypatch.context() as patch:
+    with held(model) as (stands, _), monkeypatch.context() as patch:
         stream = model.stream(PROMPT, COLUMNS, GenerationSettings(max_new_tokens=6))
         next(stream)
+        stands.set()
         if fault == "adapter":
             source, error, match = [folders["wide"], _misfit(save_expert)], AdapterError, "misfit"
         elif fault == "name":
