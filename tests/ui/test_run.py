@@ -12,6 +12,7 @@ from spectr_demo.config import GenerationSettings
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.reading import Lane
 from spectr_demo.engine.run import ColumnOutput, Step
+from spectr_demo.engine.snapshot import Snapshot
 from spectr_demo.routing.routers import parse_router
 from spectr_demo.trace import RoutingTrace
 from spectr_demo.ui.run import (
@@ -253,7 +254,7 @@ def test_the_choice_says_why(
         weights = torch.zeros(3) if expert is None else torch.eye(3)[expert]
         return Lane(start=0, stop=1, ids=[0], weights=weights, standing=standing)
 
-    monkeypatch.setattr(routed_model, "lanes", lambda router, ids: list(map(lane, experts)))
+    monkeypatch.setattr(Snapshot, "lanes_of", lambda *asked: [list(map(lane, experts))])
     choice = fitting_expert(routed_model, "hello")
     assert (choice.expert, choice.why) == (chosen, why)
     assert len(choice.requests) == len(experts)
