@@ -16,6 +16,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
 from spectr_demo import ui
+from spectr_demo.engine import batch
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step
 from spectr_demo.ui.line import PLACES_EACH
@@ -83,7 +84,8 @@ def endless() -> Endless:
 
 
 @pytest.fixture
-def page(routed_model: SpectrModel, endless: Endless) -> gr.Blocks:
+def page(routed_model: SpectrModel, endless: Endless, monkeypatch: pytest.MonkeyPatch) -> gr.Blocks:
+    monkeypatch.setattr(batch, "MOST_RUNS", 1)
     return ui.build(routed_model, gpu=endless.gpu)
 
 
