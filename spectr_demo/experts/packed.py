@@ -362,6 +362,7 @@ def _adapters(folder: Path, index: Index, digest: str, misfits: Misfits) -> list
             shapes=layouts[expert.layout],
             read=dict,
             notes=tuple(expert.notes),
+            is_lasting=False,  # its rounded factors must not be cached as those of its files
         )
         for expert in index.experts
     ]

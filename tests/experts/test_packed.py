@@ -333,6 +333,15 @@ def test_an_index_that_fits_nothing_is_refused(
         load_experts(disk, model)
 
 
+def test_the_cache_of_alignments_is_left_alone(
+    model: LlamaForCausalLM, disk: Path, cache_folder: Path
+) -> None:
+    """There the factors of the adapter's files are kept, not those that were rounded here."""
+    adapter = load_experts(disk, model).adapters[0]
+    library.align_adapter(adapter)
+    assert not (cache_folder / "aligned").exists()
+
+
 def test_arrows_are_mapped(model: LlamaForCausalLM, disk: Path) -> None:
     found = load_experts(disk, model)
     for bank in found.banks:
