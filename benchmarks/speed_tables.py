@@ -150,6 +150,27 @@ def _alignment_lines(machine: str) -> list[list[str]]:
     return lines
 
 
+PACKED_HELD = ("open", "single", "lag", "spectr-context", "spectr")
+PACKED_SPEED = ("spectr-context", "lag", "spectr")
+
+
+def packed_table() -> str:
+    """Libraries on disk: opening, memory after each kind of run, and speed."""
+    lines = []
+    for row in rows_of("packed", "amx"):
+        held = [f"{row[f'{case}_MB']:,.0f}" if f"{case}_MB" in row else "" for case in PACKED_HELD]
+        speed = [f"{row[router]:.2f}" if router in row else "" for router in PACKED_SPEED]
+        read = [
+            f"{row[key]:.2f} s" if key in row else "" for key in ("first_request_s", "request_s")
+        ]
+        sizes = [f"{row['experts']:,}", f"{row['GB']:.2f} GB", f"{row['open_s']:.1f} s"]
+        lines.append([row["shape"], *sizes, *held, *read, *speed])
+    header = ["shape", "experts", "on disk", "opened in", "MB once open"]
+    header += [f"MB after `{case}`" for case in PACKED_HELD[1:]]
+    header += ["first request", "a request", *(f"speed of `{router}`" for router in PACKED_SPEED)]
+    return markdown(header, lines)
+
+
 # --- a GPU ------------------------------------------------------------------------------------
 
 GPU_CASES = (
@@ -308,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu_table,
     "launches": launches_table,
     "copies": copies_table,
+    "packed": packed_table,
     **{f"speed {machine}": partial(speed_table, machine) for machine in MACHINES},
     **{f"costs {machine}": partial(costs_table, machine) for machine in MACHINES},
 }

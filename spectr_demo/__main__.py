@@ -1,4 +1,4 @@
-"""Command line: generate, compare, inspect, demo, serve, train, evaluate, lm-eval.
+"""Command line: generate, compare, inspect, pack, demo, serve, train, evaluate, lm-eval.
 
 Results go to stdout, progress to stderr.
 """
@@ -211,6 +211,27 @@ def _print_library(result: dict[str, Any]) -> None:
     _out.print(table)
 
 
+def pack(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A library on disk, made once: it opens at once, and takes the memory of what is used."""
+    if arguments.verify:
+        from spectr_demo.experts.packed import verify
+
+        index = verify(arguments.folder)
+    else:
+        from spectr_demo.engine.packing import pack as pack_experts
+
+        sources = arguments.experts or experts_from_environment()
+        with _progress.status("Reading the experts ...") as status:
+            index = pack_experts(arguments.base, sources, arguments.folder, tell=status.update)
+    names = [expert.name for expert in index.experts]
+    num_bytes = sum(file.num_bytes for file in index.files.values())
+    if not arguments.json:
+        does = "is whole" if arguments.verify else "is made"
+        size = f"{len(names)} experts, {num_bytes / 1e6:,.0f} MB"
+        _out.print(f"{arguments.folder} {does}: {size}", highlight=False)
+    return {"folder": str(arguments.folder), "experts": names, "num_bytes": num_bytes}
+
+
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train experts of tasks, or of files of your own, then show how they sit among the others."""
     from spectr_demo.evaluation.tasks import TASKS
@@ -376,6 +397,7 @@ COMMANDS = {
     "generate": generate,
     "compare": compare,
     "inspect": inspect,
+    "pack": pack,
     "demo": demo,
     "serve": serve,
     "evaluate": evaluate,

@@ -36,6 +36,11 @@ def parser(commands: Mapping[str, Command], description: str | None) -> argparse
     command = add("compare", parents=[run, common])
     command.add_argument("--columns", nargs="+", default=DEFAULT_COLUMNS, metavar="ROUTER")
     add("inspect", parents=[common])
+    command = add("pack", parents=[common])
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="where --experts reads it")
+    command.add_argument(
+        "--verify", action="store_true", help="compare its files with their SHA-256; make nothing"
+    )
     add("demo", parents=[model]).set_defaults(json=False)
     command = add("serve", parents=[model])
     command.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of this machine's")
@@ -58,8 +63,8 @@ def _model() -> argparse.ArgumentParser:
         "--experts",
         nargs="+",
         metavar="SOURCE",
-        help="LoRA adapters: Hub ids, folders, or folders of several; NAME=SOURCE renames one "
-        "(default: SPECTR_EXPERTS)",
+        help="LoRA adapters: Hub ids, folders, folders of several, or of `pack`; NAME=SOURCE "
+        "renames one (default: SPECTR_EXPERTS)",
     )
     model.add_argument(
         "--debug", action="store_true", help="where it fails, show the traceback as well"

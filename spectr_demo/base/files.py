@@ -91,12 +91,12 @@ def scratch_dir(folder: Path) -> Iterator[Path]:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Rename a finished file, or a folder of files, into place in one step.
+    """Rename a finished file, or a folder, into place in one step.
 
     made: on the disk of `target`, as in a `scratch_dir` of its folder. Its content is written out
     before it is renamed.
     """
-    for path in [made] if made.is_file() else made.iterdir():
+    for path in [made] if made.is_file() else filter(Path.is_file, made.rglob("*")):
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # the rename must not outlive the content when the power goes
     target.parent.mkdir(parents=True, exist_ok=True)

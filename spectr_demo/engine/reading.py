@@ -20,7 +20,13 @@ from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.batches import read_after
 from spectr_demo.engine.intervention import changed_weights, weights_of
-from spectr_demo.engine.ordinary import Heard, Ordinary, OrdinaryText, expert_layers
+from spectr_demo.engine.ordinary import (
+    Heard,
+    Ordinary,
+    OrdinaryText,
+    expert_layers,
+    identity,
+)
 from spectr_demo.engine.plan import Places, Plan
 from spectr_demo.experts.library import ExpertLibrary
 from spectr_demo.routing.bank import ExpertBank
@@ -33,6 +39,7 @@ _FADING = 0.85
 # have, so it takes no more memory. A longer message is a text, and read as one.
 _MOST_READ = 8192
 _RUNS_AT_ONCE = 8
+_EXPERTS_AT_ONCE = 128  # measured together: their scores of all ordinary tokens take memory
 
 
 class Listening(Plan):
@@ -129,13 +136,16 @@ class _Measuring(Listening):
         self.heard: list[Heard] = []
 
     def listen(self, bank: ExpertBank, x: Tensor) -> None:
-        is_unknown = self._is_unknown[bank.expert_ids]
-        new = bank if is_unknown.all() else bank.folded(is_unknown, is_merged=False)
-        if new is None:
+        unknown = self._is_unknown[bank.expert_ids].nonzero().flatten()
+        if len(unknown) == 0:
             return
         inputs = self._requests.counted(x)
         metric = self._known.metric(bank) or Metric.of(inputs)
-        self.heard.append(Heard.of(new, metric, inputs, self._evidence.late_means))
+        for some in unknown.split(_EXPERTS_AT_ONCE):
+            chosen = torch.zeros(bank.num_experts).index_fill(0, some, 1)
+            new = bank if chosen.all() else bank.folded(chosen, is_merged=False)
+            assert new is not None
+            self.heard.append(Heard.of(new, metric, inputs, self._evidence.late_means))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +224,7 @@ class Reader:
         self._library = library
         self.template = template
         self._places = places
-        self._known = known
+        self.known = known
         self._ordinary: Ordinary | None = None
 
     @property
@@ -225,19 +235,21 @@ class Reader:
     def ordinary(self) -> Ordinary:
         """Measured when it is first needed (on a ZeroGPU, where there is one)."""
         if self._ordinary is None:
-            with self._known.lock:
+            with self.known.lock:
                 if self._ordinary is None:
                     self._ordinary = self._measure()
         return self._ordinary
 
     def _measure(self) -> Ordinary:
-        if self._known.is_unknown(self._library).any():
-            prompts = generic_prompts(self._base)
+        self.known.add_packed(self._library, identity(self._base))
+        if self.known.is_unknown(self._library).any():
+            prompts = self.known.prompts or generic_prompts(self._base)
             requests = self.requests([encode(self._base.tokenizer, prompt) for prompt in prompts])
-            measuring = _Measuring(requests, self._library, self._known)
+            measuring = _Measuring(requests, self._library, self.known)
             self.read(self.template.opening, [(requests, measuring)])
-            self._known.add(self._library, measuring.heard)
-        return self._known.of(self._library)
+            self.known.add(self._library, measuring.heard)
+            self.known.prompts = tuple(prompts)
+        return self.known.of(self._library)
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> Requests:
         """Those of prompts' token ids, each taken for one request after the template's opening."""

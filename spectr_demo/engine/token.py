@@ -25,6 +25,7 @@ from spectr_demo.cpu.token import Factors, Record
 from spectr_demo.engine.constant import ConstantRows
 from spectr_demo.engine.recorder import Recorder
 from spectr_demo.engine.rows import RouterRows
+from spectr_demo.experts.arrows import arrows_of
 from spectr_demo.routing.bank import ExpertBank
 from spectr_demo.routing.routers import Measure
 
@@ -33,7 +34,6 @@ RECORDED_AT_ONCE = 64
 
 # What compiled code reads of a bank, kept as long as the bank.
 _factors: WeakKeyDictionary[ExpertBank, Factors | None] = WeakKeyDictionary()
-_arrows: WeakKeyDictionary[ExpertBank, Arrows] = WeakKeyDictionary()
 
 
 def factors_of(bank: ExpertBank) -> Factors | None:
@@ -41,13 +41,6 @@ def factors_of(bank: ExpertBank) -> Factors | None:
     if bank not in _factors:
         _factors[bank] = Factors.of(bank.A, bank.B, bank.singular_values)
     return _factors[bank]
-
-
-def arrows_of(bank: ExpertBank) -> Arrows:
-    """The first row of each A*, in 8 bits."""
-    if bank not in _arrows:
-        _arrows[bank] = Arrows.of(bank.A[:: bank.singular_values.shape[-1]])
-    return _arrows[bank]
 
 
 class MixedToken:

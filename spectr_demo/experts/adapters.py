@@ -24,6 +24,7 @@ from spectr_demo.experts.hub import CONFIG_FILE, MOST_CONFIG_BYTES, WEIGHTS_FILE
 from spectr_demo.experts.messages import AdapterError, first, short, shown
 from spectr_demo.experts.patterns import Clock, PatternError, Values
 from spectr_demo.experts.settings import MOST_RANK, LoraSettings, faults
+from spectr_demo.experts.stacked import PackedPlace
 from spectr_demo.experts.weights import (
     FLOATS,
     TensorInfo,
@@ -81,6 +82,7 @@ class Adapter:
     read: gives the weights, by path too. They are not kept, since the library has its own.
     notes: what was done so that it fits, for people.
     is_lasting: whether what is made of it is kept on the disk, for the next start.
+    packed: where its factors are aligned already; None where they are not.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Adapter:
     read: Callable[[], Mapping[str, LoraFactors]] = field(repr=False)
     notes: tuple[str, ...] = ()
     is_lasting: bool = True
+    packed: PackedPlace | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -128,11 +131,14 @@ class Adapter:
 
         places: by the path here, the path there.
         """
+        if all(places.get(path) == path for path in self.shapes):
+            return self
         return replace(
             self,
             shapes={sys.intern(places[p]): s for p, s in self.shapes.items() if p in places},
             read=partial(_read_placed, self.read, places),
             notes=(*self.notes, *notes),
+            packed=None,  # which has them at the old paths
         )
 
 

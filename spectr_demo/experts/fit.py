@@ -37,8 +37,18 @@ def fit_adapters(adapters: Sequence[Adapter], config: PretrainedConfig) -> Fitte
     out, which changes nothing. An adapter's notes say both.
     """
     skeleton = skeleton_of(config)
-    fits = [_fit(adapter, skeleton) for adapter in adapters]
-    problems = [problem for fitted in fits for problem in fitted.problems]
+    fitted: list[Adapter] = []
+    problems: list[str] = []
+    fitting: set[int] = set()  # experts of a library on disk share the shapes of their layers
+    for adapter in adapters:
+        if id(adapter.shapes) in fitting:
+            fitted.append(adapter)
+            continue
+        found = _fit(adapter, skeleton)
+        fitted += found.adapters
+        problems += found.problems
+        if found.adapters[0] is adapter and not found.problems:
+            fitting.add(id(adapter.shapes))
     for name, count in Counter(adapter.name for adapter in adapters).items():
         if count > 1:
             sources = ", ".join(a.source for a in adapters if a.name == name)
@@ -46,7 +56,7 @@ def fit_adapters(adapters: Sequence[Adapter], config: PretrainedConfig) -> Fitte
                 f"expert {name!r}: {count} adapters have this name ({sources}); give each its own, "
                 "as NAME=SOURCE"
             )
-    return Fitted([adapter for fitted in fits for adapter in fitted.adapters], problems)
+    return Fitted(fitted, problems)
 
 
 def _fit(adapter: Adapter, skeleton: Skeleton) -> Fitted:

@@ -8,11 +8,11 @@ import logging
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,14 +30,15 @@ from spectr_demo.cpu.pages import keep_freed_memory, zeros_in_large_pages, zeros
 from spectr_demo.experts.adapters import (
     Adapter,
     AdapterError,
-    LoraShape,
     adapters_in,
     named_source,
     read_adapter,
 )
 from spectr_demo.experts.fit import Fitted, fit_adapters
 from spectr_demo.experts.messages import first
+from spectr_demo.experts.packed import packed_adapters
 from spectr_demo.experts.shared_inputs import shared_inputs
+from spectr_demo.experts.stacked import Packed, Stacked, where_in
 from spectr_demo.routing.bank import ExpertBank, Zeros
 from spectr_demo.routing.spectr import Aligned, align
 
@@ -169,61 +170,146 @@ class ExpertLibrary:
 
         On a GPU factors are in the model's own dtype. On a CPU they are float32, in which small
         products are fastest. A library that would take too much of the memory so is kept in 16
-        bits. If that is too much too, it is mapped from a file in the cache.
+        bits. If that is too much too, it is mapped from a file in the cache. All experts of a
+        library on disk stay mapped from its files.
         Raises AdapterError with everything that does not fit.
         """
         adapters, problems = fit_adapters(adapters, model.config)
         if problems:
             raise AdapterError(problems)
-        modules = dict(model.named_modules())
-        touched = {path for adapter in adapters for path in adapter.shapes}
-        dtype, zeros = _storage(adapters, model.dtype)
-        banks, num_runs = [], []
-        for group in shared_inputs(model, [path for path in modules if path in touched]):
-            together: dict[Any, list[str]] = defaultdict(list)
-            for path in group.paths:
-                ids = tuple(e for e, adapter in enumerate(adapters) if path in adapter.shapes)
-                together[ids, execution_device(modules[path])].append(path)
-            for (ids, device), paths in together.items():
-                is_cpu = device.type == "cpu"
-                bank = ExpertBank.empty(
-                    paths,
-                    ids,
-                    max(adapters[e].shapes[path].rank for e in ids for path in paths),
-                    [adapters[ids[0]].shapes[path][:2] for path in paths],
-                    device=device,
-                    dtype=dtype if is_cpu else model.dtype,
-                    zeros=zeros if is_cpu else torch.zeros,
-                )
-                banks.append(bank)
-                num_runs.append(group.num_runs)
-        places = [{e: i for i, e in enumerate(bank.expert_ids.tolist())} for bank in banks]
-        too_large: list[str] = []
-        for e, adapter in enumerate(tqdm(adapters, "aligning", disable=len(adapters) < 50)):
-            try:
-                aligned = align_adapter(adapter)
-            except AdapterError as error:
-                too_large += error.problems
-                continue
-            for bank, place in zip(banks, places, strict=True):
-                if e in place:
-                    bank.put_(place[e], [aligned[path] for path in bank.paths])
-        if too_large:
-            raise AdapterError(too_large)
-        where = {
-            path: (bank, p, place)
-            for bank, place in zip(banks, places, strict=True)
-            for p, path in enumerate(bank.paths)
+        rooms = rooms_for(adapters, model)
+        banks = _packed_banks(adapters, rooms) or _filled_banks(adapters, rooms, model.dtype)
+        where = where_in(banks)
+        ranks = {
+            id(adapter.shapes): {path: shape.rank for path, shape in adapter.shapes.items()}
+            for adapter in {id(adapter.shapes): adapter for adapter in adapters}.values()
         }
         return cls(
             adapters=tuple(adapters),
-            aligned=tuple(_Stacked(e, a.shapes, where) for e, a in enumerate(adapters)),
-            banks=tuple(
-                replace(bank, run=run) if run else bank
-                for bank, num in zip(banks, num_runs, strict=True)
-                for run in range(num)
-            ),
+            aligned=tuple(Stacked(e, ranks[id(a.shapes)], where) for e, a in enumerate(adapters)),
+            banks=tuple(banks),
         )
+
+
+class Room(NamedTuple):
+    """What a bank has to hold. shapes: (D_out, D_in) of each layer; num_runs: see `Group`."""
+
+    paths: tuple[str, ...]
+    experts: tuple[int, ...]
+    rank: int
+    shapes: tuple[tuple[int, int], ...]
+    device: torch.device
+    num_runs: int
+
+
+def rooms_for(adapters: Sequence[Adapter], model: PreTrainedModel) -> list[Room]:
+    """The banks that these experts need on a model, in the order in which its layers run."""
+    modules = dict(model.named_modules())
+    layouts = {id(adapter.shapes): adapter.shapes for adapter in adapters}
+    of_layout: dict[int, list[int]] = defaultdict(list)
+    for e, adapter in enumerate(adapters):
+        of_layout[id(adapter.shapes)].append(e)
+    touched = {path for shapes in layouts.values() for path in shapes}
+    experts: dict[tuple[int, ...], tuple[int, ...]] = {}  # by their layouts
+    rooms = []
+    for group in shared_inputs(model, [path for path in modules if path in touched]):
+        together: dict[Any, list[str]] = defaultdict(list)
+        for path in group.paths:
+            having = tuple(layout for layout, shapes in layouts.items() if path in shapes)
+            together[having, execution_device(modules[path])].append(path)
+        for (having, device), paths in together.items():
+            if having not in experts:
+                experts[having] = tuple(sorted(e for each in having for e in of_layout[each]))
+            rooms.append(
+                Room(
+                    paths=tuple(paths),
+                    experts=experts[having],
+                    rank=max(layouts[layout][path].rank for layout in having for path in paths),
+                    shapes=tuple(layouts[having[0]][path][:2] for path in paths),
+                    device=device,
+                    num_runs=group.num_runs,
+                )
+            )
+    return rooms
+
+
+def _packed_banks(adapters: Sequence[Adapter], rooms: Sequence[Room]) -> list[ExpertBank] | None:
+    """The banks of a library on disk as they are mapped, where these are its experts, all of them
+    and in its order, on a CPU; else None."""
+    places = [adapter.packed for adapter in adapters]
+    library = places[0].library if places and places[0] else None
+    if library is None or places != [(library, e) for e in range(library.num_experts)]:
+        return None
+    if any(room.device.type != "cpu" for room in rooms):
+        return None
+    needed = [(room.paths, list(room.experts), r) for room in rooms for r in range(room.num_runs)]
+    found = [(bank.paths, bank.expert_ids.tolist(), bank.run) for bank in library.banks]
+    return list(library.banks) if found == needed else None
+
+
+def _filled_banks(
+    adapters: Sequence[Adapter], rooms: Sequence[Room], dtype: torch.dtype
+) -> list[ExpertBank]:
+    """Banks in memory that hold these experts. dtype: in which the base computes."""
+    of_cpu, zeros = storage(adapters, dtype)
+    banks = [
+        ExpertBank.empty(
+            room.paths,
+            room.experts,
+            room.rank,
+            room.shapes,
+            device=room.device,
+            dtype=of_cpu if room.device.type == "cpu" else dtype,
+            zeros=zeros if room.device.type == "cpu" else torch.zeros,
+        )
+        for room in rooms
+    ]
+    fill_(banks, adapters)
+    return [
+        replace(bank, run=run) if run else bank
+        for bank, room in zip(banks, rooms, strict=True)
+        for run in range(room.num_runs)
+    ]
+
+
+def fill_(banks: Sequence[ExpertBank], adapters: Sequence[Adapter]) -> None:
+    """Write experts into empty banks: aligned one after another, or copied where a library on disk
+    has them aligned. Raises AdapterError for updates that are too large to compute with."""
+    places = [{e: i for i, e in enumerate(bank.expert_ids.tolist())} for bank in banks]
+    packed: dict[Packed, dict[int, int]] = defaultdict(dict)  # numbers here by those there
+    too_large: list[str] = []
+    for e, adapter in enumerate(tqdm(adapters, "aligning", disable=len(adapters) < 50)):
+        if adapter.packed:
+            packed[adapter.packed.library][e] = adapter.packed.expert
+            continue
+        try:
+            aligned = align_adapter(adapter)
+        except AdapterError as error:
+            too_large += error.problems
+            continue
+        for bank, place in zip(banks, places, strict=True):
+            if e in place:
+                bank.put_(place[e], [aligned[path] for path in bank.paths])
+    if too_large:
+        raise AdapterError(too_large)
+    for library, numbers in packed.items():
+        for bank, place in zip(banks, places, strict=True):
+            _copy_packed_(bank, place, library, numbers)
+
+
+def _copy_packed_(
+    bank: ExpertBank, place: Mapping[int, int], library: Packed, numbers: Mapping[int, int]
+) -> None:
+    """Copy a library's experts into a bank. place: by an expert's number here, its place in the
+    bank. numbers: by its number here, that in the library."""
+    for other in library.banks:
+        if other.run or not set(bank.paths) & set(other.paths):
+            continue
+        place_there = {e: i for i, e in enumerate(other.expert_ids.tolist())}
+        both = [e for e in numbers if e in place and numbers[e] in place_there]
+        here = torch.tensor([place[e] for e in both], dtype=torch.long)
+        there = torch.tensor([place_there[numbers[e]] for e in both], dtype=torch.long)
+        bank.copy_(here, other, there)
 
 
 def _short_names(projections: Sequence[str]) -> tuple[str, ...]:
@@ -240,31 +326,7 @@ def _short_names(projections: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-class _Stacked(Mapping[str, Aligned]):
-    """An expert's factors by layer, as they are in the banks."""
-
-    def __init__(
-        self,
-        expert: int,
-        shapes: Mapping[str, LoraShape],
-        where: Mapping[str, tuple[ExpertBank, int, Mapping[int, int]]],
-    ) -> None:
-        """where: by layer, its bank, its place in it, and those of the experts."""
-        self._expert, self._shapes, self._where = expert, shapes, where
-
-    def __getitem__(self, path: str) -> Aligned:
-        rank = self._shapes[path].rank
-        bank, place, experts = self._where[path]
-        return bank.factors(experts[self._expert], place, rank)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-
-def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dtype, Zeros]:
+def storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dtype, Zeros]:
     """How factors are kept on a CPU: their dtype, and what makes their tensors.
 
     dtype: in which the base computes.
@@ -284,7 +346,8 @@ def _storage(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.dty
     return torch.bfloat16, zeros
 
 
-# One source or several: folders of one adapter or of several, or Hub ids; `NAME=SOURCE` to rename.
+# One source or several: folders of one adapter or of several, libraries on disk, or Hub ids;
+# `NAME=SOURCE` to rename.
 Sources = str | Path | Sequence[str | Path]
 
 
@@ -300,7 +363,8 @@ def read_adapters(sources: Sources, config: PretrainedConfig) -> Fitted:
     for source in (each for one in listed for each in adapters_in(one)):
         name, path = named_source(source)
         try:
-            adapters.append(read_adapter(path, name, misfits_of))
+            packed = packed_adapters(path, name, misfits_of)
+            adapters += [read_adapter(path, name, misfits_of)] if packed is None else packed
         except AdapterError as error:
             problems += error.problems
     fitted, misfits = fit_adapters(adapters, config)

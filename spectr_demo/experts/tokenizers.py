@@ -23,7 +23,7 @@ from spectr_demo.experts.messages import shown
 
 logger = logging.getLogger(__name__)
 
-_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
 )
@@ -65,15 +65,17 @@ def _brought(adapters: Sequence[Adapter]) -> list[_Brought]:
     """Each tokenizer once; experts of one training have the same files."""
     folders: dict[tuple[tuple[str, str], ...], list[tuple[str, Path]]] = defaultdict(list)
     for adapter in adapters:
-        folder = _folder(adapter.source)
-        files = [folder / name for name in _FILES if (folder / name).is_file()]
+        folder = tokenizer_folder(adapter.source)
+        files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
         if files:
             key = tuple((file.name, digest(file)) for file in files)
             folders[key].append((adapter.name, folder))
     found = []
     for some in folders.values():
         names, (_, folder) = [name for name, _ in some], some[0]
-        size = sum((folder / file).stat().st_size for file in _FILES if (folder / file).is_file())
+        size = sum(
+            (folder / file).stat().st_size for file in TOKENIZER_FILES if (folder / file).is_file()
+        )
         if size > MOST_BYTES:
             reason = f"they have {size} bytes, at most {MOST_BYTES} are read"
             found.append(_Brought(names=names, tokenizer=None, reason=reason))
@@ -87,14 +89,14 @@ def _brought(adapters: Sequence[Adapter]) -> list[_Brought]:
     return found
 
 
-def _folder(source: str) -> Path:
+def tokenizer_folder(source: str) -> Path:
     """Where an adapter's tokenizer is. From the Hub it is fetched, as far as the Hub has one."""
     folder = local_folder(source)
     if folder is not None:
         return folder
     owner, repo, *inside = source.split("/")
     within = "/".join(inside)
-    wanted = [f"{within}/{name}" if within else name for name in _FILES]
+    wanted = [f"{within}/{name}" if within else name for name in TOKENIZER_FILES]
     try:
         return Path(snapshot_download(f"{owner}/{repo}", allow_patterns=wanted)) / within
     except (OSError, ValueError):  # its weights were there, in the Hub's cache

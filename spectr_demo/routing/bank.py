@@ -95,6 +95,25 @@ class ExpertBank:
             self.B[p].view(E, r, -1)[expert, :rank] = layer.B.mT
             self.singular_values[p, expert, :rank] = layer.singular_values
 
+    def copy_(self, places: Tensor, other: "ExpertBank", others: Tensor) -> None:
+        """Take over experts of another bank, at the layers that both have.
+
+        places, others: (N,) int64 on the CPU, where they are here and there. Their ranks fit here.
+        """
+        (P, E, r), (Q, F, s) = self._shape, other._shape
+        A, A_there, rank = self.A.view(P, E, r, -1), other.A.view(Q, F, s, -1), min(r, s)
+        places = places.to(self.A.device)
+        for p, path in enumerate(self.paths):
+            if path not in other.paths:
+                continue
+            q = other.paths.index(path)
+            for here, there in (
+                (A[p], A_there[q]),
+                (self.B[p].view(E, r, -1), other.B[q].view(F, s, -1)),
+                (self.singular_values[p], other.singular_values[q]),
+            ):
+                here[places, :rank] = there[others.to(there.device), :rank].to(here)
+
     @property
     def layers(self) -> tuple[int, ...]:
         """(P,) numbers of the decoder layers: 3 of `model.layers.3.self_attn.q_proj`, 0 of a path

@@ -109,12 +109,22 @@ class Detector:
     std: Tensor
 
     @classmethod
-    def of(cls, bank: ExpertBank, metric: Metric, mean: Tensor, std: Tensor) -> "Detector":
-        """One of whose scores mean and deviation (P, E) over ordinary text are known."""
-        P, E, r = bank.singular_values.shape
-        A = bank.A.float()
-        gram = metric(A).view(P, E, r, -1) @ A.view(P, E, r, -1).mT
-        return cls(bank=bank, metric=metric, whitening=_whitening(gram), mean=mean, std=std)
+    def of(
+        cls,
+        bank: ExpertBank,
+        metric: Metric,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        whitening: Tensor | None = None,
+    ) -> "Detector":
+        """One of whose scores mean and deviation (P, E) over ordinary text are known. whitening:
+        where it is known too; None makes it of the bank's factors."""
+        if whitening is None:
+            P, E, r = bank.singular_values.shape
+            A = bank.A.float()
+            whitening = _whitening(metric(A).view(P, E, r, -1) @ A.view(P, E, r, -1).mT)
+        return cls(bank=bank, metric=metric, whitening=whitening, mean=mean, std=std)
 
     @classmethod
     def standardised(cls, bank: ExpertBank, metric: Metric, inputs: Tensor) -> "Detector":
