@@ -9,7 +9,8 @@ in the front, with the visitor's runs.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,8 @@ class Engine:
         self.model = SpectrModel(loaded, ExpertLibrary.from_adapters([], loaded.model))
         self.edition = Edition(number=-1, listing=self.model.listing)
         self._changing = threading.Lock()
+        # One for each run that goes on or is about to; asyncio's own are few where cores are.
+        self._threads = ThreadPoolExecutor(64)
         board = ray.get_actor(APP, NAMESPACE)
         self._take_over(ray.get(board.read.remote()))
 
@@ -73,18 +76,18 @@ class Engine:
         """Have the front's experts. Runs that go on keep theirs.
 
         Raises AdapterError, and changes nothing, where this machine does not have them."""
-        await asyncio.to_thread(self._take_over, edition)
+        await self._in_thread(self._take_over, edition)
 
     async def steps(self, edition: Edition, *asked: Any, **options: Any) -> AsyncIterator[Step]:
         """A run with the experts of that edition; the rest is as `SpectrModel.stream` takes it.
 
         Cancelling it ends the run within two tokens. Raises OutdatedError before the first step.
         """
-        run = await asyncio.to_thread(self._begin, edition, asked, options)
+        run = await self._in_thread(self._begin, edition, asked, options)
         going: asyncio.Future[Step | None] | None = None
         try:
             while True:
-                going = asyncio.ensure_future(asyncio.to_thread(next, run, None))
+                going = self._in_thread(next, run, None)
                 step = await asyncio.shield(going)  # a thread cannot be cancelled
                 if step is None:
                     return
@@ -92,7 +95,10 @@ class Engine:
         finally:
             if going is not None:
                 await asyncio.wait([going])
-            await asyncio.to_thread(run.close)  # type: ignore[attr-defined]
+            await self._in_thread(run.close)
+
+    def _in_thread(self, function: Callable[..., Any], *given: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, function, *given)
 
     def _begin(self, edition: Edition, asked: Any, options: dict[str, Any]) -> Iterator[Step]:
         with self._changing:  # so that no change comes between
