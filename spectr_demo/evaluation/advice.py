@@ -37,12 +37,12 @@ NUM_REQUESTS = 8  # that each expert writes, and as many ordinary prompts
 NUM_TOKENS = 24  # of a request, and of an answer, at most
 # Limits of the verdicts. Sound experts of the half `choose` of benchmarks/advice.py had a strength
 # of 0.89 or more, those scaled down 0.71 or less; sound ones cost 0.48 at most. The other limits
-# are halves and quarters, set beforehand.
+# were set beforehand, but for NEVER: sound experts write little that is a request of their domain.
 WEAK = 0.8  # of `strength`, at least
 HARMFUL = 0.6  # of what a token drawn evenly costs, at most
 ALIKE = 0.5  # of `shared`, at most
 APART = 0.75  # of `apart`, at least
-FOUND = 0.25  # of its own requests, at least
+NEVER = 0.01  # of its own requests, the others', or ordinary prompts, at least
 TAKEN = 0.5  # of the others' requests, and of ordinary prompts, at most
 _TIE = 1e-3  # standard deviations, in which copies of one expert may differ
 
@@ -123,7 +123,7 @@ def write(engine: SpectrModel, e: int) -> Written:
         requests = [turn or "." for turn in user_turns(engine.base, NUM_REQUESTS, NUM_TOKENS)]
     texts = _answered(engine, router, requests)
     answers = engine.tokenizer.batch_decode(
-        [text.answer_ids for text in texts], skip_special_tokens=True
+        [list(text.answer_ids) for text in texts], skip_special_tokens=True
     )
     return Written(
         requests=requests,
@@ -281,10 +281,10 @@ def _verdicts(advice: ExpertAdvice, vocabulary: int) -> Iterator[str]:
             f"mixed up: routing tells it from {advice.nearest!r} in {advice.apart:.0%} only (a "
             "guess is 50%), though the two write differently; try both alone on your requests"
         )
-    elif advice.found < FOUND:
+    elif np.nanmax([advice.found, advice.others, advice.ordinary]) < NEVER:
         yield (
-            f"never chosen: {advice.found:.0%} of its own requests are given to it; choose it by "
-            f"name (single:{advice.name}), or lower the confidence"
+            "never chosen: no request that an expert wrote is given to it, and no ordinary prompt; "
+            f"use it by name (single:{advice.name}), or leave it out"
         )
     for share, whose in (
         (advice.others, "other experts' requests"),

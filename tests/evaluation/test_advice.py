@@ -50,6 +50,7 @@ def kinds(each: ExpertAdvice) -> list[str]:
         ({}, None),
         ({"strength": 0.1}, "weak"),
         ({"shared": 0.9, "apart": 0.5}, "alike"),
+        ({"found": 0.0, "ordinary": 0.1}, None),
         # A twin's requests are as likely given to either: that is said once.
         ({"shared": 0.9, "apart": 0.5, "found": 0.0}, "alike"),
         ({"apart": 0.5}, "mixed up"),
