@@ -259,9 +259,9 @@ def _apart(standing: Sequence[Tensor], one: int, other: int) -> float:
 
 
 def _shared(engine: SpectrModel, own: Written, other: int) -> float:
-    """See `ExpertAdvice`; 0 where the author itself gains nothing."""
+    """See `ExpertAdvice`; 0 where the other one, or the author itself, gains nothing."""
     gain = _gain(own.readings)
-    return _gain(_read(engine, other, own.texts)) / gain if gain > 0 else 0.0
+    return max(0.0, _gain(_read(engine, other, own.texts)) / gain) if gain > 0 else 0.0
 
 
 def _verdicts(advice: ExpertAdvice, vocabulary: int) -> Iterator[str]:
