@@ -171,7 +171,7 @@ def _columns(
 
 
 def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The library: ranks, layers, spectra, and the overlap of every two experts' subspaces."""
+    """The library: ranks, layers, spectra, the overlap of every two experts' subspaces; advice."""
     from spectr_demo.experts import inspection
 
     model = _load(arguments)
@@ -181,10 +181,40 @@ def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": str(model.base.device),
         **inspection.to_json(model.library),
     }
+    if arguments.advise:
+        from spectr_demo.evaluation import advice
+
+        result["advice"] = advice.to_json(advice.advise(model))
     if not arguments.json:
         _out.print(f"Base: {result['base']}, {result['quantization']}, on {result['device']}")
         _print_library(result)
+        if result.get("advice"):
+            _print_advice(result["advice"])
     return result
+
+
+def _print_advice(experts: list[dict[str, Any]]) -> None:
+    table = Table("expert", "strength", "found", "others'", "ordinary", "cost")
+    pairs = Table("expert", "nearest", "apart", "shared")
+    for expert in experts:
+        taken = (_percent(expert[key]) for key in ("strength", "found", "others", "ordinary"))
+        table.add_row(expert["name"], *taken, f"{expert['cost']:.1f} nats")
+        if expert["nearest"]:
+            alike = (_percent(expert[key]) for key in ("apart", "shared"))
+            pairs.add_row(expert["name"], expert["nearest"], *alike)
+    _out.print(table)
+    if pairs.row_count:
+        _out.print(pairs)
+    for expert in experts:
+        for verdict in expert["verdicts"]:
+            text = f"Advice: expert {expert['name']!r} is {verdict}"
+            _out.print(text, style="yellow", markup=False)
+    if not any(expert["verdicts"] for expert in experts):
+        _out.print("Advice: each of them is worth having.")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _print_library(result: dict[str, Any]) -> None:

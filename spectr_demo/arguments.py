@@ -35,7 +35,13 @@ def parser(commands: Mapping[str, Command], description: str | None) -> argparse
     command.add_argument("--router", default=DEFAULT_ROUTER, help="spectr, single:NAME, ...")
     command = add("compare", parents=[run, common])
     command.add_argument("--columns", nargs="+", default=DEFAULT_COLUMNS, metavar="ROUTER")
-    add("inspect", parents=[common])
+    command = add("inspect", parents=[common])
+    command.add_argument(
+        "--advise",
+        action="store_true",
+        help="have each expert write, and say which are weak, alike, never chosen, always chosen "
+        "or harmful; some minutes",
+    )
     command = add("pack", parents=[common])
     command.add_argument("folder", type=Path, metavar="FOLDER", help="where --experts reads it")
     command.add_argument(

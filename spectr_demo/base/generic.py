@@ -131,21 +131,38 @@ def _cut(number: int, text: str) -> str:
     return " ".join(words[:num])
 
 
+def user_turns(base: LoadedBase, num: int, num_tokens: int = NUM_TOKENS) -> list[str]:
+    """The first lines of what is written in a user's place, in one batch of `num` rows; some may be
+    empty. Where experts are on (`engine.layers.routed`), they write it. num_tokens: of each, at
+    most."""
+    return list(_batch(base, num, num_tokens, _generator(base.device), _generator()))
+
+
 def _turns(base: LoadedBase) -> Iterator[str]:
-    """The first lines of what the base writes in a user's place, in batches."""
-    tokenizer, noise, words = base.tokenizer, _generator(base.device), _generator()
+    noise, words = _generator(base.device), _generator()
+    for _ in range(_MOST_BATCHES):
+        yield from _batch(base, _ROWS, NUM_TOKENS, noise, words)
+
+
+def _batch(
+    base: LoadedBase,
+    num_rows: int,
+    num_tokens: int,
+    noise: torch.Generator,
+    words: torch.Generator,
+) -> Iterator[str]:
+    tokenizer = base.tokenizer
     closing = template_closing(tokenizer)
     ends = {*closing[:1], tokenizer.eos_token_id} - {None}
-    for _ in range(_MOST_BATCHES):
-        start, num_given = _start(base, words)
-        room = base.context - start.shape[1] - len(closing)
-        written = _generate(base, start, min(NUM_TOKENS, max(1, room)), ends, noise)
-        for ids in written[:, num_given:].tolist():
-            end = next((i for i, token in enumerate(ids) if token in ends), None)
-            yield _tidy(_text(base, ids[:end]), is_whole=end is not None)
+    start, num_given = _start(base, words, num_rows)
+    room = base.context - start.shape[1] - len(closing)
+    written = _generate(base, start, min(num_tokens, max(1, room)), ends, noise)
+    for ids in written[:, num_given:].tolist():
+        end = next((i for i, token in enumerate(ids) if token in ends), None)
+        yield _tidy(_text(base, ids[:end]), is_whole=end is not None)
 
 
-def _start(base: LoadedBase, words: torch.Generator) -> tuple[Tensor, int]:
+def _start(base: LoadedBase, words: torch.Generator, num_rows: int) -> tuple[Tensor, int]:
     """What the rows of a batch begin with, (R, T), and how many of these tokens are not the user's.
 
     That is the template's opening. Without one it is the token that begins a text, or that ends
@@ -155,21 +172,21 @@ def _start(base: LoadedBase, words: torch.Generator) -> tuple[Tensor, int]:
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     opening = template_opening(tokenizer) or ([] if begin is None else [begin])
     if not opening:
-        return torch.tensor([[i] for i in _words(base, words)]), 0
+        return torch.tensor([[i] for i in _words(base, words, num_rows)]), 0
     opening = opening[: base.context - 1]
-    return torch.tensor([opening] * _ROWS), len(opening)
+    return torch.tensor([opening] * num_rows), len(opening)
 
 
 def _text(base: LoadedBase, ids: list[int]) -> str:
     return str(base.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def _words(base: LoadedBase, generator: torch.Generator) -> list[int]:
-    """As many words of the vocabulary as a batch has rows, any tokens if it has no words."""
+def _words(base: LoadedBase, generator: torch.Generator, num: int = _ROWS) -> list[int]:
+    """So many words of the vocabulary, any tokens if it has no words."""
     ids = torch.randperm(len(base.tokenizer), generator=generator).tolist()
     words = (i for i in ids if _text(base, [i]).strip().isalpha())
-    found = list(islice(words, _ROWS)) or ids
-    return list(islice(cycle(found), _ROWS))
+    found = list(islice(words, num)) or ids
+    return list(islice(cycle(found), num))
 
 
 def _generator(device: torch.device | str = "cpu") -> torch.Generator:

@@ -1,0 +1,213 @@
+"""Does the advice of `inspect --advise` agree with what experts can do?
+
+    python benchmarks/advice.py [--half report] [--only library]
+
+Of the shipped experts and the adapters of benchmarks/distractors, every other one is in one half:
+`choose`, on which the advice's numbers were chosen, or `report`. Two parts of a half are measured.
+
+library: its experts together, judged by `advise`. Scores are those of docs/results.md and of
+    benchmarks/distractors/results.json, of 100 requests each.
+variants: its shipped experts spoiled: with noise, scaled down, half of their layers left out. Each
+    is scored on held-out requests of its domain by its task's scorer.
+
+The advice sees no data; the scores do. Writes benchmarks/results/advice.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
+
+from benchmarks.common import conditions
+from spectr_demo.base.loading import LoadedBase, load_base
+from spectr_demo.config import ASSETS, shipped_experts
+from spectr_demo.engine.model import SpectrModel
+from spectr_demo.evaluation import advice
+from spectr_demo.evaluation.generation import routed_answers
+from spectr_demo.evaluation.tasks import SPLIT_SEED, TASKS
+from spectr_demo.experts.adapters import Adapter, LoraFactors, read_adapter
+from spectr_demo.experts.library import ExpertLibrary
+from spectr_demo.routing.routers import parse_router
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "advice.json"
+DISTRACTORS = HERE / "distractors"
+HALVES = ("choose", "report")
+Factors = Mapping[str, LoraFactors]
+
+
+def task_of(name: str) -> str:
+    """`sql` of `sql-r4` and of `sql, noise 1.5`."""
+    return re.split("[-,]", name)[0]
+
+
+def experts_of(half: str) -> tuple[list[Adapter], list[Adapter]]:
+    """The shipped ones, and the others; an adapter of a shipped one's domain is in its half."""
+    shipped = [read_adapter(source, Path(source).name) for source in sorted(shipped_experts())]
+    folders = sorted(file.parent for file in DISTRACTORS.glob("experts/*/adapter_config.json"))
+    others = [read_adapter(str(folder), folder.name) for folder in folders]
+    chosen = shipped[HALVES.index(half) :: 2]
+    domains, own = {a.name for a in shipped}, {a.name for a in chosen}
+    siblings = [a for a in others if task_of(a.name) in own]
+    strangers = [a for a in others if task_of(a.name) not in domains]
+    return chosen, [*siblings, *strangers[HALVES.index(half) :: 2]]
+
+
+def noisy(size: float) -> Callable[[Factors], dict[str, LoraFactors]]:
+    """size: Frobenius norm of the noise over a factor's own."""
+
+    def spoil(factors: Factors) -> dict[str, LoraFactors]:
+        generator = torch.Generator().manual_seed(0)
+
+        def with_noise(factor: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn(factor.shape, generator=generator)
+            return factor.float() + size * factor.float().norm() / noise.norm() * noise
+
+        return {
+            path: replace(f, lora_A=with_noise(f.lora_A), lora_B=with_noise(f.lora_B))
+            for path, f in factors.items()
+        }
+
+    return spoil
+
+
+def scaled(by: float) -> Callable[[Factors], dict[str, LoraFactors]]:
+    return lambda factors: {path: replace(f, scaling=by * f.scaling) for path, f in factors.items()}
+
+
+def halved(factors: Factors) -> dict[str, LoraFactors]:
+    """On layers of even number alone."""
+    return {
+        path: f
+        for path, f in factors.items()
+        if int(re.search(r"layers\.(\d+)\.", path)[1]) % 2 == 0  # type: ignore[index]
+    }
+
+
+SPOILED = {
+    "noise 1": noisy(1),
+    "noise 2": noisy(2),
+    "scaled by 0.3": scaled(0.3),
+    "half of the layers": halved,
+}
+
+
+def variants(adapter: Adapter, kinds: list[str]) -> list[Adapter]:
+    return [
+        Adapter.of(
+            SPOILED[kind](adapter.read()),
+            name=f"{adapter.name}, {kind}",
+            source=adapter.source,
+            base_model=adapter.base_model,
+            sha256=f"{adapter.sha256}, {kind}",
+        )
+        for kind in kinds
+    ]
+
+
+def known_scores() -> dict[str, float]:
+    """Of the shipped experts their tasks' own, of the others the share of exact answers."""
+    evaluation = json.loads((ASSETS / "results" / "evaluation.json").read_text(encoding="utf-8"))
+    exact = json.loads((DISTRACTORS / "results.json").read_text(encoding="utf-8"))["experts"]
+    scores = {name: row["mean"] for name, row in exact.items()}
+    domains = evaluation["scores"]["oracle"]["domains"]
+    return scores | {name: row["mean"] for name, row in domains.items()}
+
+
+def library(base: LoadedBase, half: str, num: int) -> list[dict[str, Any]]:
+    shipped, others = experts_of(half)
+    engine = engine_of(base, [*shipped, *others])
+    scores = known_scores()
+    return [{**row, "score": scores[row["name"]]} for row in advice.to_json(advice.advise(engine))]
+
+
+def spoiled(base: LoadedBase, half: str, num: int) -> list[dict[str, Any]]:
+    """Two kinds of each shipped expert, so that each kind comes as often as another."""
+    kinds = list(SPOILED)
+    shipped, _ = experts_of(half)
+    rows = []
+    for i, adapter in enumerate(shipped):
+        some = variants(adapter, [kinds[i % 4], kinds[(i + 2) % 4]])
+        engine = engine_of(base, some)
+        for e, each in enumerate(some):
+            written = advice.write(engine, e)
+            task = TASKS[task_of(each.name)]
+            examples = task.build(SPLIT_SEED).heldout[:num]
+            answers = routed_answers(
+                engine,
+                parse_router(f"single:{each.name}", engine.library.names),
+                [engine.encode(example.prompt) for example in examples],
+                max_new_tokens=48,
+            )
+            scored = [task.score(a, x) for a, x in zip(answers, examples, strict=True)]
+            rows.append(
+                {
+                    "name": each.name,
+                    "request": written.requests[0],
+                    "answer": written.answers[0],
+                    "strength": round(advice.strength(written.readings), 4),
+                    "score": round(float(np.mean(scored)), 4),
+                }
+            )
+            print(rows[-1], flush=True)
+        engine.detach()
+    return rows
+
+
+def engine_of(base: LoadedBase, adapters: list[Adapter]) -> SpectrModel:
+    return SpectrModel(base, ExpertLibrary.from_adapters(adapters, base.model))
+
+
+def agreement(rows: list[dict[str, Any]]) -> float:
+    """Spearman between strength and score."""
+    return round(
+        float(spearmanr([r["strength"] for r in rows], [r["score"] for r in rows]).statistic), 3
+    )
+
+
+PARTS = {"library": library, "variants": spoiled}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--half", choices=HALVES, default="report")
+    parser.add_argument("--only", choices=PARTS, help="the other part stays as it is in the file")
+    parser.add_argument("--num", type=int, default=20, help="requests that score a variant")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    # Batches are faster with weights that are expanded from the same 4 bits.
+    with patch("spectr_demo.base.quantization.has_avx512bf16", return_value=False):
+        base = load_base(None, dtype=torch.bfloat16)
+    measured = {
+        part: PARTS[part](base, arguments.half, arguments.num)
+        for part in ([arguments.only] if arguments.only else PARTS)
+    }
+    file = arguments.output
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found |= conditions("python benchmarks/advice.py", base)
+    of_half = found.setdefault(arguments.half, {})
+    of_half |= measured
+    of_half["spearman"] = {part: agreement(of_half[part]) for part in PARTS if part in of_half}
+    if all(part in of_half for part in PARTS):
+        of_half["spearman"]["both"] = agreement([r for part in PARTS for r in of_half[part]])
+    file.write_text(f"{json.dumps(found, indent=1, ensure_ascii=False)}\n", encoding="utf-8")
+    print(json.dumps(of_half["spearman"]))
+
+
+if __name__ == "__main__":
+    main()
