@@ -154,6 +154,40 @@ PACKED_HELD = ("open", "single", "lag", "spectr-context", "spectr")
 PACKED_SPEED = ("spectr-context", "lag", "spectr")
 
 
+def batching_table() -> str:
+    rows = [
+        [
+            row["case"],
+            row["way"],
+            f"{row['requests_per_s']:.2g}",
+            f"{row['tokens_per_s']:.3g}",
+            f"{row['first_p50_s']:.2g} s, {row['first_p99_s']:.2g} s",
+            f"{row['same']:.0%}",
+        ]
+        for row in rows_of("batching", "amx")
+    ]
+    first = "first token, half of them and 99 of 100"
+    header = ["four visitors", "their runs", "requests a second", "tokens a second", first, "same"]
+    return markdown(header, rows)
+
+
+def load_table() -> str:
+    rows = [
+        [
+            f"`{row['door']}`",
+            str(row["clients"]),
+            f"{row['requests_per_s']:.2g}",
+            f"{row['tokens_per_s']:.2g}",
+            f"{row['first_p50_s']:.2g} s, {row['first_p99_s']:.2g} s",
+            f"{row['answer_p50_s']:.2g} s",
+        ]
+        for row in rows_of("load", "amx")
+    ]
+    first = "first text, half of them and 99 of 100"
+    header = ["door", "clients", "requests a second", "tokens a second", first, "whole answer"]
+    return markdown(header, rows)
+
+
 def packed_table() -> str:
     """Libraries on disk: opening, memory after each kind of run, and speed."""
     lines = []
@@ -330,6 +364,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "launches": launches_table,
     "copies": copies_table,
     "packed": packed_table,
+    "batching": batching_table,
+    "load": load_table,
     **{f"speed {machine}": partial(speed_table, machine) for machine in MACHINES},
     **{f"costs {machine}": partial(costs_table, machine) for machine in MACHINES},
 }
