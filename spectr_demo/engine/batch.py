@@ -42,6 +42,7 @@ class Batch:
         self._calls: deque[Callable[[], None]] = deque()
         self._ended: list[threading.Event] = []
         self._is_working = False
+        self._thread: threading.Thread | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -56,15 +57,24 @@ class Batch:
         is_open = self._base.device.type == "cpu" and rows_can_join(self._base.model)
         return MOST_RUNS if is_open else 1
 
-    def start(self, run: Run) -> None:
-        """Have a run go on, as soon as it can. It has ended when it says so."""
+    def start(self, run: Run) -> Callable[[], None]:
+        """Have a run go on, as soon as it can. Gives what waits for its end."""
         with self._lock:
             self._waiting.append(run)
             self._wake()
 
+        def wait() -> None:
+            # Python may free what nobody reads in any thread, this one too, which ends the runs.
+            if threading.current_thread() is not self._thread:
+                run.has_ended.wait()
+
+        return wait
+
     def call(self, function: Callable[[], T]) -> T:
         """What a function that uses the model gives, called between two tokens: in the same thread,
         since two that compute would be in each other's way (`cpu/threads.py`)."""
+        if threading.current_thread() is self._thread:
+            return function()
         called: Future[T] = Future()
 
         def call() -> None:
@@ -82,7 +92,8 @@ class Batch:
     def _wake(self) -> None:
         if not self._is_working:
             self._is_working = True
-            threading.Thread(target=self._work, name="batch").start()
+            self._thread = threading.Thread(target=self._work, name="batch")
+            self._thread.start()
 
     def _work(self) -> None:
         while self._goes_on():

@@ -100,10 +100,10 @@ class Run:
         self.queue: SimpleQueue[Step | BaseException | None] = SimpleQueue()
         self._closing = ExitStack()
 
-    def steps(self, start: Callable[["Run"], None]) -> Iterator[Step]:
-        """start: has another thread call `begin`, `take` and `end`."""
+    def steps(self, start: Callable[["Run"], Callable[[], None]]) -> Iterator[Step]:
+        """start: has another thread call `begin`, `take` and `end`, and gives what waits for it."""
         release_threads()  # the caller's, in whose way those of the thread would be
-        start(self)
+        wait = start(self)
         try:
             while (item := self.queue.get()) is not None:
                 if isinstance(item, BaseException):
@@ -111,7 +111,7 @@ class Run:
                 yield item
         finally:
             self.is_cancelled.set()
-            self.has_ended.wait()
+            wait()
 
     @property
     def is_over(self) -> bool:

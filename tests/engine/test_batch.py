@@ -345,8 +345,20 @@ def test_what_else_reads_is_called_between_two_tokens(
     assert called not in names and called.startswith("batch")
     with pytest.raises(KeyError, match="nothing there"):
         routed_model.between_tokens(_fail)
+    ids = routed_model.encode("hello")  # one that is called may ask for another
+    lanes = routed_model.between_tokens(lambda: routed_model.lanes(IN_CONTEXT, ids))
+    assert [lane.ids for lane in lanes] == [ids]
     pace.go_on()
     assert last(stream).is_last
+
+
+def test_one_that_is_freed_by_the_thread_of_the_runs_ends(routed_model: SpectrModel) -> None:
+    """As the collector of circles may do, in whichever thread it comes to run."""
+    stream, other = (routed_model.stream("hello", ["base"], LONG) for _ in range(2))
+    next(stream), next(other)
+    routed_model.between_tokens(stream.close)  # type: ignore[attr-defined]
+    assert last(other).is_last
+    wait_until(lambda: not routed_model._batch._is_working)
 
 
 def _fail() -> None:
