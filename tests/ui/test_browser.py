@@ -9,6 +9,7 @@ import pytest
 
 from spectr_demo import ui
 from spectr_demo.config import PAGE_COLUMNS
+from spectr_demo.engine import batch
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.engine.run import ColumnOutput, Step
 from spectr_demo.ui.recorded import Recording
@@ -364,8 +365,9 @@ def test_an_error_is_told_and_nothing_is_lost(
 
 
 def test_who_waits_sees_the_place_in_line_and_stop_leaves_it(
-    routed_model: SpectrModel, serve: Serve, open_page: Open
+    routed_model: SpectrModel, serve: Serve, open_page: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batch, "MOST_RUNS", 1)
     endless = Endless()
     url = serve(ui.build(routed_model, gpu=endless.gpu))
     first, second = open_page(url), open_page(url)
