@@ -45,7 +45,13 @@ def test_python_blocks(
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
-def test_commands(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(command) == 0
     assert capsys.readouterr().out.strip()
 
