@@ -13,6 +13,8 @@ from tests.serving.conftest import serve_model
 
 __all__ = ["serve_model"]
 
+TOKEN = secrets.token_hex(32)  # Ray keeps the first one that a process had
+
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -21,7 +23,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else it writes one to ~/.ray
+        environment.setenv("RAY_AUTH_TOKEN", TOKEN)  # else it writes one to ~/.ray
         environment.setenv("SPECTR_CACHE", str(tmp_path_factory.mktemp("cache")))
         environment.setenv("OMP_NUM_THREADS", "1")
         ray.init(
