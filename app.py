@@ -15,19 +15,14 @@ import gradio as gr
 
 import spectr_demo
 from spectr_demo import ui
+from spectr_demo.arguments import add_model_options
 from spectr_demo.config import is_zero_gpu
 
 
 def build(arguments: list[str]) -> gr.Blocks:
     """The page of the model that the arguments, else the environment, name."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", help="Hub id or folder (SPECTR_BASE_MODEL; the embedded default)")
-    parser.add_argument(
-        "--experts",
-        nargs="+",
-        metavar="[NAME=]SOURCE",
-        help="Hub ids or folders of LoRA adapters (SPECTR_EXPERTS; those of assets/experts)",
-    )
+    add_model_options(parser)
     chosen = parser.parse_args(arguments)
     try:
         model = spectr_demo.load(chosen.base, chosen.experts)

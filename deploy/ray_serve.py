@@ -19,19 +19,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from spectr_demo import serving, ui
+from spectr_demo.arguments import add_model_options
 from spectr_demo.replicas import APP, replicated
 from spectr_demo.workers import connected, share
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", help="Hub id or folder (SPECTR_BASE_MODEL; the embedded default)")
-    parser.add_argument(
-        "--experts",
-        nargs="+",
-        metavar="[NAME=]SOURCE",
-        help="Hub ids or folders of LoRA adapters (SPECTR_EXPERTS; those of assets/experts)",
-    )
+    add_model_options(parser)
     parser.add_argument("--replicas", type=int, default=2, help="of the engine, at least")
     parser.add_argument(
         "--most-replicas", type=int, help="while runs wait (default: as many as --replicas)"

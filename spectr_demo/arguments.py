@@ -61,9 +61,8 @@ def parser(commands: Mapping[str, Command], description: str | None) -> argparse
     return top
 
 
-def _model() -> argparse.ArgumentParser:
-    """Options of the commands that load a model."""
-    model = _Parser(add_help=False)
+def add_model_options(model: argparse.ArgumentParser) -> None:
+    """What `load` takes."""
     model.add_argument("--base", help="Hub id or folder of the base (default: SPECTR_BASE_MODEL)")
     model.add_argument(
         "--experts",
@@ -72,6 +71,12 @@ def _model() -> argparse.ArgumentParser:
         help="LoRA adapters: Hub ids, folders, folders of several, or of `pack`; NAME=SOURCE "
         "renames one (default: SPECTR_EXPERTS)",
     )
+
+
+def _model() -> argparse.ArgumentParser:
+    """Options of the commands that load a model."""
+    model = _Parser(add_help=False)
+    add_model_options(model)
     model.add_argument(
         "--debug", action="store_true", help="where it fails, show the traceback as well"
     )

@@ -33,13 +33,13 @@ from spectr_demo.cpu.numbers import (
 )
 from spectr_demo.cpu.products import ROWS_AHEAD, Team, share
 
-_MOST_ROWS = 32  # as many as a batch has
+MOST_ROWS = 32  # in whose tokens compiled code mixes experts; a batch takes no more
 
 
 def can_route(x: Tensor, y: Tensor) -> bool:
     """Whether x (R, T, D_in) and y (R, T, D_out), on a CPU, are one token for each of a few rows:
     for many, torch's threads and matrix products pay."""
-    is_token = x.shape[1] == 1 and x.shape[0] <= _MOST_ROWS
+    is_token = x.shape[1] == 1 and x.shape[0] <= MOST_ROWS
     is_plain = x.is_contiguous() and y.is_contiguous() and x.dtype == y.dtype
     return is_token and is_plain and x.dtype in DTYPES
 

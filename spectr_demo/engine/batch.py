@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.cpu.threads import release_threads
+from spectr_demo.cpu.token import MOST_ROWS
 from spectr_demo.engine.decoding import Decoding, rows_can_join
 from spectr_demo.engine.layers import routed
 from spectr_demo.engine.plan import RoutingPlan
@@ -27,7 +28,6 @@ from spectr_demo.engine.run import Run
 T = TypeVar("T")
 
 MOST_RUNS = 8
-MOST_ROWS = 32  # from which on no other run joins
 
 
 class Batch:
