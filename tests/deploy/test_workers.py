@@ -108,7 +108,9 @@ def is_measuring(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def train(base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shortest training of two experts, of files."""
+    """The shortest training of two experts, of files. Workers share its cache: the prompts in it
+    are those of the process that came first, here or there."""
+    monkeypatch.undo()
     monkeypatch.setattr("spectr_demo.training.cost.PROBE_SECONDS", 0.01)
     files = [tmp_path / f"{name}.csv" for name in ("first", "second")]
     for number, file in enumerate(files):

@@ -28,9 +28,16 @@ SHIFT = """() => new Promise((done) => {
   setTimeout(() => done(total), 500);
 })"""
 
+NOTHING_FADES = "() => document.getAnimations().every(each => !(each instanceof CSSTransition))"
+
 
 def serious(page: Any) -> list[str]:
-    """What axe-core finds that is serious or critical, each with an element."""
+    """What axe-core finds that is serious or critical, each with an element.
+
+    What waits for an answer is pale, and grows dark in a moment: that is waited for.
+    """
+    expect(page.locator(".generating:visible, .pending:visible")).to_have_count(0)
+    page.wait_for_function(NOTHING_FADES)
     page.add_script_tag(path=str(AXE))
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
     return [
@@ -81,7 +88,6 @@ def test_axe_finds_nothing_serious_in_the_tabs(
     for tab in ("Experts", "Evidence", "How it works"):
         page.get_by_role("tab", name=tab).click()
         expect(page.locator(".main-svg:visible").first).to_be_visible()
-        expect(page.locator(".generating:visible, .pending:visible")).to_have_count(0)
         assert serious(page) == []
 
 
