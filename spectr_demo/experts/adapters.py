@@ -351,9 +351,11 @@ def _open_weights(folder: Path) -> WeightsFile:
             ]
         )
     try:
-        return WeightsFile.opened(file)
+        weights = WeightsFile.opened(file)
+        weights.check_room()
     except WeightsError as error:
         raise AdapterError([str(error)]) from None
+    return weights
 
 
 def _unsound(tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -25,7 +25,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectr_demo.base.files import file_sha256
@@ -35,7 +34,7 @@ from spectr_demo.experts.arrows import keep_arrows
 from spectr_demo.experts.messages import MOST_SHOWN, AdapterError, shown
 from spectr_demo.experts.settings import MOST_RANK
 from spectr_demo.experts.stacked import Measured, Packed, PackedPlace, Stacked, where_in
-from spectr_demo.experts.weights import parse_json
+from spectr_demo.experts.weights import WeightsFile, parse_json
 from spectr_demo.routing.bank import ExpertBank
 
 INDEX_FILE, EXPERTS = "library.json", "experts"
@@ -266,11 +265,10 @@ def _mapped(
         if record is None or num_bytes != record.num_bytes:
             wanted = record.num_bytes if record else "none"
             raise ValueError(f"it has {num_bytes} bytes, the index says {wanted}")
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        tensors = WeightsFile.opened(file).mapped()
     except OSError as error:
         raise _unusable(folder, f"{name}: {error.strerror}") from None
-    except (SafetensorError, ValueError) as error:
+    except ValueError as error:
         raise _unusable(folder, f"{name}: {error}") from None
     found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     if needed is not None and found != needed:

@@ -5,6 +5,8 @@ then looked through a piece at a time.
 """
 
 import json
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+MAPPED = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}  # in libraries on disk
 
 
 class WeightsError(ValueError):
@@ -101,17 +105,20 @@ class WeightsFile:
             for name, entry in header.items()
         }
         _check_names(tensors)
-        free = available_memory()
-        if size > MEMORY_SHARE * free:
-            raise WeightsError(
-                f"{shown(path)} has {size / 1e9:.1f} GB, of {free / 1e9:.1f} GB of free memory at "
-                f"most {MEMORY_SHARE:.0%} are taken for it",
-                "save the adapter with a lower rank, or use a machine with more memory",
-            )
         return cls(
             path=path,
             tensors=dict(sorted(tensors.items(), key=lambda item: item[1].start)),
         )
+
+    def check_room(self) -> None:
+        """Raises WeightsError where the file is too large to be held beside what is there."""
+        size, free = self.path.stat().st_size, available_memory()
+        if size > MEMORY_SHARE * free:
+            raise WeightsError(
+                f"{shown(self.path)} has {size / 1e9:.1f} GB, of {free / 1e9:.1f} GB of free "
+                f"memory at most {MEMORY_SHARE:.0%} are taken for it",
+                "save the adapter with a lower rank, or use a machine with more memory",
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -136,6 +143,24 @@ class WeightsFile:
                 if not is_finite:
                     infinite.append(name)
         return infinite
+
+    def mapped(self) -> dict[str, Tensor]:
+        """All tensors, mapped: what is not used is not read.
+
+        `safetensors` maps too, but touches each tensor, and a system that reads 8 MB ahead then
+        reads most of the file. Raises ValueError for a kind of numbers that libraries have not.
+        """
+        with self.path.open("rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            if (dtype := MAPPED.get(tensor.kind)) is None:
+                raise ValueError(f"{shown(name)} is of {shown(tensor.kind)}")
+            values = torch.frombuffer(
+                memory, dtype=dtype, count=math.prod(tensor.shape), offset=tensor.start
+            )
+            tensors[name] = values.view(tensor.shape)
+        return tensors
 
     def read(self, names: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Some tensors, by name. names: with their shapes. Those in float8 are widened: nothing is

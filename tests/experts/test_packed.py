@@ -236,6 +236,10 @@ def spoil_header(file: Path) -> None:
     file.write_bytes(content[:8] + content[8:].replace(b'"A"', b'"C"', 1))
 
 
+def spoil_kind(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
@@ -243,6 +247,7 @@ def spoil_header(file: Path) -> None:
         (FACTORS, lengthen, "factors/0000.safetensors: it has .* bytes, the index says"),
         (FACTORS, Path.unlink, "factors/0000.safetensors: No such file"),
         (FACTORS, spoil_header, "its tensors are not those of the index"),
+        (FACTORS, spoil_kind, "factors/0000.safetensors: .* is of I32"),
         ("details/0000.safetensors", cut, "details/0000.safetensors: it has .* bytes"),
         (INDEX_FILE, cut, "library.json: "),
         (INDEX_FILE, lambda file: file.write_text("[]"), "library.json: it is a list"),
@@ -340,6 +345,20 @@ def test_the_cache_of_alignments_is_left_alone(
     adapter = load_experts(disk, model).adapters[0]
     library.align_adapter(adapter)
     assert not (cache_folder / "aligned").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads what the system has mapped")
+def test_to_open_a_library_touches_no_factor(model: LlamaForCausalLM, disk: Path) -> None:
+    """A system may read far ahead of what is touched."""
+    found = load_experts(disk, model)
+    resident = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            mapped = line
+        elif line.startswith("Rss:") and str(disk / "factors") in mapped:
+            resident[mapped] = int(line.split()[1])
+    assert len(resident) == len(found.banks)
+    assert set(resident.values()) == {0}
 
 
 def test_arrows_are_mapped(model: LlamaForCausalLM, disk: Path) -> None:
