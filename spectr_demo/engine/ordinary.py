@@ -145,9 +145,9 @@ class OrdinaryText:
         return torch.tensor([_key(a) not in self._known for a in library.adapters]).bool()
 
     def metric(self, bank: ExpertBank) -> Metric | None:
-        """Of what the bank's layers read; None where that is not known."""
+        """Of what the bank's layers read, where they compute; None where that is not known."""
         found = (self._metrics.get(each) for each in _inputs(bank))
-        return next((metric for metric in found if metric is not None), None)
+        return next((each.to(bank.A.device) for each in found if each is not None), None)
 
     def add(self, library: ExpertLibrary, heard: Iterable[Heard]) -> None:
         """Keep what was measured of all unknown experts of a library."""

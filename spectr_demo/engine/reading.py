@@ -20,6 +20,7 @@ from spectr_demo.base.prompts import Part, Template, encode, parts, token_pieces
 from spectr_demo.config import RouterConfig
 from spectr_demo.engine.batches import read_after
 from spectr_demo.engine.intervention import changed_weights, weights_of
+from spectr_demo.engine.kept import keep_heard, kept_heard
 from spectr_demo.engine.ordinary import (
     Heard,
     Ordinary,
@@ -241,15 +242,27 @@ class Reader:
         return self._ordinary
 
     def _measure(self) -> Ordinary:
-        self.known.add_packed(self._library, identity(self._base))
-        if self.known.is_unknown(self._library).any():
-            prompts = self.known.prompts or generic_prompts(self._base)
-            requests = self.requests([encode(self._base.tokenizer, prompt) for prompt in prompts])
-            measuring = _Measuring(requests, self._library, self.known)
-            self.read(self.template.opening, [(requests, measuring)])
-            self.known.add(self._library, measuring.heard)
-            self.known.prompts = tuple(prompts)
-        return self.known.of(self._library)
+        known, library = self.known, self._library
+        known.add_packed(library, identity(self._base))
+        unknown = known.is_unknown(library)
+        if not unknown.any():
+            return known.of(library)
+        prompts = known.prompts or tuple(generic_prompts(self._base))
+        heard = kept_heard(self._base, library, prompts) if unknown.all() else None
+        is_kept = heard is not None
+        known.add(library, self._hear(prompts) if heard is None else heard)
+        known.prompts = prompts
+        ordinary = known.of(library)
+        if unknown.all() and not is_kept:
+            keep_heard(self._base, library, known, ordinary)
+        return ordinary
+
+    def _hear(self, prompts: Sequence[str]) -> list[Heard]:
+        """Of all unknown experts, while the base reads the prompts."""
+        requests = self.requests([encode(self._base.tokenizer, prompt) for prompt in prompts])
+        measuring = _Measuring(requests, self._library, self.known)
+        self.read(self.template.opening, [(requests, measuring)])
+        return measuring.heard
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> Requests:
         """Those of prompts' token ids, each taken for one request after the template's opening."""

@@ -77,6 +77,12 @@ class Metric:
             mean=mean, directions=directions, damping=damping.clamp_min(0), scale=1 / (rest + size)
         )
 
+    def to(self, device: torch.device) -> "Metric":
+        """The same there. One that was kept on a disk is on the CPU."""
+        if self.mean.device == device:
+            return self
+        return Metric(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
     def __call__(self, x: Tensor) -> Tensor:
         """`C^-1 x` of rows (..., D_in) float32."""
         return self.scale * (x - (x @ self.directions * self.damping) @ self.directions.T)
