@@ -5,12 +5,14 @@
 Of the shipped experts and the adapters of benchmarks/distractors, every other one is in one half:
 `choose`, on which the advice's numbers were chosen, or `report`. Parts of a half are measured.
 
-library: its experts together, judged by `advise`. Scores are those of docs/results.md and of
-    benchmarks/distractors/results.json, of 100 requests each.
-variants: its shipped experts spoiled: with noise, scaled down, half of their layers left out. Each
-    is scored on held-out requests of its domain by its task's scorer.
-retrained: the same domains, trained for 40 steps with another seed, and scored so. They are kept in
-    the cache folder: the first time takes ten minutes.
+library: its experts together, judged by `advise`.
+variants: its shipped experts spoiled: with noise, scaled down, half of their layers left out.
+retrained: the same domains, trained for 40 steps with another seed. They are kept in the cache
+    folder: the first time takes ten minutes.
+
+Each expert, and the base, answers held-out requests of its domain, by its task's own score; of a
+distractor the share of exact answers counts. `spearman` is between an expert's strength and what
+its score has beyond the base's.
 
 The advice sees no data; the scores do. Writes benchmarks/results/advice.json.
 """
@@ -34,8 +36,10 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 
 from benchmarks.common import conditions
+from benchmarks.distractors.build import split_of
+from benchmarks.distractors.domains import DOMAINS
 from spectr_demo.base.loading import LoadedBase, load_base
-from spectr_demo.config import ASSETS, cache_dir, shipped_experts
+from spectr_demo.config import cache_dir, shipped_experts
 from spectr_demo.engine.model import SpectrModel
 from spectr_demo.evaluation import advice
 from spectr_demo.evaluation.generation import routed_answers
@@ -125,20 +129,38 @@ def variants(adapter: Adapter, kinds: list[str]) -> list[Adapter]:
     ]
 
 
-def known_scores() -> dict[str, float]:
-    """Of the shipped experts their tasks' own, of the others the share of exact answers."""
-    evaluation = json.loads((ASSETS / "results" / "evaluation.json").read_text(encoding="utf-8"))
-    exact = json.loads((DISTRACTORS / "results.json").read_text(encoding="utf-8"))["experts"]
-    scores = {name: row["mean"] for name, row in exact.items()}
-    domains = evaluation["scores"]["oracle"]["domains"]
-    return scores | {name: row["mean"] for name, row in domains.items()}
-
-
 def library(base: LoadedBase, half: str, num: int) -> list[dict[str, Any]]:
     shipped, others = experts_of(half)
     engine = engine_of(base, [*shipped, *others])
-    scores = known_scores()
-    return [{**row, "score": scores[row["name"]]} for row in advice.to_json(advice.advise(engine))]
+    found = [
+        row | scores(engine, row["name"], num) for row in advice.to_json(advice.advise(engine))
+    ]
+    engine.detach()
+    return found
+
+
+def scores(engine: SpectrModel, name: str, num: int) -> dict[str, float]:
+    """Of an expert and of the base, on held-out requests of its domain: its task's own `score`, for
+    distractors the share of exact answers."""
+    domain = task_of(name)
+    task = TASKS.get(domain)
+    split = task.build(SPLIT_SEED) if task else split_of(domain, DOMAINS[domain])
+    examples = split.heldout[:num]
+
+    def mean(router: str) -> float:
+        answers = routed_answers(
+            engine,
+            parse_router(router, engine.library.names),
+            [engine.encode(example.prompt) for example in examples],
+            max_new_tokens=48,
+        )
+        values = [
+            task.score(answer, example) if task else answer.strip() == example.answer
+            for answer, example in zip(answers, examples, strict=True)
+        ]
+        return round(float(np.mean(values)), 4)
+
+    return {"score": mean(f"single:{name}"), "base": mean("base")}
 
 
 def spoiled(base: LoadedBase, half: str, num: int) -> list[dict[str, Any]]:
@@ -169,22 +191,13 @@ def rows_of(base: LoadedBase, adapters: list[Adapter], num: int) -> list[dict[st
     engine, rows = engine_of(base, adapters), []
     for e, each in enumerate(adapters):
         written = advice.write(engine, e)
-        task = TASKS[task_of(each.name)]
-        examples = task.build(SPLIT_SEED).heldout[:num]
-        answers = routed_answers(
-            engine,
-            parse_router(f"single:{each.name}", engine.library.names),
-            [engine.encode(example.prompt) for example in examples],
-            max_new_tokens=48,
-        )
-        scored = [task.score(a, x) for a, x in zip(answers, examples, strict=True)]
         rows.append(
             {
                 "name": each.name,
                 "request": written.requests[0],
                 "answer": written.answers[0],
                 "strength": round(advice.strength(written.readings), 4),
-                "score": round(float(np.mean(scored)), 4),
+                **scores(engine, each.name, num),
             }
         )
         print(rows[-1], flush=True)
@@ -197,10 +210,13 @@ def engine_of(base: LoadedBase, adapters: list[Adapter]) -> SpectrModel:
 
 
 def agreement(rows: list[dict[str, Any]]) -> float:
-    """Spearman between strength and score."""
-    return round(
-        float(spearmanr([r["strength"] for r in rows], [r["score"] for r in rows]).statistic), 3
+    """Spearman between strength and what an expert's score has beyond the base's: both leave out
+    what the base can do by itself."""
+    strengths, gains = (
+        [row["strength"] for row in rows],
+        [row["score"] - row["base"] for row in rows],
     )
+    return round(float(spearmanr(strengths, gains).statistic), 3)
 
 
 PARTS = {"library": library, "variants": spoiled, "retrained": retrained}
@@ -214,26 +230,24 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=PARTS, help="the other parts stay as they are in the file"
     )
-    parser.add_argument("--num", type=int, default=20, help="requests that score a variant")
+    parser.add_argument("--num", type=int, default=20, help="requests that score an expert")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     # Batches are faster with weights that are expanded from the same 4 bits.
     with patch("spectr_demo.base.quantization.has_avx512bf16", return_value=False):
         base = load_base(None, dtype=torch.bfloat16)
-    measured = {
-        part: PARTS[part](base, arguments.half, arguments.num)
-        for part in ([arguments.only] if arguments.only else PARTS)
-    }
     file = arguments.output
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    found |= conditions("python benchmarks/advice.py", base)
-    of_half = found.setdefault(arguments.half, {})
-    of_half |= measured
-    of_half["spearman"] = {part: agreement(of_half[part]) for part in PARTS if part in of_half}
-    if all(part in of_half for part in PARTS):
-        of_half["spearman"]["all"] = agreement([r for part in PARTS for r in of_half[part]])
-    file.write_text(f"{json.dumps(found, indent=1, ensure_ascii=False)}\n", encoding="utf-8")
-    print(json.dumps(of_half["spearman"]))
+    for part in [arguments.only] if arguments.only else PARTS:
+        rows = PARTS[part](base, arguments.half, arguments.num)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        found |= conditions("python benchmarks/advice.py", base)
+        of_half = found.setdefault(arguments.half, {})
+        of_half[part] = rows
+        measured = [each for each in PARTS if each in of_half]
+        of_half["spearman"] = {each: agreement(of_half[each]) for each in measured}
+        of_half["spearman"]["all"] = agreement([r for each in measured for r in of_half[each]])
+        file.write_text(f"{json.dumps(found, indent=1, ensure_ascii=False)}\n", encoding="utf-8")
+        print(json.dumps(of_half["spearman"]), flush=True)
 
 
 if __name__ == "__main__":
