@@ -212,10 +212,8 @@ def engine_of(base: LoadedBase, adapters: list[Adapter]) -> SpectrModel:
 def agreement(rows: list[dict[str, Any]]) -> float:
     """Spearman between strength and what an expert's score has beyond the base's: both leave out
     what the base can do by itself."""
-    strengths, gains = (
-        [row["strength"] for row in rows],
-        [row["score"] - row["base"] for row in rows],
-    )
+    strengths = [row["strength"] for row in rows]
+    gains = [row["score"] - row["base"] for row in rows]
     return round(float(spearmanr(strengths, gains).statistic), 3)
 
 

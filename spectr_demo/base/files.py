@@ -103,6 +103,12 @@ def publish(made: Path, target: Path) -> None:
     os.replace(made, target)
 
 
+def named_for(facts: Any, folder: Path, suffix: str) -> Path:
+    """A file whose name covers plain values that decide what is in it."""
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    return folder / f"{name}{suffix}"
+
+
 @contextmanager
 def keeping(target: Path) -> Iterator[Path]:
     """The path to write a file to, which is kept when the block ends without an error: under the

@@ -5,7 +5,6 @@ After the opening of a user's turn, a chat model goes on with what users ask (Ma
 written once for each base and kept in the cache. Those of the embedded default are shipped.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -25,7 +24,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from spectr_demo.base.files import keep_json, kept_json
+from spectr_demo.base.files import keep_json, kept_json, named_for
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.base.prompts import template_closing, template_opening
 from spectr_demo.config import ASSETS, cache_dir
@@ -57,8 +56,8 @@ def generic_prompts(base: LoadedBase) -> list[str]:
     # The name too: a base from the Hub may have no commit that is known. And the chat template,
     # which a base may have from its experts.
     template = base.tokenizer.chat_template
-    key = json.dumps([base.fingerprint, base.name, _EDITION, template])
-    file = cache_dir() / "generic" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    facts = [base.fingerprint, base.name, _EDITION, template]
+    file = named_for(facts, cache_dir() / "generic", ".json")
     kept = kept_json(file)
     if kept:
         return list(kept)

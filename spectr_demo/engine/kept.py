@@ -1,7 +1,5 @@
 """What ordinary text told about a library, kept for the next start: reading it takes a CPU 15 s."""
 
-import hashlib
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectr_demo.base.files import keeping, kept
+from spectr_demo.base.files import keeping, kept, named_for
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.config import cache_dir
 from spectr_demo.engine.ordinary import Heard, Ordinary, OrdinaryText, identity
@@ -75,5 +73,4 @@ def _file(base: LoadedBase, library: ExpertLibrary, prompts: Sequence[str]) -> P
         list(prompts),
         [adapter.sha256 for adapter in library.adapters],
     ]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-    return cache_dir() / "ordinary" / f"{name}.safetensors"
+    return named_for(facts, cache_dir() / "ordinary", ".safetensors")

@@ -249,11 +249,10 @@ class Reader:
             return known.of(library)
         prompts = known.prompts or tuple(generic_prompts(self._base))
         heard = kept_heard(self._base, library, prompts) if unknown.all() else None
-        is_kept = heard is not None
         known.add(library, self._hear(prompts) if heard is None else heard)
         known.prompts = prompts
         ordinary = known.of(library)
-        if unknown.all() and not is_kept:
+        if unknown.all() and heard is None:
             keep_heard(self._base, library, known, ordinary)
         return ordinary
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 
-from spectr_demo.base.files import keep_json, kept_json
+from spectr_demo.base.files import keep_json, kept_json, named_for
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.base.loading import LoadedBase
 from spectr_demo.config import cache_dir
@@ -29,8 +27,8 @@ def foreign_requests(base: LoadedBase) -> list[Request]:
     """
     prompts = [" ".join(prompt.split()) for prompt in generic_prompts(base)]
     prompts = [prompt for prompt in prompts if 0 < len(prompt) <= MOST_CHARACTERS]
-    key = json.dumps([base.fingerprint, ANSWER_TOKENS, prompts])
-    file = cache_dir() / "foreign" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    facts = [base.fingerprint, ANSWER_TOKENS, prompts]
+    file = named_for(facts, cache_dir() / "foreign", ".json")
     answers = kept_json(file)
     if answers is None:
         answers = generate_answers(

@@ -71,10 +71,9 @@ def test_an_expert_that_is_added_is_measured_alone(
 
 @pytest.mark.parametrize("what", ["dtype", "template", "fingerprint"])
 def test_another_base_has_its_own(
-    what: str, build_model: BuildModel, expert_folders: list[str], measured: list[int]
+    what: str, build_model: BuildModel, expert_folders: list[str]
 ) -> None:
     first = build_model(expert_folders)
-    _ = first.reader.ordinary
     base = first.base
     file = kept._file(base, first.library, ["hello"])
     tokenizer = type(base.tokenizer)(tokenizer_object=base.tokenizer.backend_tokenizer)
