@@ -105,7 +105,7 @@ def publish(made: Path, target: Path) -> None:
 
 def named_for(facts: Any, folder: Path, suffix: str) -> Path:
     """A file whose name covers plain values that decide what is in it."""
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     return folder / f"{name}{suffix}"
 
 

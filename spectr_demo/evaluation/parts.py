@@ -7,12 +7,11 @@ that decides a number starts anew.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectr_demo.base.files import keep_json, kept_json
+from spectr_demo.base.files import keep_json, kept_json, named_for
 from spectr_demo.base.generic import generic_prompts
 from spectr_demo.config import RouterConfig, cache_dir
 from spectr_demo.engine.model import SpectrModel
@@ -66,14 +65,12 @@ class Parts:
 
         of: what else the part depends on.
         """
-        key = json.dumps([kind, *of, config.to_json()], sort_keys=True)
-        name = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-        file = self.folder / name
+        file = named_for([kind, *of, config.to_json()], self.folder, ".json")
         result = kept_json(file)
         if result is None:
             result = compute(config)
             keep_json(result, file)  # two processes may share the work
-        self.found[name] = result
+        self.found[file.name] = result
         return result
 
     def keep(self, found: Mapping[str, Any]) -> None:

@@ -8,25 +8,18 @@ from typing import Any
 
 import pytest
 
-from spectr_demo import replicas
-from spectr_demo.engine import model as engine_model
 from spectr_demo.engine.model import load
-from spectr_demo.replicas import APP, ReplicatedModel, replicated
+from spectr_demo.replicas import ReplicatedModel
 from tests.deploy.test_replicas import COLUMNS, MANY, seen, texts, wait_for
-from tests.deploy.watched import SLOW, WatchedEngine, load_exactly
+from tests.deploy.watched import SLOW, watched
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def front(ray: Any, base_folder: str, expert_folders: list[str]) -> Iterator[ReplicatedModel]:
-    from ray import serve
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicas, "Engine", WatchedEngine)
-        patch.setattr(engine_model, "load_base", load_exactly)
-        yield replicated(base_folder, expert_folders, least=1, most=2)
-    serve.delete(APP)
+    with watched(base_folder, expert_folders, least=1, most=2) as front:
+        yield front
 
 
 def test_a_second_replica_starts_while_runs_wait(

@@ -13,14 +13,12 @@ from typing import Any
 import openai
 import pytest
 
-from spectr_demo import replicas
 from spectr_demo.config import GenerationSettings, RouterConfig
-from spectr_demo.engine import model as engine_model
 from spectr_demo.engine.listing import Listing
 from spectr_demo.engine.model import SpectrModel, load
-from spectr_demo.replicas import APP, ReplicatedModel, replicated
+from spectr_demo.replicas import ReplicatedModel
 from tests.conftest import SaveExpert
-from tests.deploy.watched import LATE, SLOW, Seen, WatchedEngine, load_exactly
+from tests.deploy.watched import LATE, SLOW, Seen, watched
 from tests.serving.conftest import ServeModel
 
 pytestmark = pytest.mark.slow
@@ -32,13 +30,8 @@ PATIENCE = 180.0  # seconds; on a busy machine a replica starts late
 
 @pytest.fixture(scope="module")
 def front(ray: Any, base_folder: str, expert_folders: list[str]) -> Iterator[ReplicatedModel]:
-    from ray import serve
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicas, "Engine", WatchedEngine)
-        patch.setattr(engine_model, "load_base", load_exactly)
-        yield replicated(base_folder, expert_folders, least=2)
-    serve.delete(APP)
+    with watched(base_folder, expert_folders, least=2) as front:
+        yield front
 
 
 @pytest.fixture(scope="module")

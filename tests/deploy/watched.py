@@ -2,18 +2,21 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from spectr_demo import replicas
 from spectr_demo.base.loading import load_base
+from spectr_demo.engine import model as engine_model
 from spectr_demo.engine.run import Step
-from spectr_demo.replicas import Edition, Engine
+from spectr_demo.replicas import APP, Edition, Engine, ReplicatedModel, replicated
 
 # Rounded to 16 bits, a text could change with those beside it in the batch.
 load_exactly = partial(load_base, dtype=torch.float32)
@@ -35,6 +38,18 @@ class Seen:
 def said(prompt: Any) -> str:
     """The message, alone or the last of a chat."""
     return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+
+
+@contextmanager
+def watched(base: str, experts: list[str], **settings: Any) -> Iterator[ReplicatedModel]:
+    """Replicas of `WatchedEngine`, until the block ends. settings: of `replicated`."""
+    from ray import serve
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(replicas, "Engine", WatchedEngine)
+        patched.setattr(engine_model, "load_base", load_exactly)
+        yield replicated(base, experts, **settings)
+    serve.delete(APP)
 
 
 class WatchedEngine(Engine):
